@@ -1,0 +1,64 @@
+# The one entry point. Needs Python >= 3.10 and a C++17 compiler (nvcc too, for the CUDA kernels); the rest goes into .venv.
+#
+#   make paint     a picture in out.png, with the small embedded model      make test     every test this machine can run
+#   make bench     the benchmarks                                           make ci       what a merge has to pass
+#   make readme    tables of README.md from bench/results                   make wheel    dist/*.whl
+#   make lint      make format     make clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red fox in the snow
+OUT ?= out.png
+
+.PHONY: install paint test ci lint format wheel bench readme clean
+.DEFAULT_GOAL := install
+
+# Editable, so that the source tree is what runs and what the tests see. Built again when the C++ or the packaging changes.
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+INSTALL := $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation
+
+$(VENV)/tools:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 ninja
+	touch $@
+
+$(VENV)/run: $(VENV)/tools $(SOURCES)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/run
+	$(INSTALL) -e ".[test]"
+	touch $@
+
+install: $(VENV)/run
+
+paint: $(VENV)/run
+	$(BIN)/sana generate "$(PROMPT)" --model sana-tiny -o $(OUT)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+ci: lint test
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/tools
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+bench: $(VENV)/dev
+	$(BIN)/sana bench kernels
+	$(BIN)/sana bench image
+
+readme: $(VENV)/run
+	$(BIN)/python -m sana_bench.report README.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sana_kernels/*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+"""The shapes that SANA's ops are called with, shared by tests and benchmarks.
+
+A `Case` makes the arguments of one op call by position, without `backend`, as `sana_kernels.backend` takes them: normal values
+with a thousandth of outlier channels, in the strides that the networks produce. Guidance doubles the batch, so B is 2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sana_model.config import BUILT_IN
+
+OUTLIER, OUTLIER_SHARE = 30.0, 0.001
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op."""
+
+    op: str
+    name: str  # variant_size, such as 0.6b_1024
+    shape: dict[str, int]
+    macs: int  # multiply-adds
+    make: Callable[["Inputs"], tuple]
+
+    def arguments(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> tuple:
+        """The same values for the same seed, whatever the device."""
+        return self.make(Inputs(dtype, torch.device(device), torch.Generator().manual_seed(seed)))
+
+    def __str__(self) -> str:
+        return f"{self.op}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Draws tensors: signed, with outliers, reproducible."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=self.generator) * scale
+        columns = torch.rand(shape[-1], generator=self.generator)
+        return torch.where(columns < OUTLIER_SHARE, OUTLIER * x, x).to(self.device, self.dtype)
+
+
+def _dit_attention(name: str, B: int, N: int, C: int, D: int = 32, normed: bool = False) -> Case:
+    def make(inputs: Inputs) -> tuple:
+        q, k, v = inputs(B, N, 3 * C).view(B, N, 3, C // D, D).unbind(2)
+        q_norm, k_norm = (inputs(C) if normed else None for _ in range(2))
+        return q, k, v, q_norm, k_norm, 1e-5, 1e-15
+
+    return Case("linear_attention", name, {"B": B, "N": N, "H": C // D, "D": D}, 2 * B * N * C * (D + 1), make)
+
+
+def _decoder_attention(name: str, N: int, C: int, D: int = 32) -> Case:
+    """The DC-AE's layout: head by head, q, k and v beside each other; two scales double the heads."""
+
+    def make(inputs: Inputs) -> tuple:
+        q, k, v = inputs(1, N, 3 * 2 * C).view(1, N, 2 * C // D, 3, D).unbind(3)
+        return q, k, v, None, None, 1e-5, 1e-15
+
+    return Case("linear_attention", name, {"B": 1, "N": N, "H": 2 * C // D, "D": D}, 2 * N * 2 * C * (D + 1), make)
+
+
+def _modulate(name: str, B: int, N: int, C: int) -> Case:
+    def make(inputs: Inputs) -> tuple:
+        table = inputs(B, 6, C, scale=0.3)
+        return inputs(B, N, C), table[:, 0], table[:, 1], 1e-6
+
+    return Case("modulate", name, {"B": B, "N": N, "C": C}, 2 * B * N * C, make)
+
+
+def _gate_residual(name: str, B: int, N: int, C: int) -> Case:
+    def make(inputs: Inputs) -> tuple:
+        return inputs(B, N, C), inputs(B, N, C), inputs(B, 6, C, scale=0.3)[:, 2]
+
+    return Case("gate_residual", name, {"B": B, "N": N, "C": C}, B * N * C, make)
+
+
+def _cross_attention(name: str, N: int, C: int, H: int, L: int, lengths: tuple[int, ...]) -> Case:
+    """One row per length: an empty negative prompt and a caption, in a batch padded to L."""
+    B = len(lengths)
+
+    def make(inputs: Inputs) -> tuple:
+        k, v = inputs(B, L, 2 * C).view(B, L, 2, H, C // H).unbind(2)
+        return inputs(B, N, C).view(B, N, H, C // H), k, v, torch.tensor(lengths, device=inputs.device)
+
+    return Case("cross_attention", name, {"B": B, "N": N, "L": L, "H": H, "D": C // H}, 2 * N * C * sum(lengths), make)
+
+
+def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case:
+    N = height * width
+
+    def make(inputs: Inputs) -> tuple:
+        weights = (
+            inputs(2 * F, C, scale=C**-0.5), inputs(2 * F, scale=0.1), inputs(2 * F, 1, 3, 3, scale=1 / 3),
+            inputs(2 * F, scale=0.1), inputs(C, F, scale=F**-0.5),
+        )  # fmt: skip
+        return inputs(B, N, C), height, width, *weights
+
+    macs = B * N * (C * 2 * F + 2 * F * 9 + F * C)
+    return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make)
+
+
+def _published() -> list[Case]:
+    """Every op of the DiTs at their native size and in a wide bin (768×1344: 1008 tokens), and of the decoder at 1024 px."""
+    cases = []
+    for name, B, grid in (("sana-tiny", 2, (8, 8)), ("sana-0.6b", 2, (32, 32)), ("sana-1.6b", 2, (32, 32))):
+        dit = BUILT_IN[name].dit
+        label, N, C, F = f"{name.removeprefix('sana-')}_{32 * grid[0]}", grid[0] * grid[1], dit.hidden, dit.ffn
+        cases += [
+            _dit_attention(label, B, N, C),
+            _modulate(label, B, N, C),
+            _gate_residual(label, B, N, C),
+            _cross_attention(label, N, C, dit.cross_heads, 60, (1, 60)),
+            _mix_ffn(label, B, *grid, C, F),
+        ]
+    small = BUILT_IN["sana-0.6b"].dit
+    cases += [
+        _dit_attention("sprint-0.6b_1024", 1, 1024, small.hidden, normed=True),
+        _dit_attention("0.6b_768x1344", 2, 24 * 42, small.hidden),
+        _dit_attention("0.6b_4096", 2, 128 * 128, small.hidden),
+        _mix_ffn("0.6b_768x1344", 2, 24, 42, small.hidden, small.ffn),
+    ]
+    widths = BUILT_IN["sana-0.6b"].autoencoder.widths
+    cases += [_decoder_attention(f"decoder_stage{i}_1024", (1024 >> i) ** 2, widths[i]) for i in (3, 4, 5)]
+    return cases
+
+
+CASES: tuple[Case, ...] = tuple(_published())
+"""All of them. `cases(op)` picks."""
+
+
+def cases(op: str | None = None) -> list[Case]:
+    """Those of one op, or all, in the order of the models' sizes."""
+    return [case for case in CASES if op in (None, case.op)]

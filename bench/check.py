@@ -1,0 +1,113 @@
+"""Is a result right? The numbers behind `check` in every row, and the oracle they are measured against.
+
+Whole models are compared with the same weights computed in fp32, as a signal-to-quantisation-noise ratio; kernels with fp64,
+by FlashAttention's rule. A row whose check fails gets no speed-up.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+SQNR_CAP = 300.0  # dB, for equal tensors: JSON has no infinity
+
+DIT_LIMITS = {"fp32": 80, "fp16": 35, "bf16": 30, "w8a8": 22, "fp8": 22, "w4a8": 15, "w4a4": 12}
+"""dB that the DiT's raw output must keep, by precision."""
+
+IMAGE_LIMITS = {"fp32": 80, "fp16": 30, "bf16": 30, "w8a8": 22, "fp8": 22}
+"""dB that the decoded image must keep, by the decoder's precision."""
+
+KERNEL_LIMIT = 2.0
+"""How many times further from fp64 than PyTorch in the same dtype a kernel may be."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison; `asdict` is the row's `check`."""
+
+    against: str
+    metric: str
+    value: float
+    limit: float
+    passed: bool
+
+
+def sqnr(actual: Tensor, expected: Tensor) -> float:
+    """Signal-to-quantisation-noise ratio in dB: mean square of `expected` over that of the error. -300 for NaN and infinities."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
+        return -SQNR_CAP
+    signal, noise = expected.square().mean().item(), (actual - expected).square().mean().item()
+    if noise == 0:
+        return SQNR_CAP
+    return max(-SQNR_CAP, min(SQNR_CAP, 10 * math.log10(signal / noise))) if signal > 0 else -SQNR_CAP
+
+
+def dit_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
+    """The DiT's raw output (rows, 32, H, W): the worst row counts, so neither half of the guided batch hides behind the other."""
+    value = min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
+    limit = DIT_LIMITS[precision]
+    return Check("fp32", "dit_sqnr_db", value, limit, value >= limit)
+
+
+def image_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
+    """The decoded images (B, 3, H, W): the worst counts."""
+    value = min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
+    limit = IMAGE_LIMITS[precision]
+    return Check("fp32", "image_sqnr_db", value, limit, value >= limit)
+
+
+def summary(checks: list[Check], failures: list[str]) -> dict:
+    """A row's `check`: the comparison with the least margin in front, all of them in `parts`, other reasons to fail in `failures`."""
+    worst = min(checks, key=lambda check: check.value - check.limit)
+    passed = all(check.passed for check in checks) and not failures
+    return asdict(worst) | {"passed": passed, "parts": [asdict(c) for c in checks], "failures": failures}
+
+
+def error_vs_torch(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
+    """Largest error of `actual` over that of PyTorch in the same dtype, both against fp64; PyTorch's counts as at least an ulp.
+
+    An ulp is that of the oracle's largest value. So `error_vs_torch ≤ 2` is max error ≤ max(2 × PyTorch's, 2 ulp). inf where
+    `actual` is not finite or has another shape or dtype.
+    """
+    if actual.shape != oracle.shape or actual.dtype != same_dtype.dtype or not bool(actual.isfinite().all()):
+        return math.inf
+    oracle = oracle.detach().double().cpu()
+    ulp = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    error, theirs = ((t.detach().double().cpu() - oracle).abs().max().item() for t in (actual, same_dtype))
+    return error / max(theirs, ulp) if error else 0.0
+
+
+def kernel_check(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> dict:
+    """A kernel row's `check`."""
+    ratio = min(error_vs_torch(actual, same_dtype, oracle), 1e9)
+    return asdict(Check("reference_fp64", "error_vs_torch", ratio, KERNEL_LIMIT, ratio <= KERNEL_LIMIT)) | {"failures": []}
+
+
+class ComputeInFp32(TorchFunctionMode):
+    """Inside this context a model with 16-bit weights computes in fp32: each op sees its 16-bit arguments widened.
+
+    The oracle of whole models: one weight at a time exists in fp32, so it needs no second copy of the model. Exact, because
+    every bf16 and fp16 number is an fp32 number; dtypes that the code names or asks for (`x.to(weight.dtype)`) become fp32, too.
+    """
+
+    NARROW = (torch.bfloat16, torch.float16)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "__get__":  # an attribute: only dtype is not what it seems
+            value = func(*args)
+            return torch.float32 if isinstance(value, torch.dtype) and value in self.NARROW else value
+        return func(*self._widen(args), **self._widen(kwargs or {}))
+
+    def _widen(self, value):
+        if isinstance(value, Tensor):
+            return value.float() if value.dtype in self.NARROW else value
+        if isinstance(value, torch.dtype):
+            return torch.float32 if value in self.NARROW else value
+        if isinstance(value, dict):
+            return {key: self._widen(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._widen(item) for item in value)
+        return value

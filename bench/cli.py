@@ -1,0 +1,165 @@
+"""`sana bench image|kernels|compare`. Imports nothing heavy before a command runs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sana_model.config import BUILT_IN
+from sana_model.errors import MissingError, UserError
+
+
+QUICK_RUNS = "diffusers:bf16,reference:bf16,auto:bf16"
+
+
+def add_parser(subparsers) -> None:
+    """Add `bench` to the subparsers of `sana`; each command sets run=callable(args) -> exit status."""
+    bench = subparsers.add_parser("bench", help="measure pictures and kernels, with parity, or compare two results")
+    commands = bench.add_subparsers(metavar="image|kernels|compare", required=True)
+
+    image = commands.add_parser("image", help="whole pictures, stage by stage, by several runs that take turns")
+    image.set_defaults(run=_image)
+    image.add_argument("--model", default="sana-tiny", help="as for `sana generate` (default: sana-tiny)")
+    image.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
+    image.add_argument("--size", metavar="WIDTHxHEIGHT", help="or one number for a square (default: the model's)")
+    image.add_argument("--steps", type=int, metavar="N", help="default: the model's")
+    image.add_argument("--guidance", type=float, metavar="G", help="default: the model's")
+    image.add_argument("--batch", type=int, default=1, metavar="B", help="prompts per picture batch")
+    image.add_argument("--text-tokens", type=int, default=60, metavar="L", help="length of every prompt (default: 60)")
+    image.add_argument(
+        "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
+        help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision that "
+        f"ends in + holds for text encoder and decoder, too (default: {QUICK_RUNS})",
+    )  # fmt: skip
+    _add_common(image, "repetitions of each run (default: 3)", "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny")
+
+    kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
+    kernels.set_defaults(run=_kernels)
+    kernels.add_argument("op", nargs="?", help="default: all")
+    kernels.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
+    kernels.add_argument("--backends", metavar="A,B", help="default: all that can run here, and torch.compile")
+    kernels.add_argument("--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16 (default: bf16,fp32)")
+    _add_common(kernels, "rounds (default: 3)", "the smallest case of each op, in bf16")
+
+    compare = commands.add_parser("compare", help="what became faster or slower between two result files")
+    compare.set_defaults(run=_compare)
+    compare.add_argument("old", type=Path, metavar="A.json")
+    compare.add_argument("new", type=Path, metavar="B.json")
+
+
+def _add_common(parser: argparse.ArgumentParser, repeat: str, quick: str) -> None:
+    parser.add_argument("--repeat", type=int, metavar="N", help=repeat)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--device", help="cpu | cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go, besides the table on the screen")
+
+
+def _setup(args: argparse.Namespace):
+    """(device, empty results): what both benchmarks begin with."""
+    import torch
+
+    from sana_bench.harness import Results
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads must be at least 1, not {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.repeat is not None and args.repeat < 1:
+        raise UserError(f"--repeat must be at least 1, not {args.repeat}")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not known; choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MissingError("no NVIDIA GPU can be used here (torch sees none); run with --device cpu, or see `sana doctor`")
+    return torch.device(name), Results(args.json, args.seed)
+
+
+def _image(args: argparse.Namespace) -> int:
+    device, results = _setup(args)
+    from sana_bench import report
+    from sana_bench.harness import peaks
+    from sana_bench.image import ImageBench, Workload
+    from sana_bench.runs import PARTS, RunName
+    from sana_model import memory
+    from sana_model.pipeline import PRECISIONS
+    from sana_model.plan import choose_backend
+    from sana_model.weights import find, load_model
+
+    auto = choose_backend("auto", device)
+    texts = [text.strip() for text in args.runs.split(",") if text.strip()]
+    names = [RunName.parse(auto + text[4:] if text.split(":")[0] == "auto" else text) for text in texts]
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise UserError("--runs names no run")
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {args.batch}")
+    source = find(args.model, args.base)
+    config = source.config
+    width, height = _size(args.size) if args.size else (config.size, config.size)
+    steps, repeat = args.steps or config.steps, args.repeat or 3
+    if args.quick:
+        width, height = (width, height) if args.size else (256, 256)
+        steps, repeat = args.steps or 2, args.repeat or 2
+    guidance = config.guidance if args.guidance is None else args.guidance
+    workload = Workload(height, width, steps, guidance, args.batch, args.text_tokens)
+
+    stored = {part: _stored([name.dtypes[part] for name in names], PRECISIONS["bf16"]) for part in PARTS}
+    memory.check_load(config, stored, device)
+    _say(f"loading {args.model}")
+    loaded = load_model(
+        source, precision=stored["dit"], text_precision=stored["text_encoder"], decoder_precision=stored["autoencoder"]
+    )
+    bench = ImageBench(loaded, names, workload, device, peaks(device), results, seed=args.seed, say=_say)
+    return _finish(bench, repeat, results, report.image_table)
+
+
+def _stored(dtypes: list, preferred):
+    """The one dtype that the weights are loaded in: of several, bf16; the other runs get converted copies of these."""
+    return dtypes[0] if len(set(dtypes)) == 1 else preferred
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    device, results = _setup(args)
+    from sana_bench import report
+    from sana_bench.harness import peaks
+    from sana_bench.kernels import KernelBench, select
+
+    chosen = select(args.op, args.case, args.backends, args.dtypes, device, quick=args.quick)
+    bench = KernelBench(chosen, device, peaks(device), results, seed=args.seed, say=_say)
+    return _finish(bench, args.repeat or 3, results, report.kernel_table)
+
+
+def _finish(bench, repeat: int, results, table) -> int:
+    """Measure, keep what there is even after Ctrl-C, and print the table. Status 1 where a row failed its check."""
+    complete = False
+    try:
+        bench.run(repeat)
+        complete = True
+    finally:
+        results.save(bench.peaks, complete)
+        if results.document["results"]:
+            print(table(results.document))
+    return 1 if any(row["status"] == "FAIL" for row in results.document["results"]) else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from sana_bench import schema
+    from sana_bench.compare import compare, render
+
+    old, new = schema.load(args.old), schema.load(args.new)
+    print(render(compare(old, new), old, new))
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(width, height)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise UserError(f"--size {text!r} is neither WIDTHxHEIGHT nor a number")
+    return int(parts[0]), int(parts[-1])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+

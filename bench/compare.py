@@ -1,0 +1,61 @@
+"""`sana bench compare A.json B.json`: what became faster, what slower, and what can't be told apart."""
+
+from sana_bench.schema import MEASURED
+
+
+def key(row: dict) -> tuple:
+    """What makes two rows measurements of the same thing."""
+    workload = tuple(sorted((row.get("workload") or {}).items()))
+    return row["kind"], row["name"], f"{row['backend']}:{row['precision']}", workload
+
+
+def compare(old: dict, new: dict) -> list[dict]:
+    """One entry per row of either document: key, verdict, the two medians in ms, and their ratio old / new.
+
+    Verdicts: faster, slower; same, where the ranges p10–p90 overlap; FAIL, where the new row failed its check; and the status,
+    or "only in A", "only in B", for rows that can't be compared.
+    """
+    before, after = ({key(row): row for row in document["results"]} for document in (old, new))
+    return [_entry(k, before.get(k), after.get(k)) for k in dict.fromkeys((*before, *after))]
+
+
+def _entry(k: tuple, a: dict | None, b: dict | None) -> dict:
+    entry = {"kind": k[0], "name": k[1], "run": k[2], "verdict": "", "old_ms": None, "new_ms": None, "ratio": None}
+    if a is None or b is None:
+        return entry | {"verdict": "only in B" if a is None else "only in A"}
+    for row, which in ((a, "old_ms"), (b, "new_ms")):
+        if row["status"] in MEASURED:
+            entry[which] = row["timing"]["ms"]["median"]
+    for row in (b, a):
+        if row["status"] != "ok":
+            return entry | {"verdict": row["status"] if row is b else f"was {row['status']}"}
+    x, y = a["timing"]["ms"], b["timing"]["ms"]
+    apart = y["p90"] < x["p10"] or x["p90"] < y["p10"]
+    verdict = "same" if not apart else "faster" if y["median"] < x["median"] else "slower"
+    return entry | {"verdict": verdict, "ratio": x["median"] / y["median"]}
+
+
+def render(entries: list[dict], old: dict, new: dict) -> str:
+    """The entries as text, under what speaks against comparing the two files at all."""
+    lines = [f"note: {note}" for note in _differences(old, new)]
+    lines.append(f"{'':<52}{'A ms':>12}{'B ms':>12}{'A / B':>8}  verdict")
+    for entry in entries:
+        label = f"{entry['kind']} {entry['name']} {entry['run']}"
+        ms = "".join(f"{'-' if entry[which] is None else format(entry[which], '.3f'):>12}" for which in ("old_ms", "new_ms"))
+        ratio = "" if entry["ratio"] is None else f"{entry['ratio']:.2f}×"
+        lines.append(f"{label:<52}{ms}{ratio:>8}  {entry['verdict']}")
+    return "\n".join(lines)
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    notes = []
+    for what in ("cpu", "isa", "threads_used", "gpus"):
+        a, b = old["machine"].get(what), new["machine"].get(what)
+        if a != b:
+            notes.append(f"{what}: A {a}, B {b}")
+    peaks = old["machine"].get("measured_peak") or {}, new["machine"].get("measured_peak") or {}
+    for kind in peaks[0].keys() & peaks[1].keys():
+        a, b = peaks[0][kind], peaks[1][kind]
+        if abs(a - b) > 0.1 * max(a, b):
+            notes.append(f"the peak {kind} was {a:.3g} in A and is {b:.3g} in B: the machine's speed changed")
+    return sorted(notes)

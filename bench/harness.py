@@ -1,0 +1,311 @@
+"""How to measure on a machine whose speed changes: peaks, interleaving, statistics, and the file that results land in.
+
+Variants are interleaved (A B C, B C A, …), so a slow minute hits all of them. Before and after each repetition the machine's
+peak is measured; a repetition whose two probes differ by more than 10 % is repeated, up to a bound, and the file says how
+often. Percentages are of the highest peak seen in the same run, on all the threads that the benchmark uses.
+"""
+
+import datetime
+import gc
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from sana_bench import schema
+from sana_kernels import diagnostics
+from sana_kernels.backend import extension
+from sana_model import files
+from sana_model.errors import MissingError
+
+WINDOWS, WINDOW_SECONDS = 5, 0.1
+MAX_DRIFT = 0.10
+
+ARITHMETIC = {
+    "fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("bf16", "fp32"), "fp8": ("fp8", "int8", "bf16", "fp32"),
+    "w8a8": ("int8", "bf16", "fp32"), "w4a8": ("int8", "bf16", "fp32"), "w4a4": ("int8", "bf16", "fp32"),
+}  # fmt: skip
+"""What a row of a precision may compute with: its peak is the fastest of these that the machine has."""
+
+
+class Peaks:
+    """The machine's peaks: operations per second by kind of arithmetic, bytes per second for "copy".
+
+    `measure(kind, seconds)` is one window; a probe is the best of five. `best` collects the highest of the whole run.
+    """
+
+    def __init__(self, kinds: list[str], measure: Callable[[str, float], float], window: float = WINDOW_SECONDS):
+        """`kinds`: names such as fp32_avx512 or int8 (the arithmetic, then what it runs on), and copy."""
+        self.measure, self.window = measure, window
+        glance = {kind: measure(kind, window) for kind in kinds}
+        self.best: dict[str, float] = dict(glance)
+        self._kinds = {
+            arithmetic: max((kind for kind in kinds if kind.split("_")[0] == arithmetic), key=glance.__getitem__)
+            for arithmetic in {kind.split("_")[0] for kind in kinds}
+        }
+
+    def kind(self, precision: str) -> str:
+        """The fastest kind that a row of this precision ("copy" for the memory) may use."""
+        allowed = ("copy",) if precision == "copy" else ARITHMETIC[precision]
+        return max((self._kinds[a] for a in allowed if a in self._kinds), key=self.best.__getitem__)
+
+    def probe(self, kinds: set[str]) -> dict[str, float]:
+        """The rates now."""
+        now = {kind: max(self.measure(kind, self.window) for _ in range(WINDOWS)) for kind in sorted(kinds)}
+        for kind, rate in now.items():
+            self.best[kind] = max(self.best[kind], rate)
+        return now
+
+    def percent(self, amount: float, seconds: float, precision: str) -> float:
+        """Share of the highest peak that `amount` operations (bytes, for "copy") in `seconds` come to, in per cent."""
+        return 100 * amount / seconds / self.best[self.kind(precision)]
+
+
+def peaks(device: torch.device, **options) -> Peaks:
+    """The peaks of the device that the benchmark runs on. Raises MissingError without the extension module."""
+    if device.type == "cuda":
+        return Peaks(list(_GPU_OPERANDS) + ["copy"], _gpu_rate, **options)
+    module, reason = extension("_cpu")
+    if module is None:
+        raise MissingError(f"the peaks of this machine cannot be measured: {reason}; build with `pip install .`")
+    threads = torch.get_num_threads()
+    return Peaks(module.peak_kinds(), lambda kind, seconds: module.peak(kind, threads, seconds), **options)
+
+
+_GPU_OPERANDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def _gpu_rate(kind: str, seconds: float) -> float:
+    """The library's 8192³ product on normal data, or a copy of 1 GiB, for at least `seconds`."""
+    if kind == "copy":
+        source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return _events_rate(lambda: target.copy_(source), 2 * source.numel(), seconds)
+    normal = torch.randn(2, 8192, 8192, device="cuda")
+    a, b = (normal * 30 if kind == "int8" else normal).to(_GPU_OPERANDS[kind])
+    product = torch._int_mm if kind == "int8" else torch.mm
+    return _events_rate(lambda: product(a, b), 2 * 8192**3, seconds)
+
+
+def _events_rate(run: Callable[[], object], amount: float, seconds: float) -> float:
+    run()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    calls = 1
+    while True:
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+        if elapsed >= seconds:
+            return amount * calls / elapsed
+        calls = max(2 * calls, int(1.2 * calls * seconds / max(elapsed, 1e-6)))
+
+
+def drift(before: dict[str, float], after: dict[str, float]) -> float:
+    """By what fraction the machine's speed changed between two probes, for the kind that changed most."""
+    return max((abs(before[kind] - after[kind]) / max(before[kind], after[kind]) for kind in before), default=0.0)
+
+
+def interleave(
+    tasks: dict[str, Callable[[int], object]],
+    repeat: int,
+    probe: Callable[[], dict[str, float]],
+    max_rejected: int | None = None,
+) -> Iterator[tuple[str, object, str]]:
+    """Run every task `repeat` times in turn, starting with another one each round; yields (name, result, verdict).
+
+    tasks[name](i) is one repetition; i is the same for all tasks of a round and never comes twice to one task. The verdict is
+    "steady"; or "rejected" where the machine drifted by more than 10 % between the probes before and after, and the task is
+    run again; or, after `max_rejected` rejections of that task (default: `repeat`), "unsteady". A task that can't go on returns
+    None, and is skipped.
+    """
+    max_rejected = repeat if max_rejected is None else max_rejected
+    rejected: Counter = Counter()
+    names = list(tasks)
+    before = probe()
+    for i in range(repeat):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            for attempt in itertools.count():
+                result = tasks[name](i + attempt * repeat)
+                after = probe()
+                steady, before = drift(before, after) <= MAX_DRIFT, after
+                if result is None:
+                    break
+                verdict = "steady" if steady else "rejected" if rejected[name] < max_rejected else "unsteady"
+                yield name, result, verdict
+                if verdict != "rejected":
+                    break
+                rejected[name] += 1
+
+
+def statistics_ms(samples: list[float]) -> dict[str, float]:
+    """Median, p10 and p90 (linear between samples), minimum and mean."""
+    if len(samples) == 1:
+        p10 = p90 = samples[0]
+    else:
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        p10, p90 = tenths[0], tenths[-1]
+    return {
+        "median": statistics.median(samples), "p10": p10, "p90": p90, "min": min(samples),
+        "mean": statistics.fmean(samples),
+    }  # fmt: skip
+
+
+class PeakMemory:
+    """Highest resident memory of this process within a `with` block, in bytes, sampled every 10 ms; `.bytes` afterwards."""
+
+    def __enter__(self):
+        self._process, self._over = psutil.Process(), threading.Event()
+        self.bytes = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+
+    def __exit__(self, *exception) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class Clock:
+    """Wall time of named stages in ms; on a GPU, a stage is over when its work is."""
+
+    def __init__(self, device: torch.device):
+        self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.ms: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.ms[name] = (time.perf_counter() - start) * 1e3
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is this what Python and PyTorch raise when memory runs out? The CPU allocator has no exception of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+class Results:
+    """The document of one run, and its file: written anew, atomically, whenever rows were added. See `schema`."""
+
+    def __init__(self, path: Path | None, seed: int):
+        if path is not None:
+            files.check_writable(path)
+        self.path = path
+        self._cpu_times, self._gpu_before = psutil.cpu_times(), gpu_state()
+        found = diagnostics.describe()
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        sha, dirty = _git()
+        where = "gpu" if found["gpus"] else "cpu"
+        self.document = {
+            "schema": schema.VERSION,
+            "run": {
+                "id": f"{now}-{where}-{sha or 'unknown'}", "git_sha": sha, "dirty": dirty, "seed": seed,
+                "command": _command(), "complete": False,
+            },
+            "machine": _machine(found),
+            "software": {"versions": found["versions"], "build": found["build"], "system": platform.platform()},
+            "results": [],
+        }  # fmt: skip
+
+    def add(self, *rows: dict) -> None:
+        self.document["results"] += rows
+        self.save()
+
+    def save(self, measured: Peaks | None = None, complete: bool = False) -> None:
+        """Write the file; at the end with the peaks and what the machine went through."""
+        machine = self.document["machine"]
+        machine["load"]["after"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+        machine["steal_pct"] = _steal_percent(self._cpu_times)
+        machine["gpu_state"] = {"before": self._gpu_before, "after": gpu_state()}
+        if measured is not None:
+            machine["measured_peak"] = dict(measured.best)
+        self.document["run"]["complete"] = complete
+        if self.path is not None:
+            files.write_text(self.path, json.dumps(self.document, indent=1, allow_nan=False) + "\n")
+
+
+def gpu_state() -> list[str]:
+    """Clocks, power limit, temperature and reasons to throttle of each GPU, as nvidia-smi prints them; empty without one."""
+    if not torch.cuda.is_available():
+        return []
+    fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active,ecc.mode.current,mig.mode.current"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _machine(found: dict) -> dict:
+    return found["machine"] | {
+        "gpus": found["gpus"],
+        "threads_used": torch.get_num_threads(),
+        "load": {"before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None},
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+    }
+
+
+def _steal_percent(before) -> float | None:
+    """How much of the time that this machine wanted was given to others, since `before`; None where the system can't tell."""
+    now = psutil.cpu_times()
+    if not hasattr(now, "steal"):
+        return None
+    total = sum(now) - sum(before)
+    return 100 * (now.steal - before.steal) / total if total > 0 else 0.0
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """Commit of the source tree that this package is in, and whether it was changed since; (None, None) once installed."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "harness.py")  # a checkout of something else, around an installed package, does not count
+        return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _command() -> str:
+    """How to run this again, without the folder that the program lies in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def free_memory() -> None:
+    """Return what is no longer used, so that the next run finds it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,315 @@
+"""`sana bench image`: whole pictures, stage by stage, by several runs that share weights, prompts and noise.
+
+Each run prepares and paints a first picture (a row of its own kind); then all of them are checked against fp32 on the same
+inputs; then they paint in turn, a new prompt each round. A run that fails its check gets no speed-up.
+"""
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sana_bench import check, work
+from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
+from sana_bench.prompts import Prompts
+from sana_bench.runs import BASELINES, Moment, RunName, Weights, make
+from sana_bench.schema import STAGES, stages_sum_up
+from sana_model import scheduler
+from sana_model.errors import MissingError
+from sana_model.loaded import LoadedModel
+from sana_model.pipeline import Pipeline, Settings
+from sana_model.plan import resolve
+from sana_model.prompt import CaptionStates
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every run paints."""
+
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    batch: int = 1
+    text_tokens: int = 60
+
+    def as_json(self) -> dict:
+        keys = ("batch", "height", "width", "steps", "guidance", "text_tokens")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass
+class Measured:
+    """What is known of one run."""
+
+    run: object
+    status: str = "ok"
+    reason: str = ""
+    first: dict[str, float] = field(default_factory=dict)  # stages of the first picture in ms, with prepare
+    latents: Tensor | None = None  # of the first picture
+    peak_rss: int = 0
+    checks: list[check.Check] = field(default_factory=list)
+    samples: list[dict[str, float]] = field(default_factory=list)  # stages of each repetition in ms, with total
+    rejected: int = 0
+    unsteady: int = 0
+
+    def give_up(self, status: str, error: BaseException) -> None:
+        self.status, self.reason = status, str(error) or type(error).__name__
+        self.latents = None
+        self.run.close()
+        free_memory()
+
+
+class ImageBench:
+    """One comparison. `run()` measures; the rows are in `results.document`."""
+
+    def __init__(
+        self, loaded: LoadedModel, names: list[RunName], workload: Workload, device: torch.device, peaks: Peaks,
+        results: Results, *, seed: int = 0, say=print,
+    ):  # fmt: skip
+        self.weights, self.config, self.device = Weights(loaded, device), loaded.config, device
+        self.workload, self.peaks, self.results, self.seed, self.say = workload, peaks, results, seed, say
+        self.measured = {str(name): Measured(make(name, self.weights)) for name in names}
+        self.prompts = Prompts(loaded.tokenizer, loaded.config, workload.text_tokens, seed)
+        stored = self.weights.stored
+        plan = resolve(loaded.config, "reference", device, stored["dit"], stored["autoencoder"])
+        self.oracle = Pipeline(self.weights.model(stored), plan, device, stored, low_memory=False)
+        self.settings(-1)  # a wrong size or guidance is refused before anything is timed
+
+    @property
+    def alive(self) -> dict[str, Measured]:
+        return {name: m for name, m in self.measured.items() if m.status == "ok"}
+
+    def run(self, repeat: int) -> dict:
+        """Measure, and return the document. What was measured before Ctrl-C is written, too."""
+        with torch.inference_mode():
+            for name, measured in self.measured.items():
+                self.say(f"{name}: first picture")
+                self.attempt(measured, self.first_picture, measured)
+            try:
+                if self.alive:
+                    self.gate()
+                    self.repeat(repeat)
+            finally:
+                self.results.add(*self.rows())
+        return self.results.document
+
+    def attempt(self, measured: Measured, action, *args):
+        """action(*args), or None where it can't be: out of memory, not here, or a crash in code that others wrote."""
+        try:
+            return action(*args)
+        except MissingError as error:
+            measured.give_up("not available", error)
+        except Exception as error:
+            if out_of_memory(error):
+                measured.give_up("out of memory", error)
+            elif measured.run.name.backend in BASELINES:
+                measured.give_up("error", error)
+            else:
+                raise
+        self.say(f"{measured.run.name}: {measured.status}: {measured.reason.splitlines()[0]}")
+        return None
+
+    def settings(self, i: int) -> Settings:
+        """Those of repetition i; -1 is the first picture."""
+        prompts = [self.prompts(i * self.workload.batch + k) for k in range(self.workload.batch)]
+        w = self.workload
+        return self.oracle.settings(prompts, width=w.width, height=w.height, steps=w.steps, guidance=w.guidance)
+
+    def noise(self, i: int) -> Tensor:
+        w, scale = self.workload, self.config.autoencoder.spatial_compression
+        shape = (w.batch, self.config.dit.in_channels, w.height // scale, w.width // scale)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1000 + i)).to(self.device)
+
+    def paint(self, run, i: int) -> tuple[dict[str, float], Tensor]:
+        """Picture i: (ms of each stage and in total, latents). The picture itself, in 8 bits, is made and dropped."""
+        settings, noise, clock = self.settings(i), self.noise(i), Clock(self.device)
+        with clock.stage("total"):
+            with clock.stage("text_encode"):
+                captions = run.text_encode(settings)
+            with clock.stage("denoise"):
+                latents = run.denoise(settings, captions, noise)
+            with clock.stage("decode"):
+                images = run.decode(latents, settings)
+            with clock.stage("other"):
+                ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return clock.ms | {"per_step": clock.ms["denoise"] / settings.steps}, latents
+
+    def first_picture(self, measured: Measured) -> None:
+        clock = Clock(self.device)
+        with PeakMemory() as memory:
+            with clock.stage("prepare"):
+                measured.run.prepare(self.settings(-1))
+            stages, latents = self.paint(measured.run, -1)
+        measured.first, measured.latents, measured.peak_rss = stages | clock.ms, latents, memory.bytes
+
+    def gate(self) -> None:
+        """Check every run against fp32: the DiT's raw output in the middle of the schedule, and a decoded picture."""
+        self.say("parity with fp32")
+        names = sorted(self.alive, key=lambda name: name.split(":")[0] not in BASELINES)
+        latents = next((m.latents for m in map(self.alive.get, names) if bool(m.latents.isfinite().all())), self.noise(-1))
+        moment, settings = self.moment(latents), self.settings(-1)
+        with check.ComputeInFp32():
+            velocity = self.oracle.dit(moment.latents, moment.timestep, moment.states, moment.lengths, moment.guidance)
+            images = torch.cat([self.oracle.decode(latent, settings) for latent in latents.split(1)])
+
+        def compare(measured: Measured) -> None:
+            run = measured.run
+            measured.checks = [
+                check.dit_check(run.velocity(moment), velocity, run.name.precision),
+                check.image_check(run.decode(latents, settings), images, run.name.others),
+            ]
+
+        for measured in self.alive.values():
+            self.attempt(measured, compare, measured)
+
+    def moment(self, latents: Tensor) -> Moment:
+        """The middle of the schedule on the straight way from the noise to `latents`, which is what the DiT is trained on."""
+        settings = self.settings(-1)
+        schedule = scheduler.timesteps(self.config.scheduler, settings.steps)
+        time = float(schedule.model_times[settings.steps // 2])
+        sigma = time if self.config.scheduler.kind == "scm" else time / 1000
+        x = (1 - sigma) * latents + sigma * self.noise(-1)
+        groups = [group for group in self.oracle.encode(settings) if group is not None]  # negative, positive
+        captions = CaptionStates.stack(
+            [group.states[i, :length] for group in groups for i, length in enumerate(group.lengths.tolist())]
+        )
+        x = torch.cat([x] * len(groups))
+        guidance = torch.full((len(x),), settings.guidance, device=self.device) if self.config.dit.guidance_embeds else None
+        times = torch.full((len(x),), time, device=self.device)
+        return Moment(x, times, captions.states, captions.lengths, guidance)
+
+    def repeat(self, repeat: int) -> None:
+        def task(measured: Measured):
+            def paint(i: int) -> dict[str, float] | None:
+                if measured.status != "ok":
+                    return None
+                painted = self.attempt(measured, self.paint, measured.run, i)
+                return painted and painted[0]
+
+            return paint
+
+        names = [m.run.name for m in self.alive.values()]
+        kinds = {self.peaks.kind(precision) for name in names for precision in (name.precision, name.others)}
+        tasks = {name: task(measured) for name, measured in self.alive.items()}
+        for name, stages, verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
+            measured = self.measured[name]
+            self.say(f"{name}: {stages['total']:.0f} ms, {verdict}")
+            measured.rejected += verdict == "rejected"
+            measured.unsteady += verdict == "unsteady"
+            if verdict != "rejected":
+                measured.samples.append(stages)
+
+    # ------------------------------------------------------------------------------------------ rows
+
+    def rows(self) -> list[dict]:
+        """Everything that is known by now."""
+        rows = [row for measured in self.measured.values() for row in self.rows_of(measured)]
+        medians = {
+            (row["kind"], f"{row['backend']}:{row['precision']}"): row["timing"]["ms"]["median"]
+            for row in rows
+            if row["status"] == "ok"
+        }
+        for row in rows:
+            if row["status"] == "ok" and row["kind"] != "first_image":
+                own, me = row["timing"]["ms"]["median"], f"{row['backend']}:{row['precision']}"
+                row["speedup"] = {
+                    name: median / own
+                    for (kind, name), median in medians.items()
+                    if kind == row["kind"] and name != me and name.split(":")[0] in BASELINES
+                }
+        return rows
+
+    def rows_of(self, measured: Measured) -> list[dict]:
+        name = measured.run.name
+        common = {
+            "name": f"{self.config.name}_{self.workload.width}x{self.workload.height}", "backend": name.backend,
+            "precision": name.label, "weights": self.weights.loaded.source, "workload": self.workload.as_json(),
+        }  # fmt: skip
+        if measured.status != "ok":
+            return [{"kind": "image", **common, "status": measured.status, "reason": measured.reason}]
+        if not measured.checks:  # interrupted before anything could be trusted
+            return []
+        dit, image = measured.checks
+        common["plan"] = measured.run.plan()
+        common["memory_mib"] = {
+            "weights": round(self.weights.bytes(name.dtypes) / 2**20), "rss": round(measured.peak_rss / 2**20),
+        }  # fmt: skip
+        first = dict(measured.first)
+        first["other"] += first["prepare"]
+        first["total"] += first["prepare"]
+        rows = [self.row("first_image", common, [first], [dit, image], [], 0, measured)]
+        if measured.samples:
+            median = median_repetition(measured.samples)
+            failures = self.failures(median, name)
+            rows.append(self.row("image", common, measured.samples, [dit, image], failures, 1, measured))
+            decodes = [{"total": sample["decode"]} for sample in measured.samples]
+            failures = [failure for failure in failures if failure.startswith("decode")]
+            rows.append(self.row("decode", common, decodes, [image], failures, 1, measured))
+        return rows
+
+    def row(self, kind, common, samples, checks, failures, warmup, measured) -> dict:
+        """One row; `samples` hold the stages (of a decode row, only the total) of each repetition."""
+        totals = [sample["total"] for sample in samples]
+        checked = check.summary(checks, failures)
+        row = {"kind": kind, **common, "status": "ok" if checked["passed"] else "FAIL"}
+        row["timing"] = {
+            "method": "wall clock, synchronised", "warmup": warmup, "n": len(totals), "ms": statistics_ms(totals), "raw_ms": totals,
+            "rejected": measured.rejected * (kind != "first_image"), "unsteady": measured.unsteady * (kind != "first_image"),
+        }  # fmt: skip
+        median = median_repetition(samples)
+        if kind != "decode":
+            row["stages_ms"] = {stage: median[stage] for stage in (*STAGES, "per_step")}
+        if kind == "first_image":
+            row["prepare_ms"] = measured.first["prepare"]
+        else:
+            row["work"] = self.work(median, measured.run.name)
+        row["check"] = checked
+        return row
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-adds of each stage that can't be avoided, for the whole batch."""
+        w, config = self.workload, self.config
+        scale = config.autoencoder.spatial_compression
+        tokens = (w.height // scale) * (w.width // scale)
+        guided = w.guidance > 1 and not config.dit.guidance_embeds
+        lengths = (1, w.text_tokens) if guided else (w.text_tokens,)  # the empty negative prompt is one token
+        return {
+            "denoise": w.batch * work.denoise_macs(config.dit, tokens, w.steps, lengths),
+            "decode": w.batch * work.decoder_macs(config.autoencoder, w.height, w.width),
+        }
+
+    def work(self, stages: dict[str, float], name: RunName) -> dict:
+        """GMAC of the stages, and what share of the measured peak that is."""
+        precisions = {"denoise": name.precision, "decode": name.others}
+        stages = {"decode": stages["total"], **stages}  # a decode row has no stages but itself
+        percent = {
+            stage: self.peaks.percent(2 * macs, stages[stage] / 1e3, precisions[stage])
+            for stage, macs in self.macs().items()
+            if stage in stages
+        }
+        return {
+            "gmac": {stage: macs / 1e9 for stage, macs in self.macs().items() if stage in stages},
+            "peak": {stage: self.peaks.kind(precisions[stage]) for stage in percent},
+            "pct_of_peak": percent,
+        }
+
+    def failures(self, stages: dict[str, float], name: RunName) -> list[str]:
+        """What, besides parity, speaks against a measurement."""
+        reasons = [
+            f"{stage} runs at {percent:.0f} % of the measured peak"
+            for stage, percent in self.work(stages, name)["pct_of_peak"].items()
+            if percent > 100
+        ]
+        if not stages_sum_up(stages, stages["total"]):
+            reasons.append("the stages do not sum to the total within 2 %")
+        return reasons
+
+
+def median_repetition(samples: list[dict[str, float]]) -> dict[str, float]:
+    """The stages of the repetition with the median total; of an even number, the mean of the two in the middle."""
+    ordered = sorted(samples, key=lambda sample: sample["total"])
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    return {stage: statistics.fmean(sample[stage] for sample in middle) for stage in middle[0]}

@@ -1,0 +1,233 @@
+"""`sana bench kernels [op]`: each op of the registry by itself, on the shapes of `cases`.
+
+Every backend takes turns with plain PyTorch (the reference) and torch.compile of it; each result is held to fp64 by
+FlashAttention's rule. Inputs are cold: each call gets other tensors, and together they are twice the size of the last cache.
+So the bytes that must cross the memory bus are the inputs, and the output only where it is larger than that cache: of these
+is `gb_s`, and its share of the measured copy bandwidth.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sana_bench import check
+from sana_bench.cases import Case, cases
+from sana_bench.harness import Peaks, Results, interleave, statistics_ms
+from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
+from sana_model.errors import UserError
+from sana_model.pipeline import PRECISIONS
+
+COMPILED = "torch-compile"
+BASELINES = ("reference", COMPILED)
+BATCH_SECONDS, MIN_CALLS = 0.2, 5  # of one repetition
+MOST_COPIES, MOST_BYTES = 256, 2**30
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One case in one dtype, and who computes it."""
+
+    case: Case
+    precision: str
+    backends: tuple[str, ...]
+
+
+def select(
+    op: str | None, name: str, backends: str | None, dtypes: str, device: torch.device, quick: bool = False
+) -> list[Chosen]:
+    """What the flags of the command line ask for. Raises UserError for a name that is not known, or where nothing is left."""
+    if op is not None and op not in OPS:
+        raise UserError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
+    wanted = backends.split(",") if backends else [*BACKENDS, *([] if quick else [COMPILED])]
+    for what, given, known in (
+        ("backend", wanted, (*BACKENDS, COMPILED)),
+        ("dtype", dtypes.split(","), PRECISIONS),
+    ):
+        if unknown := [value for value in given if value not in known]:
+            raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
+    found = [case for case in cases(op) if name in case.name]
+    if quick:
+        found = [min((c for c in found if c.op == each), key=lambda c: c.macs) for each in dict.fromkeys(c.op for c in found)]
+        dtypes = dtypes.split(",")[0]
+    chosen = []
+    for case in found:
+        for precision in dtypes.split(","):
+            meta = tuple(_on_meta(a) for a in case.arguments(PRECISIONS[precision]))
+            able = [b for b in wanted if b == COMPILED or why_not(case.op, b, *meta, device=device) is None]
+            if able:
+                chosen.append(Chosen(case, precision, tuple(able)))
+    if not chosen:
+        raise UserError("nothing is left to measure: no such case, or no backend that can run it here (see `sana doctor`)")
+    return chosen
+
+
+def _on_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@dataclass
+class Measured:
+    """What is known of one backend on one case."""
+
+    call: Callable
+    check: dict
+    samples: list[float] = field(default_factory=list)  # ms
+    rejected: int = 0
+    unsteady: int = 0
+
+
+class KernelBench:
+    """`run()` measures; the rows are in `results.document`, added case by case."""
+
+    def __init__(self, chosen: list[Chosen], device: torch.device, peaks: Peaks, results: Results, *, seed: int = 0, say=print):
+        self.chosen, self.device, self.peaks, self.results, self.seed, self.say = chosen, device, peaks, results, seed, say
+
+    def run(self, repeat: int) -> dict:
+        with torch.inference_mode():
+            for one in self.chosen:
+                self.say(f"{one.case} {one.precision}: {', '.join(one.backends)}")
+                self.results.add(*self.measure(one, repeat))
+        return self.results.document
+
+    def measure(self, one: Chosen, repeat: int) -> list[dict]:
+        """The rows of one case."""
+        inputs = cold_inputs(one.case, PRECISIONS[one.precision], self.device, self.seed)
+        oracle = runner(one.case.op, "reference")(*(_wide(a) for a in inputs[0]))
+        plain = runner(one.case.op, "reference")(*inputs[0])
+        measured = {}
+        for backend in one.backends:
+            call = runner(one.case.op, backend)
+            measured[backend] = Measured(call, check.kernel_check(call(*inputs[0]), plain, oracle))
+        tasks = {name: lambda i, call=m.call: time_calls(call, inputs, self.device) for name, m in measured.items()}
+        kinds = {self.peaks.kind("copy"), self.peaks.kind(one.precision)}
+        for name, samples, verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
+            m = measured[name]
+            m.rejected += verdict == "rejected"
+            m.unsteady += verdict == "unsteady"
+            if verdict != "rejected":
+                m.samples += samples
+        moved = bytes_moved(inputs[0], plain, last_cache_bytes(self.device))
+        rows = [self.row(one, backend, m, moved) for backend, m in measured.items()]
+        medians = {row["backend"]: row["timing"]["ms"]["median"] for row in rows if row["status"] == "ok"}
+        for row in rows:
+            if row["status"] == "ok":
+                row["speedup"] = {
+                    baseline: medians[baseline] / medians[row["backend"]]
+                    for baseline in BASELINES
+                    if baseline in medians and baseline != row["backend"]
+                }
+        return rows
+
+    def row(self, one: Chosen, backend: str, m: Measured, moved: int) -> dict:
+        ms = statistics_ms(m.samples)
+        seconds = ms["median"] / 1e3
+        percent = {
+            "copy": self.peaks.percent(moved, seconds, "copy"),
+            "arithmetic": self.peaks.percent(2 * one.case.macs, seconds, one.precision),
+        }
+        failures = [f"{value:.0f} % of the measured peak ({what})" for what, value in percent.items() if value > 100]
+        passed = m.check["passed"] and not failures
+        return {
+            "kind": "kernel", "name": str(one.case), "backend": backend, "precision": one.precision,
+            "shape": one.case.shape, "status": "ok" if passed else "FAIL",
+            "timing": {
+                "method": "cuda events" if self.device.type == "cuda" else "wall clock", "inputs": "cold", "warmup": 1,
+                "n": len(m.samples), "rejected": m.rejected, "unsteady": m.unsteady, "ms": ms, "raw_ms": m.samples,
+            },
+            "work": {
+                "gmac": one.case.macs / 1e9, "gib": moved / 2**30, "gb_s": moved / seconds / 1e9, "pct_of_peak": percent,
+                "peak": {"arithmetic": self.peaks.kind(one.precision)},
+            },
+            "check": m.check | {"passed": passed, "failures": failures},
+        }  # fmt: skip
+
+
+def runner(op: str, backend: str) -> Callable:
+    """What computes an op on a backend: the registered kernel itself, or its reference under torch.compile."""
+    found = {kernel.backend: kernel.run for kernel in kernels(op)}
+    if backend == COMPILED:
+        return torch.compile(found["reference"], mode="max-autotune-no-cudagraphs", dynamic=False)
+    return found[backend]
+
+
+def _wide(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def cold_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> list[tuple]:
+    """As many copies of the arguments as it takes to be twice as large as the last cache, within reason."""
+    first = case.arguments(dtype, device, seed)
+    size = max(1, sum(a.nbytes for a in first if isinstance(a, Tensor)))
+    copies = math.ceil(2 * last_cache_bytes(device) / size) + 1
+    copies = max(2, min(copies, MOST_COPIES, MOST_BYTES // size))
+    return [first, *(clone(first) for _ in range(copies - 1))]
+
+
+def clone(arguments: tuple) -> tuple:
+    """The same values elsewhere, in the same strides: views of one tensor become views of one copy."""
+    storages: dict[int, Tensor] = {}
+
+    def copy(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in storages:
+            flat = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
+            storages[storage.data_ptr()] = flat.clone()
+        return storages[storage.data_ptr()].as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return tuple(copy(value) for value in arguments)
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory; 64 MiB where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    names = [name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in getattr(os, "sysconf_names", ())]
+    return next((size for name in names if (size := os.sysconf(name)) > 0), 2**26)
+
+
+def bytes_moved(arguments: tuple, output: Tensor, cache: int) -> int:
+    """What crosses the memory bus in one call on cold inputs."""
+    read = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
+    written = output.numel() * output.element_size()
+    return read + (written if written > cache else 0)
+
+
+def time_calls(call: Callable, inputs: list[tuple], device: torch.device) -> list[float]:
+    """Milliseconds of single calls, each on other inputs, for at least 0.2 s and five calls."""
+    call(*inputs[-1])
+    return _time_on_gpu(call, inputs) if device.type == "cuda" else _time_on_cpu(call, inputs)
+
+
+def _time_on_cpu(call: Callable, inputs: list[tuple]) -> list[float]:
+    samples: list[float] = []
+    over = time.perf_counter() + BATCH_SECONDS
+    while len(samples) < MIN_CALLS or time.perf_counter() < over:
+        arguments = inputs[len(samples) % len(inputs)]
+        start = time.perf_counter()
+        call(*arguments)
+        samples.append((time.perf_counter() - start) * 1e3)
+    return samples
+
+
+def _time_on_gpu(call: Callable, inputs: list[tuple]) -> list[float]:
+    """Queued in blocks, so that the GPU never waits for Python between two events of a block."""
+    samples: list[float] = []
+    over = time.perf_counter() + BATCH_SECONDS
+    while len(samples) < MIN_CALLS or time.perf_counter() < over:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
+        for start, end in events:
+            arguments = inputs[len(samples) % len(inputs)]
+            samples.append(0.0)
+            start.record()
+            call(*arguments)
+            end.record()
+        torch.cuda.synchronize()
+        samples[-len(events) :] = [start.elapsed_time(end) for start, end in events]
+    return samples

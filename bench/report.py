@@ -1,0 +1,205 @@
+"""Result files to Markdown tables: `python -m sana_bench.report README.md [--check]`.
+
+In the Markdown file, a table stands between two markers and is written anew each time:
+
+    <!-- table:image -->                         pictures, of the newest file in bench/results that has some
+    <!-- table:kernels bench/results/x.json -->  ops, of that file
+    <!-- table:ops -->                           op × backend, from the registry
+    <!-- /table -->                              the end of either
+
+`--check` changes nothing and exits with status 1 where a table is not what the files say.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sana_bench import schema
+from sana_kernels import diagnostics
+from sana_model.errors import UserError
+from sana_model.files import write_text
+
+MARKED = re.compile(r"(<!-- table:(\w+) *(\S*) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def image_table(document: dict) -> str:
+    """A row per run, and below it the conditions. A run that failed has no time and no speed-up."""
+    out = []
+    for group in _groups(document, "image"):
+        w = group[0]["workload"]
+        baselines = list(dict.fromkeys(name for row in group for name in row.get("speedup", ())))
+        columns = ["text ms", "step ms", "decode ms", "**ms/image** p50 [p10–p90]", "first s", "GiB", "% peak: DiT, decoder"]
+        columns += ["dB: DiT, image", *(f"× {name}" for name in baselines)]
+        title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
+        rows = [_image_row(row, document, baselines) for row in group]
+        out += [_markdown([title, *columns], rows), "", _conditions(document, group[0].get("weights", "")), ""]
+    return "\n".join(out).strip()
+
+
+def _image_row(row: dict, document: dict, baselines: list[str]) -> list[str]:
+    name = _run_name(row)
+    if row["status"] not in schema.MEASURED:
+        return [name, "", "", "", row["status"], *[""] * (4 + len(baselines))]
+    first = next(
+        (f for f in document["results"] if f["kind"] == "first_image" and _run_name(f) == name and f["workload"] == row["workload"]),
+        None,
+    )
+    stages, percent = row["stages_ms"], row["work"]["pct_of_peak"]
+    decibels = ", ".join(f"{part['value']:.0f}" for part in row["check"]["parts"])
+    cells = [f"{stages[key]:.0f}" for key in ("text_encode", "per_step", "decode")]
+    cells.append(_range(row["timing"]["ms"], 1) if row["status"] == "ok" else f"**FAIL** ({_why(row['check'])})")
+    cells.append(f"{first['timing']['ms']['median'] / 1e3:.1f}" if first else "")
+    cells += [f"{row['memory_mib']['rss'] / 1024:.1f}", f"{percent['denoise']:.0f}, {percent['decode']:.0f}", decibels]
+    speedups = row.get("speedup", {})
+    return [name, *cells, *(f"{speedups[b]:.2f}" if b in speedups else "" for b in baselines)]
+
+
+def kernel_table(document: dict) -> str:
+    """A row per op, shape and dtype; a pair of columns per backend."""
+    rows = [row for row in document["results"] if row["kind"] == "kernel"]
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        cells.setdefault((row["name"], row["precision"]), {})[row["backend"]] = row
+    header = ["op, shape", "dtype", *(f"{backend} µs p50 [p10–p90]" for backend in backends)]
+    header += ["best: GB/s", "% of copy", "% of peak", "error / PyTorch's", "× reference"]
+    body = [[name, dtype, *_kernel_cells(by_backend, backends)] for (name, dtype), by_backend in cells.items()]
+    return f"{_markdown(header, body)}\n\n{_conditions(document, '')}"
+
+
+def _kernel_cells(by_backend: dict[str, dict], backends: list[str]) -> list[str]:
+    def time_of(row: dict | None) -> str:
+        if row is None:
+            return ""
+        if row["status"] == "FAIL":
+            return f"**FAIL** ({_why(row['check'])})"
+        return _range(row["timing"]["ms"], 1e3) if row["status"] == "ok" else row["status"]
+
+    times = [time_of(by_backend.get(backend)) for backend in backends]
+    good = [row for row in by_backend.values() if row["status"] == "ok"]
+    if not good:
+        return [*times, "", "", "", "", ""]
+    best = min(good, key=lambda row: row["timing"]["ms"]["median"])
+    work, speedup = best["work"], best.get("speedup", {}).get("reference")
+    percent = work["pct_of_peak"]
+    return [
+        *times, f"{work['gb_s']:.1f}", f"{percent['copy']:.0f}", f"{percent['arithmetic']:.0f}",
+        f"{best['check']['value']:.2f}", f"{speedup:.2f}" if speedup else "",
+    ]  # fmt: skip
+
+
+def ops_table() -> str:
+    """Which backend has a kernel for which op; what a machine can run of it, `sana doctor` tells."""
+    matrix = diagnostics.describe()["matrix"]
+    backends = list(next(iter(matrix.values())))
+    rows = [[f"`{op}`", *("–" if cells[b] == "none" else "✓" for b in backends)] for op, cells in matrix.items()]
+    return _markdown(["op", *(f"`{backend}`" for backend in backends)], rows)
+
+
+def rewrite(text: str, find: Callable[[str, str], dict]) -> str:
+    """`text` with every marked table as it ought to be. `find(table, file)` gives the document for a table."""
+
+    def table(match: re.Match) -> str:
+        start, name, file, end = match.groups()
+        if name == "ops":
+            return f"{start}{ops_table()}\n{end}"
+        if name not in _TABLES:
+            raise UserError(f"there is no table {name!r}; choose image, kernels or ops")
+        document = find(name, file)
+        return f"{start}{_TABLES[name](document)}\n{end}" if document else match.group()
+
+    return MARKED.sub(table, text)
+
+
+_TABLES = {"image": image_table, "kernels": kernel_table}
+_ROWS = {"image": "image", "kernels": "kernel"}
+
+
+def newest(results: Path, table: str) -> dict | None:
+    """The latest complete file under bench/results that has rows for a table; None where there is none."""
+    documents = [schema.load(path) for path in results.glob("*.json")]
+    having = [d for d in documents if any(row["kind"] == _ROWS[table] for row in d["results"]) and d["run"].get("complete")]
+    return max(having, key=lambda d: d["run"]["id"], default=None)
+
+
+def _groups(document: dict, kind: str) -> Iterator[list[dict]]:
+    """Rows of a kind that belong in one table: the same model and workload."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in document["results"]:
+        if row["kind"] == kind:
+            groups.setdefault((row["name"], *row["workload"].values()), []).append(row)
+    yield from groups.values()
+
+
+def _conditions(document: dict, weights: str) -> str:
+    machine, run = document["machine"], document["run"]
+    where = machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']} ({machine['isa']}), {machine['threads_used']} threads"
+    parts = [where, f"torch {document['software']['versions']['torch']}", run["id"]]
+    if weights:
+        parts.insert(0, weights)
+    load = machine.get("load", {}).get("before")
+    if load:
+        parts.append(f"load {load[0]:.1f} at the start")
+    again = f"Again: `{run['command']}`"
+    return ". ".join((", ".join(parts), again)) + "."
+
+
+def _run_name(row: dict) -> str:
+    return f"{row['backend']}:{row['precision']}"
+
+
+def _range(ms: dict[str, float], scale: float) -> str:
+    digits = 0 if ms["median"] * scale >= 100 else 1
+    median, p10, p90 = (f"{ms[key] * scale:.{digits}f}" for key in ("median", "p10", "p90"))
+    return f"{median} [{p10}–{p90}]"
+
+
+def _why(check: dict) -> str:
+    if check["value"] < check["limit"] and check["metric"] != "error_vs_torch":
+        return f"{check['metric'].split('_')[0]} {check['value']:.1f} dB, limit {check['limit']:g}"
+    if check["metric"] == "error_vs_torch" and check["value"] > check["limit"]:
+        return f"{check['value']:.1f} × PyTorch's error, limit {check['limit']:g}"
+    return "; ".join(check["failures"])
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sana_bench.report", description="Write the tables of a Markdown file.")
+    parser.add_argument("markdown", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is out of date")
+    args = parser.parse_args(argv)
+    try:
+        return update(args.markdown, args.check)
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def update(markdown: Path, check: bool = False) -> int:
+    """Write the tables of one file; 1 if `check` and some are out of date."""
+    folder = markdown.resolve().parent
+
+    def find(table: str, file: str) -> dict | None:
+        return schema.load(folder / file) if file else newest(folder / "bench" / "results", table)
+
+    try:
+        text = markdown.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{markdown} cannot be read: {error.strerror}") from error
+    new = rewrite(text, find)
+    if check and new != text:
+        print(f"{markdown} has tables that are out of date; `python -m sana_bench.report {markdown}` writes them", file=sys.stderr)
+        return 1
+    if not check:
+        write_text(markdown, new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

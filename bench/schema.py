@@ -1,0 +1,114 @@
+"""The shape of a result file: what scripts may rely on. `validate` says where a file departs from it.
+
+A file holds one run: `schema`, `run` (id, command, git_sha, seed), `machine` (load, steal and the peaks measured in that run),
+`software`, and `results`, a list of rows. Every row has
+
+    kind        image | first_image | decode | kernel | quality
+    name        what was measured, such as sana-0.6b_1024x1024 or linear_attention/0.6b_1024
+    backend     with precision, the name of the run: cpu:bf16; a precision that ends in + holds for text encoder and decoder, too
+    precision
+    status      ok | FAIL (see check) | out of memory | not available | error (see reason)
+
+and, where it was measured (ok, FAIL),
+
+    timing      method, warmup, n, rejected, unsteady, ms {median, p10, p90, min, mean}, raw_ms
+    check       against, value, limit, passed, failures: parity with fp32 (kernels: fp64), and whatever else speaks against the row
+    work        gmac, gib and the percentages of the measured peaks
+    workload    of pictures: batch, height, width, steps, guidance, text_tokens
+    stages_ms   of pictures: text_encode, denoise (with text keys and values, caption projection and tables), per_step
+                (denoise / steps), decode, other, in the repetition of the median total (of an even number, the mean of the
+                two in the middle), so that they sum to the median
+    speedup     {baseline row: ratio of the medians}; only where check.passed
+    plan        which kernel computes which op, in which precision
+"""
+
+import json
+import math
+from pathlib import Path
+
+from sana_model.errors import UserError
+
+VERSION = 1
+KINDS = ("image", "first_image", "decode", "kernel", "quality")
+MEASURED = ("ok", "FAIL")
+STATUSES = (*MEASURED, "out of memory", "not available", "error")
+STAGES = ("text_encode", "denoise", "decode", "other")  # these sum to the total
+WORKLOAD = ("batch", "height", "width", "steps", "guidance", "text_tokens")
+STAGE_SUM_TOLERANCE = 0.02
+
+
+def load(path: str | Path) -> dict:
+    """Read a result file. Raises UserError that names the file and the place where it departs from the schema."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    problems = validate(document)
+    if problems:
+        raise UserError(f"{path} is not a result file of sana bench: " + "; ".join(problems[:3]))
+    return document
+
+
+def validate(document: object) -> list[str]:
+    """What is wrong with a result document, one sentence each; nothing for a good one."""
+    if not isinstance(document, dict):
+        return ["it is not a JSON object"]
+    if document.get("schema") != VERSION:
+        return [f"schema is {document.get('schema')!r}, and this version reads {VERSION}"]
+    problems = [
+        f"{key} is missing or not {'a list' if kind is list else 'an object'}"
+        for key, kind in (("run", dict), ("machine", dict), ("software", dict), ("results", list))
+        if not isinstance(document.get(key), kind)
+    ]
+    for i, row in enumerate(document.get("results") or ()):
+        where = f"results[{i}]"
+        problems += [f"{where}: {problem}" for problem in (_row(row) if isinstance(row, dict) else ["not an object"])]
+    return problems
+
+
+def _row(row: dict) -> list[str]:
+    problems = [f"{key} is missing" for key in ("name", "backend", "precision") if not isinstance(row.get(key), str)]
+    if row.get("kind") not in KINDS:
+        problems.append(f"kind {row.get('kind')!r} is not one of {', '.join(KINDS)}")
+    if row.get("status") not in STATUSES:
+        problems.append(f"status {row.get('status')!r} is not one of {', '.join(STATUSES)}")
+    if row.get("kind") in ("image", "first_image", "decode"):
+        workload = row.get("workload") or {}
+        problems += [f"workload.{key} is missing" for key in WORKLOAD if not _number(workload.get(key))]
+    if row.get("status") in MEASURED and row.get("kind") != "quality":
+        problems += _measurement(row)
+    elif "speedup" in row:
+        problems.append("a row without a measurement has a speedup")
+    return problems
+
+
+def _measurement(row: dict) -> list[str]:
+    ms = (row.get("timing") or {}).get("ms") or {}
+    check = row.get("check") or {}
+    problems = [f"timing.ms.{key} is not a number ≥ 0" for key in ("median", "p10", "p90") if not _number(ms.get(key))]
+    problems += [f"check.{key} is missing" for key in ("against", "value", "limit", "passed") if key not in check]
+    if problems:
+        return problems
+    if not ms["p10"] <= ms["median"] <= ms["p90"]:
+        problems.append("timing.ms is not ordered p10 ≤ median ≤ p90")
+    if check["passed"] != (row["status"] == "ok"):
+        problems.append(f"status is {row['status']!r}, but check.passed is {check['passed']}")
+    if row.get("speedup") and not check["passed"]:
+        problems.append("a row that failed its check has a speedup")
+    if row["kind"] in ("image", "first_image"):
+        stages = row.get("stages_ms") or {}
+        missing = [key for key in (*STAGES, "per_step") if not _number(stages.get(key))]
+        problems += [f"stages_ms.{key} is not a number ≥ 0" for key in missing]
+        if not missing and check["passed"] and not stages_sum_up(stages, ms["median"]):
+            problems.append("the stages do not sum to the median within 2 %")
+    return problems
+
+
+def stages_sum_up(stages: dict[str, float], total: float) -> bool:
+    return abs(sum(stages[key] for key in STAGES) - total) <= STAGE_SUM_TOLERANCE * total
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -1,0 +1,25 @@
+// Which instruction set the kernels use: the best one that the processor, the operating system, the compiler that built this
+// module and the cap (SANA_KERNELS_ISA, or set_isa_cap) allow.
+#pragma once
+
+namespace sana {
+
+// In order: each tier includes those before it. avx2 stands for AVX2 + FMA + F16C; avx512 for F, BW, DQ, VL, VNNI and BF16;
+// amx for tiles of int8 and bf16.
+enum class Isa : int { portable, avx2, avx512, amx };
+constexpr int kIsas = 4;
+
+const char* isa_name(Isa isa);
+bool cpu_has(Isa isa);  // the processor has the tier and the operating system lets us use it
+Isa active_isa();
+bool set_isa_cap(const char* name);  // false: the name is not known; nothing changed
+
+// The entry for the active tier, or the best below it where an op has none; the portable entry always exists.
+template <class Kernels>
+const Kernels& choose(const Kernels* const (&by_isa)[kIsas]) {
+  int isa = static_cast<int>(active_isa());
+  while (by_isa[isa] == nullptr) --isa;
+  return *by_isa[isa];
+}
+
+}  // namespace sana

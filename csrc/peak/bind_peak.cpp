@@ -1,0 +1,183 @@
+// Python: `_cpu.peak_kinds()` and `_cpu.peak(kind, threads, seconds)`. The loops are in peak_<isa>.cpp; this file feeds them
+// random operands, runs them on pinned threads and adds up the rates.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+#endif
+
+#include "common/cpu_features.h"
+#include "peak/peak.h"
+
+namespace py = pybind11;
+using sana::cpu_has;
+using sana::Isa;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+enum class Element { fp32, bf16, int8 };
+
+struct Kind {
+  const char* name;
+  Element element;
+  PeakLoop loop;
+  int iterations;  // of one call: a fraction of a millisecond, so that the clock is read often enough and costs nothing
+};
+
+// What this processor can run, slowest instruction set first.
+std::vector<Kind> kinds() {
+  std::vector<Kind> found = {{"fp32_portable", Element::fp32, peak_fp32_portable, 1 << 13}};
+#ifdef SANA_HAVE_AVX2
+  if (cpu_has(Isa::avx2)) found.push_back({"fp32_avx2", Element::fp32, peak_fp32_avx2, 1 << 14});
+#endif
+#ifdef SANA_HAVE_AVX512
+  if (cpu_has(Isa::avx512)) {
+    found.push_back({"fp32_avx512", Element::fp32, peak_fp32_avx512, 1 << 14});
+    found.push_back({"bf16_avx512", Element::bf16, peak_bf16_avx512, 1 << 14});
+    found.push_back({"int8_avx512", Element::int8, peak_int8_avx512, 1 << 14});
+  }
+#endif
+#ifdef SANA_HAVE_AMX
+  if (cpu_has(Isa::amx)) {
+    found.push_back({"bf16_amx", Element::bf16, peak_bf16_amx, 1 << 12});
+    found.push_back({"int8_amx", Element::int8, peak_int8_amx, 1 << 12});
+  }
+#endif
+  return found;
+}
+
+// Threads that the roofline speaks of do not move: thread i stays on the i-th processor this process may use.
+void pin(int i) {
+#if defined(__linux__)
+  cpu_set_t allowed, one;
+  if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  i %= CPU_COUNT(&allowed);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &allowed) && i-- == 0) {
+      CPU_ZERO(&one);
+      CPU_SET(cpu, &one);
+      pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+      return;
+    }
+  }
+#else
+  (void)i;
+#endif
+}
+
+// Runs `prepare(i)` and then `step(i)` over and over on `threads` threads, all of them from one moment on, and returns the
+// sum of the threads' rates: what their steps returned, per second.
+template <class Prepare, class Step>
+double total_rate(int threads, double seconds, Prepare prepare, Step step) {
+  std::atomic<int> ready{0};
+  std::vector<double> rates(threads);
+  std::vector<std::thread> team;
+  for (int i = 0; i < threads; ++i) {
+    team.emplace_back([&, i] {
+      pin(i);
+      prepare(i);
+      step(i);  // the first touch of memory, and the wide units' slow start
+      ready.fetch_add(1);
+      while (ready.load() < threads) std::this_thread::yield();
+      const auto start = Clock::now();
+      double done = 0, elapsed = 0;
+      while (elapsed < seconds) {
+        done += step(i);
+        elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+      }
+      rates[i] = done / elapsed;
+    });
+  }
+  for (std::thread& thread : team) thread.join();
+  double sum = 0;
+  for (double rate : rates) sum += rate;
+  return sum;
+}
+
+struct alignas(64) Operands {
+  unsigned char bytes[kOperandBytes];
+};
+
+Operands random_operands(Element element, int seed) {
+  std::mt19937 random(seed);
+  Operands operands;
+  for (size_t at = 0; at < sizeof operands.bytes; at += 4) {
+    uint32_t word = random();
+    // Exponent 126, random sign and mantissa: ±[0.5, 1), far from denormals, infinities and NaN.
+    if (element == Element::fp32) word = (word & 0x807fffffu) | 0x3f000000u;
+    if (element == Element::bf16) word = (word & 0x807f807fu) | 0x3f003f00u;
+    std::memcpy(operands.bytes + at, &word, 4);
+  }
+  return operands;
+}
+
+double loop_rate(const Kind& kind, int threads, double seconds) {
+  std::vector<Operands> operands;
+  for (int i = 0; i < threads; ++i) operands.push_back(random_operands(kind.element, i));
+  const auto step = [&](int i) { return kind.loop(operands[i].bytes, kind.iterations); };
+  return total_rate(threads, seconds, [](int) {}, step);
+}
+
+size_t last_cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return size_t(64) << 20;
+}
+
+// memcpy of a buffer of four times the last cache, its parts spread over the threads. Counts what memory sees: each byte is
+// read once and written once.
+double copy_rate(int threads, double seconds) {
+  const size_t part = (4 * last_cache_bytes() / threads + 4095) / 4096 * 4096;
+  std::vector<std::vector<unsigned char>> from(threads), to(threads);
+  const auto prepare = [&](int i) {
+    from[i].assign(part, static_cast<unsigned char>(i + 1));
+    to[i].assign(part, 0);
+  };
+  const auto step = [&](int i) {
+    std::memcpy(to[i].data(), from[i].data(), part);
+    asm volatile("" : : "r"(to[i].data()) : "memory");  // the copy is wanted although nobody reads it
+    return 2.0 * part;
+  };
+  return total_rate(threads, seconds, prepare, step);
+}
+
+double peak(const std::string& name, int threads, double seconds) {
+  if (threads < 1 || !(seconds > 0)) throw std::invalid_argument("peak needs threads >= 1 and seconds > 0");
+  if (name == "copy") return copy_rate(threads, seconds);
+  for (const Kind& kind : kinds())
+    if (name == kind.name) return loop_rate(kind, threads, seconds);
+  throw std::invalid_argument("peak " + name + " is not one that this processor can run; _cpu.peak_kinds() lists them");
+}
+
+std::vector<std::string> peak_kinds() {
+  std::vector<std::string> names;
+  for (const Kind& kind : kinds()) names.push_back(kind.name);
+  names.push_back("copy");
+  return names;
+}
+
+}  // namespace
+
+void bind_peak(py::module_& module) {
+  module.def("peak_kinds", peak_kinds, "The names that `peak` accepts on this processor.");
+  module.def("peak", peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+             "Operations per second (a multiply-add counts as two), or for \"copy\" bytes read and written per second, of "
+             "`threads` pinned threads together.");
+}

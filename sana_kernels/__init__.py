@@ -1,0 +1,17 @@
+"""The ops of SANA, each with a readable reference and faster kernels for CPUs and NVIDIA GPUs.
+
+>>> import sana_kernels
+>>> y = sana_kernels.linear_attention(q, k, v)                     # the fastest kernel that can run
+>>> y = sana_kernels.linear_attention(q, k, v, backend="cpu")      # this one, or an error that says why not
+
+`python -m sana_kernels` prints what this machine can run and why the rest is off.
+"""
+
+# The functions take the names of their packages; import what lies inside a package as
+# `from sana_kernels.linear_attention import reference`.
+from sana_kernels.cross_attention import cross_attention
+from sana_kernels.linear_attention import linear_attention
+from sana_kernels.mix_ffn import mix_ffn
+from sana_kernels.modulate import gate_residual, modulate
+
+__all__ = ["cross_attention", "gate_residual", "linear_attention", "mix_ffn", "modulate"]

@@ -1,0 +1,24 @@
+"""Hands tensors to the C++ kernel in csrc/linear_attention."""
+
+import torch
+from torch import Tensor
+
+from sana_kernels.backend import DTYPE_CODES, extension
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, norm_eps: float, eps: float
+) -> Tensor:
+    """As the reference; arguments as `_check` and `_accepts` of this package let them through."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    extension("_cpu")[0].linear_attention(
+        [x.data_ptr() for x in (q, k, v, out)],
+        q.shape,
+        [x.stride()[:3] for x in (q, k, v)],
+        DTYPE_CODES[q.dtype],
+        [None if w is None else (w.data_ptr(), DTYPE_CODES[w.dtype]) for w in (q_norm, k_norm)],
+        norm_eps,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out

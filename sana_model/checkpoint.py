@@ -1,0 +1,152 @@
+"""Checkpoint files as named tensors on disk: shapes first, values one at a time.
+
+Shapes are checked against the network before any value is read, so a wrong checkpoint costs no time and leaves
+nothing half loaded. safetensors files are memory-mapped: a tensor that needs no cast is used where it lies. Every
+failure is one UserError with the file and the key in it.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sana_model.errors import UserError
+from sana_model.keys import Rule, join, split
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors on disk by name."""
+
+    where: str  # the file, or the folder of shards, for messages
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    dtype: torch.dtype  # of the largest tensor: what the checkpoint is stored in
+
+
+def stored(where: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> Checkpoint:
+    """A Checkpoint, after a look at its largest tensor."""
+    if not shapes:
+        raise UserError(f"{where} holds no tensors")
+    dtype = read(max(shapes, key=lambda name: torch.Size(shapes[name]).numel())).dtype
+    if dtype not in FLOATS:
+        raise UserError(f"{where} is stored in {dtype}; supported are float32, float16 and bfloat16")
+    return Checkpoint(where, shapes, read, dtype)
+
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<before>\w+))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?"
+    r"(?:\.(?P<after>\w+))?\.safetensors"
+)
+_PREFERRED = {
+    torch.float32: (None, "fp32", "bf16", "fp16"),
+    torch.bfloat16: ("bf16", None, "fp32", "fp16"),
+    torch.float16: ("fp16", None, "fp32", "bf16"),
+    None: (None, "bf16", "fp16"),
+}
+
+
+def choose_weights(names: Iterable[str], dtype: torch.dtype | None, where: str) -> list[str]:
+    """Of the files of one part, its weights: the variant (`*.fp16.safetensors`) that suits `dtype` best.
+
+    A checkpoint is one file, or shards numbered -00001-of-0000N. Raises UserError if there is none or a shard is
+    missing.
+    """
+    variants: dict[str | None, dict[str, re.Match]] = {}
+    for name in sorted(names):
+        if match := _WEIGHTS.fullmatch(name):
+            variants.setdefault(match["before"] or match["after"], {})[name] = match
+    if not variants:
+        raise UserError(f"{where} holds no weights: no diffusion_pytorch_model*.safetensors or model*.safetensors")
+    variant = next((v for v in _PREFERRED[dtype] if v in variants), next(iter(variants)))
+    files = variants[variant]
+    whole = [name for name, match in files.items() if match["number"] is None]
+    if whole:
+        return whole[:1]
+    count = next(iter(files.values()))["count"]
+    missing = set(range(1, int(count) + 1)) - {int(match["number"]) for match in files.values()}
+    if missing:
+        raise UserError(f"{where}: shard {min(missing)} of {int(count)} is missing; the download is incomplete")
+    return list(files)
+
+
+def open_safetensors(files: list[Path]) -> Checkpoint:
+    """One file, or the shards of one checkpoint."""
+    source: dict[str, object] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                source[name], shapes[name] = handle, tuple(handle.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged or no safetensors file ({error}); download it again") from error
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    where = str(files[0] if len(files) == 1 else files[0].parent)
+    return stored(where, shapes, lambda name: source[name].get_tensor(name))
+
+
+def open_pth(file: Path) -> Checkpoint:
+    """The original `.pth`: a pickle of {"state_dict": {name: tensor}}, of which only tensors are ever unpickled."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is damaged, or holds more than tensors; unpickling it could run code of its author's, so it is "
+            "not opened. Ask for a safetensors file"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged or no PyTorch checkpoint ({error}); download it again") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file} is no checkpoint: a dictionary of tensors, or one under 'state_dict', is expected")
+    return stored(str(file), {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+
+
+def same_names(module: nn.Module) -> list[Rule]:
+    """The rules of a network whose names are those of the file."""
+    return [Rule(name, (name,), name) for name in module.state_dict()]
+
+
+def check(
+    checkpoint: Checkpoint, module: nn.Module, rules: list[Rule], dialect: str, dropped: Iterable[str] = ()
+) -> None:
+    """Every tensor of `module` (on the meta device) is there, has the right shape, and nothing else is."""
+    state = module.state_dict()
+    expected = {name: tuple(t.shape) for rule in rules for name, t in split(state[rule.ours], rule, dialect).items()}
+    found = {name: shape for name, shape in checkpoint.shapes.items() if name not in dropped}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not part of this model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more such keys)" if len(problems) > 1 else ""
+        raise UserError(f"{checkpoint.where}: {problems[0]}{more}; the file does not belong to this configuration")
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, rules: list[Rule], dialect: str, dtype: torch.dtype) -> nn.Module:
+    """Give `module` (on the meta device) the values of a checked checkpoint, cast one tensor at a time to `dtype`."""
+    state = {}
+    for rule in rules:
+        names = rule.theirs(dialect)
+        try:
+            parts = [checkpoint.read(name).to(dtype) for name in names]
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"{checkpoint.where}: cannot read {' and '.join(names)} ({error})") from error
+        state[rule.ours] = join(parts, rule)
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()

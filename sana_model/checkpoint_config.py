@@ -1,0 +1,453 @@
+"""What a checkpoint says about itself, and our dataclasses: diffusers' config.json files both ways, and `sana.json`.
+
+Reading is strict: a setting that changes the computation and that we do not compute is a UserError that names it,
+never a wrong picture. `assemble` adds the facts that no file of a published checkpoint states.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from sana_model.config import BUILT_IN, AutoencoderConfig, DiTConfig, ModelConfig, SchedulerConfig, TextEncoderConfig
+from sana_model.errors import UserError
+
+QK_NORM = "rms_norm_across_heads"
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline")
+WRITTEN_BY = "sana-kernels"
+
+
+class Fields:
+    """A config.json being read: takes fields one by one and can say, naming file and field, what is not supported."""
+
+    def __init__(self, values: Mapping, file: str | Path):
+        self.values, self.file = values, file
+        self._taken: set[str] = set()
+
+    def get(self, key: str, default):
+        self._taken.add(key)
+        return self.values.get(key, default)
+
+    def require(self, key: str, *allowed, default=None) -> None:
+        """The field is one of the `allowed` values (or absent, where `default` is allowed)."""
+        value = self.get(key, allowed[0] if default is None else default)
+        if value not in allowed:
+            supported = " or ".join(json.dumps(a) for a in allowed)
+            raise UserError(f"{self.file}: {key} is {json.dumps(value)}; supported is {supported}")
+
+    def no_others(self) -> None:
+        """Nothing else is set: it would be a setting of a newer diffusers, which changes the computation."""
+        for key, value in self.values.items():
+            if key not in self._taken and not key.startswith("_") and value not in (None, False):
+                raise UserError(f"{self.file}: {key} is {json.dumps(value)}; this setting is not known here")
+
+
+def read_json(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; the folder is not a complete diffusers model") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); the download may be incomplete") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a {type(values).__name__}, not the fields of a configuration")
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- the DiT
+
+
+def read_dit(values: Mapping, file: str | Path) -> DiTConfig:
+    """transformer/config.json → DiTConfig. Absent fields have diffusers' defaults (the 1.6B model)."""
+    f = Fields(values, file)
+    f.require("_class_name", "SanaTransformer2DModel")
+    f.require("patch_size", 1)
+    f.require("attention_bias", False)
+    f.require("norm_elementwise_affine", False)
+    heads, head_dim = f.get("num_attention_heads", 70), f.get("attention_head_dim", 32)
+    cross_heads = f.get("num_cross_attention_heads", 20)
+    C = heads * head_dim
+    f.require("cross_attention_dim", C, default=2240)
+    f.require("cross_attention_head_dim", C // cross_heads, default=112)
+    f.require("qk_norm", None, QK_NORM)
+    f.get("dropout", 0.0)  # training only
+    in_channels = f.get("in_channels", 32)
+    config = DiTConfig(
+        hidden=C,
+        layers=f.get("num_layers", 20),
+        head_dim=head_dim,
+        cross_heads=cross_heads,
+        mlp_ratio=f.get("mlp_ratio", 2.5),
+        in_channels=in_channels,
+        out_channels=f.get("out_channels", 32) or in_channels,
+        caption_channels=f.get("caption_channels", 2304),
+        sample_size=f.get("sample_size", 32),
+        qk_norm=f.get("qk_norm", None) is not None,
+        pos_embed_scale=f.get("interpolation_scale", None),
+        guidance_embeds=f.get("guidance_embeds", False),
+        guidance_embeds_scale=f.get("guidance_embeds_scale", 0.1),
+        timestep_scale=f.get("timestep_scale", 1.0),
+        norm_eps=f.get("norm_eps", 1e-6),
+    )
+    f.no_others()
+    return config
+
+
+def write_dit(config: DiTConfig) -> dict:
+    """DiTConfig → transformer/config.json."""
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "num_layers": config.layers,
+        "num_cross_attention_heads": config.cross_heads,
+        "cross_attention_head_dim": config.cross_head_dim,
+        "cross_attention_dim": config.hidden,
+        "caption_channels": config.caption_channels,
+        "mlp_ratio": config.mlp_ratio,
+        "dropout": 0.0,
+        "attention_bias": False,
+        "sample_size": config.sample_size,
+        "patch_size": 1,
+        "norm_elementwise_affine": False,
+        "norm_eps": config.norm_eps,
+        "interpolation_scale": config.pos_embed_scale,
+        "guidance_embeds": config.guidance_embeds,
+        "guidance_embeds_scale": config.guidance_embeds_scale,
+        "qk_norm": QK_NORM if config.qk_norm else None,
+        "timestep_scale": config.timestep_scale,
+    }
+
+
+def infer_dit(shapes: Mapping[str, tuple[int, ...]], dialect: str, file: Path, base: DiTConfig | None) -> DiTConfig:
+    """The model of a lone checkpoint file, from the shapes of its tensors and its name.
+
+    The number of cross-attention heads leaves no trace in the shapes; it and all other settings that are not shapes
+    come from `base`, or else from the published model of the same width.
+    """
+    block, linear, norm, guidance = {
+        "diffusers": (
+            "transformer_blocks",
+            "caption_projection.linear_1.weight",
+            "attn1.norm_q.weight",
+            "guidance_embedder",
+        ),
+        "original": ("blocks", "y_embedder.y_proj.fc1.weight", "attn.q_norm.weight", "cfg_embedder"),
+    }[dialect]
+    numbers = [int(match[1]) for name in shapes if (match := re.match(rf"{block}\.(\d+)\.", name))]
+    if linear not in shapes or not numbers:
+        raise UserError(f"{file}: no key {linear if linear not in shapes else block + '.0'}; not a complete SANA DiT")
+    C, caption = shapes[linear]
+    known = [base] if base is not None else []
+    twin = next((c for c in [*known, *(m.dit for m in BUILT_IN.values())] if c.hidden == C), None)
+    if twin is None:
+        raise UserError(
+            f"{file}: a DiT of width {C} is not a published one; pass the folder of its configuration as base"
+        )
+    config = replace(
+        twin, layers=max(numbers) + 1, caption_channels=caption, qk_norm=f"{block}.0.{norm}" in shapes,
+        guidance_embeds=any(guidance in name for name in shapes),
+    )  # fmt: skip
+    if twin is base:
+        return config
+    # Published sizes, by the original's position table (present, though unused, up to 1024 px) or the name of the file.
+    side = {256: 16, 1024: 32, 4096: 64, 16384: 128}.get(shapes.get("pos_embed", (0, 0))[1])
+    named = re.search(r"(512|1024|2K|4K)px", file.name)
+    side = side or ({"512": 16, "1024": 32, "2K": 64, "4K": 128}[named[1]] if named else config.sample_size)
+    return replace(config, sample_size=side, pos_embed_scale={64: 1.0, 128: 2.0}.get(side))
+
+
+# ---------------------------------------------------------------------------------------------- the other parts
+
+
+def read_text_encoder(values: Mapping, file: str | Path) -> TextEncoderConfig:
+    """text_encoder/config.json of Gemma-2 → TextEncoderConfig."""
+    f, ours = Fields(values, file), TextEncoderConfig()
+    f.require("model_type", "gemma2")
+    f.require("attention_bias", False)
+    f.require("hidden_activation", "gelu_pytorch_tanh")
+    f.require("use_bidirectional_attention", None, False)
+    layers = f.get("num_hidden_layers", ours.layers)
+    alternating = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    f.require("layer_types", None, alternating)
+    rope = f.get("rope_parameters", None) or f.get("rope_scaling", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{file}: rope_type is {rope['rope_type']!r}; supported is 'default'")
+    window = f.get("sliding_window", ours.sliding_window)
+    return TextEncoderConfig(
+        vocab=f.get("vocab_size", ours.vocab),
+        hidden=f.get("hidden_size", ours.hidden),
+        layers=layers,
+        heads=f.get("num_attention_heads", ours.heads),
+        kv_heads=f.get("num_key_value_heads", ours.kv_heads),
+        head_dim=f.get("head_dim", ours.head_dim),
+        ffn=f.get("intermediate_size", ours.ffn),
+        query_pre_attn_scalar=float(f.get("query_pre_attn_scalar", ours.query_pre_attn_scalar)),
+        attn_softcap=f.get("attn_logit_softcapping", ours.attn_softcap),
+        sliding_window=f.get("max_position_embeddings", 8192) if window is None else window,
+        rope_theta=float(rope.get("rope_theta", f.get("rope_theta", ours.rope_theta))),
+        norm_eps=f.get("rms_norm_eps", ours.norm_eps),
+    )
+
+
+def write_text_encoder(config: TextEncoderConfig, dtype: str) -> dict:
+    """TextEncoderConfig → text_encoder/config.json; `dtype` as in "bfloat16"."""
+    scalar = config.query_pre_attn_scalar
+    return {
+        "architectures": ["Gemma2Model"],
+        "model_type": "gemma2",
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": config.attn_softcap,
+        "sliding_window": config.sliding_window,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": False,
+        "max_position_embeddings": 8192,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+
+
+def read_autoencoder(values: Mapping, file: str | Path) -> AutoencoderConfig:
+    """vae/config.json → AutoencoderConfig. Absent fields have diffusers' defaults, not all of which are supported."""
+    f, ours = Fields(values, file), AutoencoderConfig()
+    f.require("_class_name", "AutoencoderDC")
+
+    def per_stage(key: str, default: tuple) -> tuple:
+        value = f.get(key, default)
+        value = [value] * len(ours.widths) if isinstance(value, str) else value
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+
+    def both(key: str, default: tuple) -> tuple:
+        encoder, decoder = per_stage(f"encoder_{key}", default), per_stage(f"decoder_{key}", default)
+        if encoder != decoder:
+            raise UserError(f"{file}: encoder_{key} and decoder_{key} differ; supported are equal ones")
+        return decoder
+
+    f.require("in_channels", 3)
+    f.require("upsample_block_type", "interpolate", default="pixel_shuffle")
+    f.require("downsample_block_type", "Conv", "conv", default="pixel_unshuffle")
+    f.require("decoder_conv_act_fn", "relu")
+    f.require("encoder_out_shortcut", True)
+    f.require("decoder_in_shortcut", True)
+    for key, supported in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
+        if set(per_stage(key, (supported,))) != {supported}:
+            raise UserError(f"{file}: {key} is {json.dumps(f.values[key])}; supported is {supported!r} in every stage")
+    config = AutoencoderConfig(
+        latent_channels=f.get("latent_channels", ours.latent_channels),
+        head_dim=f.get("attention_head_dim", ours.head_dim),
+        widths=both("block_out_channels", ours.widths),
+        encoder_layers=per_stage("encoder_layers_per_block", ours.encoder_layers),
+        decoder_layers=per_stage("decoder_layers_per_block", ours.decoder_layers),
+        block_types=both("block_types", ("ResBlock",) * 6),
+        qkv_multiscales=both("qkv_multiscales", ours.qkv_multiscales),
+        scaling_factor=f.get("scaling_factor", 1.0),
+    )
+    f.no_others()
+    return config
+
+
+def write_autoencoder(config: AutoencoderConfig) -> dict:
+    """AutoencoderConfig → vae/config.json."""
+    both = {
+        "block_types": config.block_types,
+        "block_out_channels": config.widths,
+        "qkv_multiscales": config.qkv_multiscales,
+    }
+    return {
+        "_class_name": "AutoencoderDC",
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": config.head_dim,
+        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()},
+        "encoder_layers_per_block": config.encoder_layers,
+        "decoder_layers_per_block": config.decoder_layers,
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "Conv",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "decoder_conv_act_fn": "relu",
+        "scaling_factor": config.scaling_factor,
+    }
+
+
+_FLOW_DPM = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000,
+}
+_KINDS = {
+    "DPMSolverMultistepScheduler": "flow_dpm",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+    "SCMScheduler": "scm",
+}
+
+
+def read_scheduler(values: Mapping, file: str | Path) -> SchedulerConfig:
+    """scheduler/scheduler_config.json → SchedulerConfig."""
+    f = Fields(values, file)
+    f.require("_class_name", *_KINDS, default="absent")
+    kind = _KINDS[values["_class_name"]]
+    if kind == "scm":
+        f.require("prediction_type", "trigflow")
+        return SchedulerConfig(kind, sigma_data=f.get("sigma_data", 0.5))
+    if kind == "flow_euler":
+        f.require("use_dynamic_shifting", False)
+        return SchedulerConfig(kind, flow_shift=f.get("shift", 1.0))
+    f.require("prediction_type", "flow_prediction", default="epsilon")
+    f.require("use_flow_sigmas", True, default=False)
+    for key in ("algorithm_type", "solver_order", "solver_type", "lower_order_final", "final_sigmas_type"):
+        f.require(key, _FLOW_DPM[key])
+    return SchedulerConfig(kind, flow_shift=f.get("flow_shift", 1.0))
+
+
+def write_scheduler(config: SchedulerConfig) -> dict:
+    """SchedulerConfig → scheduler/scheduler_config.json."""
+    name = next(name for name, kind in _KINDS.items() if kind == config.kind)
+    if config.kind == "scm":
+        return {
+            "_class_name": name,
+            "prediction_type": "trigflow",
+            "sigma_data": config.sigma_data,
+            "num_train_timesteps": 1000,
+        }
+    if config.kind == "flow_euler":
+        return {"_class_name": name, "shift": config.flow_shift, "num_train_timesteps": 1000}
+    return {"_class_name": name, **_FLOW_DPM, "flow_shift": config.flow_shift}
+
+
+# ---------------------------------------------------------------------------------------------- the whole model
+
+_FP16_TRAINED = re.compile(r"Sana_(600|1600)M_(512|1024)px(_MultiLing)?(_diffusers|\.pth)?", re.IGNORECASE)
+
+
+def assemble(
+    name: str, dit: DiTConfig, text: TextEncoderConfig, autoencoder: AutoencoderConfig, scheduler: SchedulerConfig
+) -> ModelConfig:
+    """A ModelConfig with the published defaults of its kind, and what no file of a published checkpoint states.
+
+    `name` is the last part of a hub id or path. The checkpoints trained in fp16 (they are told from the others by their
+    names only) never saw a self-attention output beyond ±65504, and need that clamp in every precision.
+    """
+    twin = next((m for m in BUILT_IN.values() if (m.dit.hidden, m.dit.layers) == (dit.hidden, dit.layers)), None)
+    if dit.guidance_embeds != (scheduler.kind == "scm"):
+        raise UserError(
+            f"{name}: guidance_embeds is {dit.guidance_embeds} but the scheduler is {scheduler.kind}; Sprint models "
+            "have guidance_embeds and the SCMScheduler, others neither"
+        )
+    if dit.caption_channels != text.hidden:
+        raise UserError(
+            f"{name}: the DiT reads captions {dit.caption_channels} wide; the text encoder's are {text.hidden}"
+        )
+    if dit.in_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"{name}: the DiT has {dit.in_channels} latent channels, the autoencoder {autoencoder.latent_channels}"
+        )
+    return ModelConfig(
+        name=name,
+        dit=replace(dit, clamp=dit.clamp or bool(_FP16_TRAINED.fullmatch(name))),
+        text=text,
+        autoencoder=autoencoder,
+        scheduler=scheduler,
+        steps=2 if scheduler.kind == "scm" else 20,
+        pag_layers=twin.pag_layers if twin else (dit.layers // 2,),
+    )
+
+
+def with_dit(base: ModelConfig | None, file: str, dit: DiTConfig) -> ModelConfig:
+    """`base` with another DiT, that of a lone `file`. Without a base, the published model that is most like it."""
+    name = file.rsplit(".", 1)[0]
+    if base is None:
+        twins = [m for m in BUILT_IN.values() if m.dit.hidden == dit.hidden]
+        base = next((m for m in twins if m.dit.guidance_embeds == dit.guidance_embeds), twins[0])
+        if dit.sample_size == 128:
+            base = replace(base, scheduler=replace(base.scheduler, flow_shift=6.0))
+    whole = assemble(name, dit, base.text, base.autoencoder, base.scheduler)
+    pag_layers = base.pag_layers if dit.layers == base.dit.layers else whole.pag_layers
+    return replace(base, name=name, dit=whole.dit, pag_layers=pag_layers)
+
+
+_number = (int, float)
+SANA_JSON = {
+    "steps": int,
+    "guidance": _number,
+    "size": int,
+    "precision": str,
+    "instruction": str,
+    "flow_shift": _number,
+    "clamp": bool,
+    "pag_layers": list,
+    "max_text_tokens": int,
+    "random": bool,
+    "written_by": str,
+}
+"""The fields of `sana.json` and their types. All are optional; they override what the rest of the folder implies."""
+
+
+def read_sana_json(values: Mapping, file: str | Path, config: ModelConfig) -> ModelConfig:
+    """`config` with the overrides of a `sana.json`; the caller sees to `precision` and `random`."""
+    for key, value in values.items():
+        if key not in SANA_JSON:
+            raise UserError(f"{file}: {key} is no known field; known are {', '.join(SANA_JSON)}")
+        kind = SANA_JSON[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            expected = "a number" if kind is _number else f"of type {kind.__name__}"
+            raise UserError(f"{file}: {key} is {json.dumps(value)}; it must be {expected}")
+    for key in ("steps", "size", "flow_shift", "max_text_tokens"):
+        if values.get(key, 1) <= 0:
+            raise UserError(f"{file}: {key} is {values[key]}; it must be positive")
+    if values.get("precision", "fp32") not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"{file}: precision is {values['precision']!r}; supported are fp32, bf16 and fp16")
+    pag_layers = tuple(values.get("pag_layers", config.pag_layers))
+    if not all(isinstance(i, int) and 0 <= i < config.dit.layers for i in pag_layers):
+        raise UserError(
+            f"{file}: pag_layers is {list(pag_layers)}; the blocks are numbered 0 to {config.dit.layers - 1}"
+        )
+    size = values.get("size", config.size)
+    unit = config.autoencoder.spatial_compression
+    if size % unit:
+        raise UserError(f"{file}: size is {size}; it must be a multiple of {unit}")
+    if size != config.size and config.dit.pos_embed_scale is not None:
+        raise UserError(f"{file}: size is {size}; this model's position embedding is tied to {config.size}")
+    return replace(
+        config,
+        dit=replace(config.dit, clamp=values.get("clamp", config.dit.clamp), sample_size=size // unit),
+        scheduler=replace(config.scheduler, flow_shift=float(values.get("flow_shift", config.scheduler.flow_shift))),
+        pag_layers=pag_layers,
+        **{key: values[key] for key in ("steps", "guidance", "instruction", "max_text_tokens") if key in values},
+    )
+
+
+def write_sana_json(config: ModelConfig, random: bool, precision: str) -> dict:
+    """The `sana.json` that keeps what diffusers' files have no place for."""
+    return {
+        "written_by": WRITTEN_BY,
+        "random": random,
+        "precision": precision,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "instruction": config.instruction,
+        "clamp": config.dit.clamp,
+        "pag_layers": list(config.pag_layers),
+        "max_text_tokens": config.max_text_tokens,
+    }

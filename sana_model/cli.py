@@ -1,0 +1,215 @@
+"""The `sana` command: generate, show, verify, convert, doctor, bench.
+
+Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk); 130 Ctrl-C;
+1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports torch before the arguments are
+known to be good: `sana --help` is immediate.
+"""
+
+import argparse
+import io
+import math
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+from sana_model.config import BUILT_IN, DIALECTS
+from sana_model.errors import UserError
+
+EPILOG = """\
+exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk);
+130 Ctrl-C; 1 anything else.  `sana COMMAND --help` lists the flags of a command."""
+
+GENERATE = """\
+Paint a picture. Without flags: the model's native size, 20 steps (2 for Sprint), guidance 4.5, seed 0, the instruction of
+SANA in front of the prompt, bf16; a sana.json in the model's folder may say otherwise. Existing files are replaced, folders
+never. The settings are stored in the PNG: `sana show` prints them, `--from` paints it again."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status. (argparse itself exits: 0 after --help, 2 after a wrong flag.)"""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"sana: warning: {message}", file=sys.stderr)
+            args = parser().parse_args(argv)
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+    except UserError as error:
+        print(f"sana: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("sana: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `sana doctor | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("sana: out of memory; try --low-memory, a smaller --size or --precision bf16", file=sys.stderr)
+        return 3
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = _Parser(prog="sana", description="SANA text-to-image.", epilog=EPILOG, formatter_class=_HELP)
+    root.add_argument("--version", action="version", version=f"sana-kernels {version('sana-kernels')}")
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands.add_parser("generate", help="paint pictures", description=GENERATE, formatter_class=_HELP))
+
+    show = commands.add_parser("show", help="print how a picture was painted")
+    show.add_argument("picture", type=Path, metavar="PICTURE.png")
+    show.set_defaults(run=_show)
+
+    verify = commands.add_parser("verify", help="compare a model, part by part, with the installed diffusers")
+    verify.add_argument("model", metavar="MODEL", help="a diffusers folder or hub id")
+    verify.add_argument("--precision", default="fp32", help="fp32 (default) | bf16 | fp16")
+    verify.set_defaults(run=_verify)
+
+    convert = commands.add_parser("convert", help="rewrite a model in another format; values and dtypes stay as they are")
+    convert.add_argument("source", metavar="SOURCE", help=MODEL_HELP)
+    convert.add_argument("destination", metavar="DESTINATION")
+    convert.add_argument("--to", choices=("diffusers", "original"), default="diffusers", help="a folder, or a .pth of the DiT")
+    convert.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
+    convert.add_argument("--force", action="store_true", help="replace another model's folder")
+    convert.set_defaults(run=_convert)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and why the rest is off")
+    doctor.set_defaults(run=_doctor)
+    return root
+
+
+MODEL_HELP = f"a diffusers folder, a .safetensors or .pth of a DiT, a hub id, or one of {', '.join(BUILT_IN)}"
+_HELP = argparse.RawDescriptionHelpFormatter
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"sana: {message}; see `{self.prog} --help`\n")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    """Flags left out are None: the default is the model's, or that of the picture in --from."""
+    parser.set_defaults(run=_generate)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT")
+
+    what = parser.add_argument_group("what to paint")
+    what.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="multiples of 32; one number for a square")
+    what.add_argument("--steps", type=int, metavar="N")
+    what.add_argument("--guidance", type=_finite, metavar="G", help="classifier-free guidance scale; 1 is off")
+    what.add_argument("--seed", type=int, metavar="S", help="picture i of several starts from S + i")
+    what.add_argument("--negative", dest="negative_prompt", metavar="T", help="what to keep out of the picture")
+    what.add_argument("--num-images", type=int, metavar="K", help="writes OUT-0.png, OUT-1.png, ... when K > 1")
+    what.add_argument("--instruction", metavar="default|none|FILE", help="the text in front of the prompt")
+    what.add_argument("--sampler", metavar="NAME", help="flow_dpm | flow_euler; scm for Sprint")
+    what.add_argument("--pag", dest="pag_scale", type=_finite, metavar="SCALE", help="perturbed-attention guidance; 0 is off")
+    what.add_argument("--guidance-interval", type=_interval, metavar="LO,HI", help="guide only where LO <= sigma <= HI")
+    what.add_argument(
+        "--binning", action=argparse.BooleanOptionalAction, help="paint in the nearest trained aspect ratio, resize and crop"
+    )
+
+    model = parser.add_argument_group("with what")
+    model.add_argument("--model", metavar="M", help=f"{MODEL_HELP} (default: sana-tiny)")
+    model.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
+    model.add_argument("--backend", metavar="B", help="auto (default) | reference | cpu | cuda | triton")
+    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 (default) | fp32 | fp16")
+    model.add_argument("--text-precision", metavar="P", help="default: bf16, or fp32 when --precision is fp32")
+    model.add_argument("--decoder-precision", metavar="P", help="likewise")
+    model.add_argument("--dialect", choices=DIALECTS, help="which public implementation to follow where they differ")
+    model.add_argument("--device", metavar="D", help="cpu | cuda | cuda:N")
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    model.add_argument(
+        "--low-memory", action="store_true", help="free the text encoder after encoding, and decode in tiles"
+    )
+    model.add_argument(
+        "--tiled", action=argparse.BooleanOptionalAction, help="decode in blended tiles: little memory, not the same pixels"
+    )
+
+    output = parser.add_argument_group("input and output")
+    output.add_argument("-o", "--output", type=Path, metavar="OUT", help="a .png file (default: out.png), or --prompts' folder")
+    output.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="one prompt per line ('#' starts a comment line), or a .jsonl of settings; pictures and results.jsonl go to the"
+        " folder -o, and what is already there is not painted again",
+    )  # fmt: skip
+    output.add_argument("--from", dest="picture", type=Path, metavar="PICTURE.png", help="paint this again; flags override")
+    output.add_argument("--plan", action="store_true", help="print which kernel runs in which precision, then paint")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write settings, ms per stage, plan and versions")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024x768") from error
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def _interval(text: str) -> tuple[float, float]:
+    values = tuple(_finite(part) for part in text.split(","))
+    if len(values) != 2 or values[0] > values[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval such as 0.2,0.8")
+    return values
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from sana_model.commands.generate import run
+
+    return run(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    import json
+
+    from sana_model.png import read_metadata
+
+    metadata = read_metadata(args.picture)
+    text = metadata.parameters() + "\n" + json.dumps(metadata.as_json(), indent=2, ensure_ascii=False)
+    # Pictures come from strangers: no control sequence in a prompt may reach the terminal.
+    print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from sana_model.verify import verify
+
+    report = verify(args.model, precision=args.precision)
+    print(report)
+    return 0 if report.passed else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from sana_model.weights import convert
+
+    convert(args.source, args.destination, args.to, base=args.base, force=args.force)
+    print(args.destination)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from sana_kernels.diagnostics import describe, render
+
+    print(render(describe()))
+    return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """What torch raises when an allocation fails, on a GPU and on the CPU, told without importing torch."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)

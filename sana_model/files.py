@@ -1,0 +1,72 @@
+"""Output files: whole or not there, errors in a sentence, and known to be writable before minutes of work begin."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sana_model.errors import MissingError, UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, which takes its place when the block ends well and is removed when not.
+
+    Raises UserError or MissingError, as one sentence, where the system refuses to write.
+    """
+    temporary = _beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file in UTF-8, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, on the disk when this returns. A last line that was cut off earlier stays by itself."""
+    try:
+        with path.open("ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read() not in (b"", b"\n")
+            file.write(("\n" if torn else "").encode() + line.encode() + b"\n")
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless `path` can become a file: an ordinary file there will be replaced, nothing else ever is."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not an ordinary file, and is not replaced by one")
+        if not path.parent.is_dir():
+            raise UserError(f"the folder {path.parent} does not exist; make it first: mkdir -p '{path.parent}'")
+        # Permission bits do not tell of read-only file systems, quotas or full disks; trying does.
+        probe = _beside(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MissingError(f"{path} cannot be written: the disk is full; make room, or write elsewhere")
+    return UserError(f"{path} cannot be written: {error.strerror or error}")

@@ -1,0 +1,217 @@
+"""Will it fit? Estimates of what a model and a picture need, and a refusal, before anything is allocated, that names what fits.
+
+Weights are counted exactly, on networks without storage. Activations are the few large tensors that are alive at once, in
+units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 512 to 2048 px), and
+`tests/test_memory.py` measures again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from sana_model.autoencoder import Autoencoder
+from sana_model.bins import nearest_bin
+from sana_model.config import BUILT_IN, ModelConfig
+from sana_model.dit import DiT
+from sana_model.errors import MissingError
+from sana_model.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from sana_model.pipeline import Settings
+
+Dtypes = dict[str, torch.dtype]
+"""By part: "dit", "text_encoder", "autoencoder"."""
+
+GB = 1e9
+SMALL = 64 * 2**20  # whatever does not grow with the picture: workspaces, tables, allocator slack
+DIT_UNITS = 20  # × rows · N · C values alive in one block: the residual stream, qkv or 2F twice, fp32 copies
+DECODER_UNITS = 8  # × width · height · outermost channels (128) values alive in the last stage
+DECODER_CPU_BYTES = 22  # × the same, whatever the dtype: the CPU's convolutions keep a wide copy of what they reorder
+TILE = 512  # pixels, `Autoencoder.tiled_decode`
+
+
+def estimate(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str = "cpu") -> dict[str, int]:
+    """Bytes by part.
+
+    Weights, there all the time: "dit", "text_encoder", "autoencoder". Passing peaks, of which only one is there at any time:
+    "text_encode", "denoise" (with the keys and values of the text), "decode".
+    """
+    dit, text = config.dit, config.text
+    width, height, rows = *_canvas(config, settings), _rows(config, settings)
+    scale = config.autoencoder.spatial_compression
+    tokens, size = width * height // scale**2, dtypes["dit"].itemsize
+
+    blocks = DIT_UNITS * rows * tokens * dit.hidden * size
+    keys_values = 2 * dit.layers * rows * config.max_text_tokens * dit.hidden * size
+    longest = 2 * config.max_text_tokens  # the instruction, then the prompt
+    scores = 16 * text.heads * longest**2
+    return weights(config, dtypes) | {
+        "text_encode": scores + 4 * longest * text.ffn * dtypes["text_encoder"].itemsize + SMALL,
+        "denoise": blocks + keys_values + SMALL,
+        "decode": _decode(config, settings, width, height, dtypes["autoencoder"], torch.device(device)),
+    }
+
+
+def weights(config: ModelConfig, dtypes: Dtypes) -> dict[str, int]:
+    """Bytes of the weights by part, as loaded."""
+    return {part: count * dtypes[part].itemsize for part, count in parameters(config).items()}
+
+
+@lru_cache(maxsize=32)
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """How many parameters each part has."""
+    with torch.device("meta"):
+        parts = {"dit": DiT(config.dit), "text_encoder": TextEncoder(config.text), "autoencoder": Autoencoder(config.autoencoder)}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str) -> None:
+    """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, where they are read first."""
+    device = torch.device(device)
+    needed = sum(weights(config, dtypes).values())
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        room = available(place)
+        if needed > room:
+            fits = list(_lighter_loads(config, dtypes, place, room))
+            raise MissingError(
+                f"the weights of {config.name} need {_gb(needed)} of {_name(place)} and {_gb(room)} are free; {_advice(fits)}"
+            )
+
+
+def check_run(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str) -> None:
+    """Raise MissingError unless painting fits into what `device` has left beside the weights, which are loaded already."""
+    device = torch.device(device)
+    room, needed = available(device), _peak(config, settings, dtypes, device)
+    if needed > room:
+        fits = list(_lighter_runs(config, settings, dtypes, device, room))
+        pictures = f"{settings.count} pictures" if settings.count > 1 else "a picture"
+        raise MissingError(
+            f"{pictures} of {settings.width}x{settings.height} need {_gb(needed)} of {_name(device)} beside the weights and "
+            f"{_gb(room)} are free; {_advice(fits)}"
+        )
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device: of a CPU, what the system and every enclosing cgroup leave."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min([psutil.virtual_memory().available, *cgroup_rooms()])
+
+
+def cgroup_rooms(root: Path = Path("/")) -> Iterator[int]:
+    """Bytes left under each memory limit of this process's control groups, of version 2 or 1.
+
+    A limit may sit on any ancestor, and inside a container the group's own path may not exist; both are why all are tried.
+    Unused file cache counts as free: the kernel gives it up first.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        v2 = controllers == ""
+        mount = root / "sys/fs/cgroup" / ("" if v2 else "memory")
+        limit, usage = ("memory.max", "memory.current") if v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            try:
+                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if most != "max":
+                yield max(0, int(most) - used + int(stat.get("inactive_file" if v2 else "total_inactive_file", 0)))
+
+
+def _peak(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device) -> int:
+    """The larger of denoising and decoding; encoding is over when this is asked."""
+    parts = estimate(config, settings, dtypes, device)
+    return max(parts["denoise"], parts["decode"])
+
+
+def _canvas(config: ModelConfig, settings: "Settings") -> tuple[int, int]:
+    """(width, height) that is painted."""
+    if settings.binning:
+        return nearest_bin(settings.height, settings.width, config.size)[::-1]
+    return settings.width, settings.height
+
+
+def _rows(config: ModelConfig, settings: "Settings") -> int:
+    """How many images the DiT sees at once: guidance adds an unguided and PAG a perturbed copy of each."""
+    guided = settings.guidance > 1 and not config.dit.guidance_embeds
+    return settings.count * (1 + guided + (settings.pag_scale > 0))
+
+
+def _decode(
+    config: ModelConfig, settings: "Settings", width: int, height: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Pictures are decoded one by one; all are kept, as 8-bit RGB, until the end."""
+    per_value = DECODER_UNITS * dtype.itemsize if device.type == "cuda" else DECODER_CPU_BYTES
+    pixels = width * height
+    at_once = min(width, TILE) * min(height, TILE) if settings.tiled else pixels
+    finished = 3 * pixels * (2 * 4 + settings.count)  # this picture in fp32, twice, and all of them in 8 bits
+    return per_value * at_once * config.autoencoder.widths[0] + finished + SMALL
+
+
+def _lighter_loads(config: ModelConfig, dtypes: Dtypes, place: torch.device, room: int) -> Iterator[str]:
+    """What to ask for instead so that the weights fit, least sacrifice first."""
+    half = dict.fromkeys(dtypes, torch.bfloat16)
+    now, lighter = sum(weights(config, dtypes).values()), sum(weights(config, half).values())
+    if lighter < now and lighter <= room:
+        yield f"--precision bf16 ({_gb(lighter)})"
+    if place.type == "cuda" and now <= available(torch.device("cpu")):
+        yield "--device cpu"
+    family = {name: other for name, other in BUILT_IN.items() if other.scheduler.kind == config.scheduler.kind}
+    sizes = {name: sum(weights(other, half).values()) for name, other in family.items()}
+    fitting = [name for name, size in sizes.items() if size < lighter and size <= room]
+    if fitting:
+        largest = max(fitting, key=sizes.get)
+        yield f"a smaller model, such as {largest} in bf16 ({_gb(sizes[largest])})"
+
+
+def _lighter_runs(
+    config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device, room: int
+) -> Iterator[str]:
+    """What to ask for instead so that the picture fits, least sacrifice first; each by itself is enough."""
+
+    def fits(asked: "Settings", with_dtypes: Dtypes = dtypes, freed: int = 0) -> int | None:
+        needed = _peak(config, asked, with_dtypes, device)
+        return needed if needed <= room + freed else None
+
+    held = weights(config, dtypes)
+    if settings.num_images > 1 and (needed := fits(replace(settings, num_images=1))):
+        yield f"--num-images 1 ({_gb(needed)})"
+    if not settings.tiled and (needed := fits(replace(settings, tiled=True), freed=held["text_encoder"])):
+        yield f"--low-memory ({_gb(needed)}, and the text encoder's {_gb(held['text_encoder'])} are freed)"
+    if torch.float32 in dtypes.values():
+        half = dict.fromkeys(dtypes, torch.bfloat16)
+        if needed := fits(settings, half, sum(held.values()) - sum(weights(config, half).values())):
+            yield f"--precision bf16 ({_gb(needed)})"
+    if not settings.binning:  # a bin's area does not depend on the size asked for
+        step, ratio = config.autoencoder.spatial_compression, settings.height / settings.width
+        for width in range(settings.width - step, 0, -step):
+            smaller = replace(settings, width=width, height=max(step, round(width * ratio / step) * step))
+            if needed := fits(smaller):
+                yield f"--size {smaller.width}x{smaller.height} ({_gb(needed)})"
+                return
+
+
+def _advice(fits: list[str]) -> str:
+    return f"what would fit: {', or '.join(fits)}" if fits else "nothing smaller would fit: free memory, or use another machine"
+
+
+def _name(device: torch.device) -> str:
+    return "GPU memory" if device.type == "cuda" else "memory"
+
+
+def _gb(count: int) -> str:
+    return f"{count / GB:.1f} GB" if count >= 0.95 * GB else f"{count / 1e6:.0f} MB"

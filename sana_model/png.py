@@ -1,0 +1,145 @@
+"""PNG files that know how they were painted, so that any picture can be made again.
+
+Two text chunks: `parameters`, the line format of the AUTOMATIC1111 web UI that picture browsers show, and `sana`, a JSON
+object with everything that determines the pixels, which is what `read_metadata` reads.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_type_hints
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from sana_model.errors import UserError
+from sana_model.files import atomic
+from sana_model.pipeline import Pipeline, Settings
+from sana_model.plan import dtype_name
+
+SOFTWARE = f"sana_kernels {version('sana-kernels')}"
+_SETTINGS = get_type_hints(Settings)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What determines one picture: picture `index` of those that `settings` make with a model loaded like this.
+
+    The whole call is kept, not only its one picture: rounding depends on the batch that a picture was painted in.
+    """
+
+    settings: Settings
+    index: int
+    model: str  # as it was asked for: a built-in name, a path, a hub id
+    backend: str  # the resolved one, never "auto"
+    precision: str
+    text_precision: str
+    decoder_precision: str
+    dialect: str = "diffusers"
+    base: str | None = None
+    random: bool = False  # random weights: a picture of nothing
+    software: str = SOFTWARE
+
+    @classmethod
+    def of(cls, pipe: Pipeline, settings: Settings, index: int, *, model: str, base: str | None = None) -> "Metadata":
+        """Of picture `index` that `pipe` makes of `settings`; `model` and `base` are what `load` was given."""
+        precisions = (dtype_name(pipe.dtypes[part]) for part in ("dit", "text_encoder", "autoencoder"))
+        return cls(settings, index, model, pipe.plan.backend, *precisions, pipe.config.dialect, base, pipe.model.random)
+
+    @property
+    def prompt(self) -> str:
+        return self.settings.prompts[self.index // self.settings.num_images]
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed + self.index
+
+    @property
+    def load_options(self) -> dict:
+        """Arguments of `sana_model.load` that give the model again."""
+        names = ("model", "backend", "precision", "text_precision", "decoder_precision", "dialect", "base")
+        return {name: getattr(self, name) for name in names}
+
+    def parameters(self) -> str:
+        """The text of the `parameters` chunk."""
+        settings = self.settings
+        values = {
+            "Steps": settings.steps, "Sampler": settings.sampler, "CFG scale": f"{settings.guidance:g}", "Seed": self.seed,
+            "Size": f"{settings.width}x{settings.height}", "Model": _quoted(self.model), "Version": _quoted(self.software),
+        }  # fmt: skip
+        lines = [self.prompt]
+        if settings.negative_prompt:
+            lines.append(f"Negative prompt: {settings.negative_prompt}")
+        return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in values.items())])
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def write_png(path: str | Path, image: Image.Image, metadata: Metadata) -> None:
+    """Write the picture, or nothing: never half a file. Raises UserError or MissingError where it cannot be written."""
+    chunks = PngInfo()
+    # Latin-1 text becomes a tEXt chunk and any other an iTXt chunk in UTF-8; neither may hold a NUL.
+    chunks.add_text("parameters", metadata.parameters().replace("\0", ""))
+    chunks.add_text("sana", json.dumps(metadata.as_json()))
+    with atomic(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """What `write_png` stored. Raises UserError for a file that cannot be read, or was not painted by `sana`."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {})
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+        raise UserError(f"{path} cannot be read as a PNG picture: {error}") from error
+    if "sana" not in text:
+        raise UserError(f"{path} holds no settings: it was not painted by sana, or a program on its way removed them")
+    try:
+        values = json.loads(text["sana"])
+        settings = Settings(**{name: setting(name, value) for name, value in values.pop("settings").items()})
+        known = {name: values[name] for name in (f.name for f in fields(Metadata)) if name in values}
+        metadata = Metadata(settings=settings, **known)
+        strings = (*metadata.load_options.values(), metadata.software)
+        if not all(isinstance(value, str) or value is None for value in strings) or not 0 <= metadata.index < settings.count:
+            raise UserError("its values do not belong together")
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"the settings stored in {path} cannot be read: {error}") from error
+    return metadata
+
+
+def setting(name: str, value: object) -> object:
+    """A field of `Settings` that came from outside, in the type it has there. Raises UserError for any other type."""
+    if name not in _SETTINGS:
+        raise UserError(f"{name!r} is not a setting; the settings are {', '.join(_SETTINGS)}")
+    kind = _SETTINGS[name]
+    if isinstance(value, list):
+        value = tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if name == "prompt":
+        fits = isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
+    elif name == "guidance_interval":
+        fits = isinstance(value, tuple) and len(value) == 2 and all(_is_finite(v) for v in value)
+    else:
+        fits = type(value) is kind and (kind is not float or _is_finite(value))
+    if not fits:
+        raise UserError(f"{name} cannot be {json.dumps(value)}")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid Unicode text") from error
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _quoted(text: str) -> str:
+    """Readers of the `parameters` line split it at commas and colons, unless a value is a JSON string."""
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text

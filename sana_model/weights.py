@@ -1,0 +1,390 @@
+"""Models on disk and in memory: finding, checking, loading, saving, converting.
+
+A model is named by a built-in name, a diffusers folder, a single checkpoint file of the DiT, or a hub id;
+`load_model` takes them all. Each becomes a `Source`: a configuration, and for each part a function that opens and
+checks its file and returns another that reads the values. All parts are opened before any is read.
+"""
+
+import difflib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sana_model import checkpoint_config as configs
+from sana_model import hub, keys
+from sana_model.autoencoder import Autoencoder
+from sana_model.checkpoint import Checkpoint, check, choose_weights, fill, open_pth, open_safetensors, same_names
+from sana_model.config import BUILT_IN, DIALECTS, ModelConfig
+from sana_model.dit import DiT
+from sana_model.errors import UserError
+from sana_model.files import atomic, check_writable
+from sana_model.loaded import LoadedModel
+from sana_model.random_weights import random_autoencoder, random_dit, random_text_encoder
+from sana_model.text_encoder import TextEncoder
+from sana_model.tokenizer import ByteTokenizer, load_tokenizer
+
+PARTS = ("dit", "text", "autoencoder")
+FOLDERS = {"dit": "transformer", "text": "text_encoder", "autoencoder": "vae"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Open = Callable[[ModelConfig, torch.dtype | None], Callable[[], nn.Module]]
+"""Opens and checks one part for a configuration and a dtype (None: as stored); what it returns reads the values."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found, and not yet loaded."""
+
+    config: ModelConfig
+    name: str
+    random: bool
+    open: dict[str, Open]  # by part
+    tokenizer_folder: Path | None
+    precision: str | None = None  # fp32, bf16 or fp16, where the folder's sana.json asks for one
+
+
+def load_model(
+    model: str | Path | ModelConfig | Source,
+    *,
+    precision: torch.dtype | None = None,
+    text_precision: torch.dtype | None = None,
+    decoder_precision: torch.dtype | None = None,
+    dialect: str = "diffusers",
+    parts: tuple[str, ...] = PARTS,
+    base: str | Path | None = None,
+) -> LoadedModel:
+    """Load `parts` ("dit", "text", "autoencoder") of a model onto the CPU.
+
+    `model` is a built-in name or a ModelConfig (seeded random weights), a diffusers folder, a `.safetensors` or
+    `.pth` file of a DiT in either dialect (the other parts then come from `base`, which is anything but such a file),
+    a hub id `org/name`, `hf://org/name/file` for one file on the hub, or a Source that `find` returned. Precisions
+    are dtypes; None is what the checkpoint is stored in (fp32 for random weights). `dialect` chooses between the two
+    public implementations where they differ (docs/dialects.md).
+
+    Raises UserError for a model that cannot be read, naming file and key, before anything is loaded.
+    """
+    if dialect not in DIALECTS:
+        raise UserError(f"dialect {dialect!r} is not known; choose one of {', '.join(DIALECTS)}")
+    source = model if isinstance(model, Source) else find(model, base)
+    config = source.config.with_dialect(dialect)
+    dtypes = {"dit": precision, "text": text_precision, "autoencoder": decoder_precision}
+    opened = {part: source.open[part](config, dtypes[part]) for part in parts}
+    tokenizer = None
+    if "text" in parts:
+        tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else ByteTokenizer()
+    loaded = {part: read() for part, read in opened.items()}
+    return LoadedModel(
+        config, loaded.get("dit"), loaded.get("text"), tokenizer, loaded.get("autoencoder"), source.name, source.random,
+        source.tokenizer_folder, lambda: source.open["text"](config, text_precision)(),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def find(model: str | Path | ModelConfig, base: str | Path | None = None) -> Source:
+    """What `model` is and where its parts are. Reads configurations, no weights; may download from the hub."""
+    if isinstance(model, ModelConfig):
+        return _random(model)
+    path = Path(model)
+    if str(model) in BUILT_IN and not path.exists():
+        return _random(BUILT_IN[str(model)])
+    if path.is_dir():
+        return _folder(path, path.resolve().name, str(model))
+    if path.is_file():
+        return _file(path, base)
+    if (named := hub.parse(str(model))) and not path.is_absolute():
+        repo, file = named
+        if file:
+            return _file(hub.fetch_file(repo, file), base)
+        return _folder(hub.fetch_folder(repo, _needed), repo.split("/")[1], repo)
+    close = difflib.get_close_matches(str(model), BUILT_IN, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in names are {', '.join(BUILT_IN)}"
+    raise UserError(f"{model} is no file, no folder, no hub id (org/name) and no built-in name; {hint}")
+
+
+def _random(config: ModelConfig) -> Source:
+    def opener(make: Callable, field: str) -> Open:
+        return lambda config, dtype: lambda: make(getattr(config, field), dtype=dtype or torch.float32)
+
+    parts = {
+        "dit": opener(random_dit, "dit"),
+        "text": opener(random_text_encoder, "text"),
+        "autoencoder": opener(random_autoencoder, "autoencoder"),
+    }
+    return Source(config, f"{config.name} (random weights)", True, parts, None)
+
+
+def _folder(folder: Path, name: str, label: str) -> Source:
+    """A diffusers folder."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise UserError(_what_is(folder))
+    kind = configs.read_json(index_file).get("_class_name")
+    if kind not in configs.PIPELINES:
+        raise UserError(f"{label} is a {kind}; supported are {', '.join(configs.PIPELINES)}")
+
+    def read(reader: Callable, part: str, file: str = "config.json"):
+        path = folder / part / file
+        return reader(configs.read_json(path), path)
+
+    config = configs.assemble(
+        name,
+        read(configs.read_dit, "transformer"),
+        read(configs.read_text_encoder, "text_encoder"),
+        read(configs.read_autoencoder, "vae"),
+        read(configs.read_scheduler, "scheduler", "scheduler_config.json"),
+    )
+    ours_file = folder / "sana.json"
+    ours = configs.read_json(ours_file) if ours_file.exists() else {}
+    config = configs.read_sana_json(ours, ours_file, config)
+
+    def opener(part: str) -> Open:
+        def open_part(config: ModelConfig, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
+            place = folder / FOLDERS[part]
+            try:
+                names = [file.name for file in place.iterdir()]
+            except OSError as error:
+                raise UserError(f"cannot read {place}: {error.strerror}") from error
+            checkpoint = open_safetensors([place / name for name in choose_weights(names, dtype, str(place))])
+            return _reader(part, config, checkpoint, dtype)
+
+        return open_part
+
+    openers = {part: opener(part) for part in PARTS}
+    return Source(config, label, ours.get("random", False), openers, folder / "tokenizer", ours.get("precision"))
+
+
+def _what_is(folder: Path) -> str:
+    """Why `folder` is not a diffusers folder, and what to pass instead."""
+    if (folder / "config.json").is_file() and (folder.parent / "model_index.json").is_file():
+        return f"{folder} is one part of a model; pass the whole folder, {folder.parent}"
+    originals = sorted(folder.glob("**/*.pth"))
+    if originals:
+        return (
+            f"{folder} is not a diffusers folder but holds an original checkpoint; pass the file, {originals[0]}, and "
+            "--base FOLDER for the text encoder and the autoencoder"
+        )
+    return f"{folder} is not a diffusers folder: it has no model_index.json"
+
+
+def _file(file: Path, base: str | Path | None) -> Source:
+    """A single file of a DiT, the other parts from `base`."""
+    checkpoint = open_pth(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else open_safetensors([file])
+    dialect = keys.recognise(checkpoint.shapes)
+    if dialect is None:
+        some = ", ".join(list(checkpoint.shapes)[:3])
+        raise UserError(
+            f"{file} is no SANA DiT, neither in diffusers' nor in the original's names; its keys are {some}, …"
+        )
+    source = None if base is None else find(base)
+    dit = configs.infer_dit(checkpoint.shapes, dialect, file, source and source.config.dit)
+    config = configs.with_dit(source and source.config, file.name, dit)
+
+    def open_dit(config: ModelConfig, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
+        return _reader("dit", config, checkpoint, dtype, dialect)
+
+    def open_nothing(_config: ModelConfig, _dtype: torch.dtype | None) -> Callable[[], nn.Module]:
+        raise UserError(
+            f"{file} holds only the DiT; the text encoder and the autoencoder are missing: pass --base with a "
+            "diffusers folder or hub id of the same family"
+        )
+
+    if source is None:
+        return Source(config, str(file), False, dict.fromkeys(PARTS, open_nothing) | {"dit": open_dit}, None)
+    return Source(config, str(file), source.random, source.open | {"dit": open_dit}, source.tokenizer_folder)
+
+
+def _needed(names: list[str]) -> list[str]:
+    """Of the files of a repository, those of a diffusers folder; the full precision where several are offered."""
+    if "model_index.json" not in names:
+        raise UserError(
+            "the repository is not in diffusers' format; its `_diffusers` twin is, or pass hf://org/name/file"
+        )
+    small = [name for name in names if name.endswith(".json") or name.startswith("tokenizer/")]
+    weights = []
+    for folder in FOLDERS.values():
+        inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+        weights += [f"{folder}/{name}" for name in choose_weights(inside, None, folder)]
+    return small + weights
+
+
+def _reader(
+    part: str, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, dialect: str = "diffusers"
+) -> Callable[[], nn.Module]:
+    """Check an opened checkpoint against the network of `part`; what is returned builds that network and fills it."""
+    module = _empty(part, config)
+    rules = keys.rules(config.dit) if part == "dit" else same_names(module)
+    check(checkpoint, module, rules, dialect, keys.DROPPED[dialect] if part == "dit" else ())
+    return lambda: fill(_empty(part, config), checkpoint, rules, dialect, dtype or checkpoint.dtype)
+
+
+def _empty(part: str, config: ModelConfig) -> nn.Module:
+    with torch.device("meta"):
+        if part == "dit":
+            return DiT(config.dit)
+        return TextEncoder(config.text) if part == "text" else Autoencoder(config.autoencoder)
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+
+def save_diffusers(
+    folder: str | Path,
+    loaded: LoadedModel,
+    *,
+    variant: str | None = None,
+    shard_size: int = 5 * 10**9,
+    force: bool = False,
+) -> None:
+    """Write a complete diffusers folder, which SanaPipeline (or SanaSprintPipeline) loads, and `load_model` too.
+
+    `variant` ("fp16") goes into the names of the weight files; a part larger than `shard_size` bytes becomes several
+    files. The folder is written beside its place and then moved there. Raises UserError if `folder` is in use: one
+    that we wrote is replaced, another model's only with `force`, anything else never.
+    """
+    folder, config = Path(folder), loaded.config
+    _refuse_to_destroy(folder, force)
+    dit_state = keys.to_diffusers(loaded.dit.state_dict(), config.dit)
+    text_config = configs.write_text_encoder(config.text, str(_stored(loaded.text_encoder)).removeprefix("torch."))
+    precision = next(name for name, dtype in DTYPES.items() if dtype == _stored(loaded.dit))
+    sprint = config.dit.guidance_embeds
+    with _replacing(folder) as place:
+        _write_json(place / "model_index.json", {
+            "_class_name": "SanaSprintPipeline" if sprint else "SanaPipeline",
+            "_diffusers_version": "0.32.0",  # the first with SANA
+            "scheduler": ["diffusers", configs.write_scheduler(config.scheduler)["_class_name"]],
+            "text_encoder": ["transformers", "Gemma2Model"],
+            "tokenizer": ["transformers", _tokenizer_class(loaded)],
+            "transformer": ["diffusers", "SanaTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderDC"],
+        })  # fmt: skip
+        _write_json(place / "sana.json", configs.write_sana_json(config, loaded.random, precision))
+        _write_json(place / "scheduler" / "scheduler_config.json", configs.write_scheduler(config.scheduler))
+        _write_json(place / "transformer" / "config.json", configs.write_dit(config.dit))
+        _write_weights(place / "transformer", "diffusion_pytorch_model", dit_state, variant, shard_size)
+        _write_json(place / "vae" / "config.json", configs.write_autoencoder(config.autoencoder))
+        vae_state = loaded.autoencoder.state_dict()
+        _write_weights(place / "vae", "diffusion_pytorch_model", vae_state, variant, shard_size)
+        _write_json(place / "text_encoder" / "config.json", text_config)
+        _write_weights(place / "text_encoder", "model", loaded.text_encoder.state_dict(), variant, shard_size)
+        if loaded.tokenizer_folder is None:
+            loaded.tokenizer.save(place / "tokenizer")
+        else:
+            shutil.copytree(loaded.tokenizer_folder, place / "tokenizer")
+
+
+def save_original(file: str | Path, loaded: LoadedModel) -> None:
+    """Write the DiT as the `.pth` of the original repository: {"state_dict": …}."""
+    file = Path(file)
+    check_writable(file)
+    state = keys.to_original(loaded.dit.state_dict(), loaded.config.dit)
+    with atomic(file) as temporary:
+        torch.save({"state_dict": state}, temporary)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str = "diffusers",
+    *,
+    base: str | Path | None = None,
+    force: bool = False,
+) -> None:
+    """Rewrite a model as a diffusers folder (`to="diffusers"`) or its DiT as the original `.pth` (`to="original"`).
+
+    Values and dtypes stay as they are. `base` as in `load_model`.
+    """
+    if to == "diffusers":
+        _refuse_to_destroy(Path(destination), force)
+        save_diffusers(destination, load_model(source, base=base), force=force)
+    elif to == "original":
+        save_original(destination, load_model(source, base=base, parts=("dit",)))
+    else:
+        raise UserError(f"a model is converted to 'diffusers' or to 'original', not to {to!r}")
+
+
+def _write_weights(folder: Path, stem: str, state: dict[str, Tensor], variant: str | None, shard_size: int) -> None:
+    """The safetensors files of one part, and the index where there are several, under Hugging Face's names."""
+    folder.mkdir(exist_ok=True)
+    dot = f".{variant}" if variant else ""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_size
+    for name, tensor in state.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_size
+        shards[-1][name] = tensor.contiguous()
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{stem}{dot}.safetensors", metadata={"format": "pt"})
+        return
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem}{dot}-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    _write_json(folder / f"{stem}.safetensors.index{dot}.json", index)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Gives a new folder beside `folder` that takes its place when the block ends well, and vanishes when not."""
+    retired = None
+    with atomic(folder) as place:
+        try:
+            place.mkdir()
+            yield place
+            if folder.exists():
+                retired = place.with_suffix(".old")
+                folder.rename(retired)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    if retired is not None:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _refuse_to_destroy(folder: Path, force: bool) -> None:
+    """Raise UserError unless `folder` is free, empty, ours, or (with `force`) another model."""
+    if not folder.parent.is_dir():
+        raise UserError(f"the folder {folder.parent} does not exist; make it first: mkdir -p '{folder.parent}'")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; a diffusers model is a folder")
+    if not any(folder.iterdir()):
+        return
+    marker = folder / "sana.json"
+    if marker.is_file() and configs.read_json(marker).get("written_by") == configs.WRITTEN_BY:
+        return
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is in use and holds no model; name another folder")
+    if not force:
+        raise UserError(f"{folder} holds a model that was not written by this program; --force replaces it")
+
+
+def _stored(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _tokenizer_class(loaded: LoadedModel) -> str:
+    if loaded.tokenizer_folder is None:
+        return "PreTrainedTokenizerFast"
+    return configs.read_json(loaded.tokenizer_folder / "tokenizer_config.json").get(
+        "tokenizer_class", "GemmaTokenizerFast"
+    )
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
