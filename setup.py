@@ -5,7 +5,7 @@
 
 Neither includes torch, so one build serves every torch version, and `pip install .` works in an isolated environment.
 Everything else about the package is in pyproject.toml. Objects, logs (with the register and spill counts of every CUDA
-kernel) and build.ninja stay in build/<python tag>/, so a second build recompiles only what changed.
+kernel) and build.ninja stay in build/<python ABI>/, so a second build recompiles only what changed.
 
 Environment:
     SANA_CUDA        auto (default: a failing nvcc costs _cuda, not the installation) | 0 (no) | 1 (yes, or stop)
@@ -30,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-OUT = Path("build") / sys.implementation.cache_tag
+OUT = Path("build") / sysconfig.get_config_var("SOABI")
 
 CXX = os.environ.get("CXX", "c++")
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc"
@@ -126,9 +126,7 @@ class NinjaBuild(build_ext):
         self.tiers = isa_tiers()
         self.info = {
             "version": self.distribution.get_version(),
-            "git": output_of("git", "describe", "--always", "--dirty", "--exclude=*")
-            if Path(".git").exists()
-            else None,
+            "git": output_of("git", f"--git-dir={ROOT / '.git'}", "describe", "--always", "--dirty", "--exclude=*"),
         }
         modules = {extension.name.rpartition(".")[2]: extension for extension in self.extensions}
         self.cuda_off = self.build_cuda(modules["_cuda"])

@@ -83,7 +83,9 @@ def error_vs_torch(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
 def kernel_check(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> dict:
     """A kernel row's `check`."""
     ratio = min(error_vs_torch(actual, same_dtype, oracle), 1e9)
-    return asdict(Check("reference_fp64", "error_vs_torch", ratio, KERNEL_LIMIT, ratio <= KERNEL_LIMIT)) | {"failures": []}
+    return asdict(Check("reference_fp64", "error_vs_torch", ratio, KERNEL_LIMIT, ratio <= KERNEL_LIMIT)) | {
+        "failures": []
+    }
 
 
 class ComputeInFp32(TorchFunctionMode):

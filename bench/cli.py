@@ -30,14 +30,18 @@ def add_parser(subparsers) -> None:
         help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision that "
         f"ends in + holds for text encoder and decoder, too (default: {QUICK_RUNS})",
     )  # fmt: skip
-    _add_common(image, "repetitions of each run (default: 3)", "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny")
+    _add_common(
+        image, "repetitions of each run (default: 3)", "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny"
+    )
 
     kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
     kernels.set_defaults(run=_kernels)
     kernels.add_argument("op", nargs="?", help="default: all")
     kernels.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
     kernels.add_argument("--backends", metavar="A,B", help="default: all that can run here, and torch.compile")
-    kernels.add_argument("--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16 (default: bf16,fp32)")
+    kernels.add_argument(
+        "--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16 (default: bf16,fp32)"
+    )
     _add_common(kernels, "rounds (default: 3)", "the smallest case of each op, in bf16")
 
     compare = commands.add_parser("compare", help="what became faster or slower between two result files")
@@ -52,7 +56,9 @@ def _add_common(parser: argparse.ArgumentParser, repeat: str, quick: str) -> Non
     parser.add_argument("--device", help="cpu | cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go, besides the table on the screen")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where the results go, besides the table on the screen"
+    )
 
 
 def _setup(args: argparse.Namespace):
@@ -71,7 +77,9 @@ def _setup(args: argparse.Namespace):
     if name not in ("cpu", "cuda"):
         raise UserError(f"device {name!r} is not known; choose cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise MissingError("no NVIDIA GPU can be used here (torch sees none); run with --device cpu, or see `sana doctor`")
+        raise MissingError(
+            "no NVIDIA GPU can be used here (torch sees none); run with --device cpu, or see `sana doctor`"
+        )
     return torch.device(name), Results(args.json, args.seed)
 
 
@@ -127,7 +135,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
     chosen = select(args.op, args.case, args.backends, args.dtypes, device, quick=args.quick)
     bench = KernelBench(chosen, device, peaks(device), results, seed=args.seed, say=_say)
-    return _finish(bench, args.repeat or 3, results, report.kernel_table)
+    return _finish(bench, args.repeat or (1 if args.quick else 3), results, report.kernel_table)
 
 
 def _finish(bench, repeat: int, results, table) -> int:
@@ -162,4 +170,3 @@ def _size(text: str) -> tuple[int, int]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-

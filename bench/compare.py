@@ -41,7 +41,9 @@ def render(entries: list[dict], old: dict, new: dict) -> str:
     lines.append(f"{'':<52}{'A ms':>12}{'B ms':>12}{'A / B':>8}  verdict")
     for entry in entries:
         label = f"{entry['kind']} {entry['name']} {entry['run']}"
-        ms = "".join(f"{'-' if entry[which] is None else format(entry[which], '.3f'):>12}" for which in ("old_ms", "new_ms"))
+        ms = "".join(
+            f"{'-' if entry[which] is None else format(entry[which], '.3f'):>12}" for which in ("old_ms", "new_ms")
+        )
         ratio = "" if entry["ratio"] is None else f"{entry['ratio']:.2f}×"
         lines.append(f"{label:<52}{ms}{ratio:>8}  {entry['verdict']}")
     return "\n".join(lines)

@@ -62,9 +62,9 @@ class Peaks:
         allowed = ("copy",) if precision == "copy" else ARITHMETIC[precision]
         return max((self._kinds[a] for a in allowed if a in self._kinds), key=self.best.__getitem__)
 
-    def probe(self, kinds: set[str]) -> dict[str, float]:
+    def probe(self, kinds: set[str], windows: int = WINDOWS) -> dict[str, float]:
         """The rates now."""
-        now = {kind: max(self.measure(kind, self.window) for _ in range(WINDOWS)) for kind in sorted(kinds)}
+        now = {kind: max(self.measure(kind, self.window) for _ in range(windows)) for kind in sorted(kinds)}
         for kind, rate in now.items():
             self.best[kind] = max(self.best[kind], rate)
         return now
@@ -290,10 +290,14 @@ def _git() -> tuple[str | None, bool | None]:
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "harness.py")  # a checkout of something else, around an installed package, does not count
+        git(
+            "ls-files", "--error-unmatch", "harness.py"
+        )  # a checkout of something else, around an installed package, does not count
         return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -149,7 +149,9 @@ class ImageBench:
         """Check every run against fp32: the DiT's raw output in the middle of the schedule, and a decoded picture."""
         self.say("parity with fp32")
         names = sorted(self.alive, key=lambda name: name.split(":")[0] not in BASELINES)
-        latents = next((m.latents for m in map(self.alive.get, names) if bool(m.latents.isfinite().all())), self.noise(-1))
+        latents = next(
+            (m.latents for m in map(self.alive.get, names) if bool(m.latents.isfinite().all())), self.noise(-1)
+        )
         moment, settings = self.moment(latents), self.settings(-1)
         with check.ComputeInFp32():
             velocity = self.oracle.dit(moment.latents, moment.timestep, moment.states, moment.lengths, moment.guidance)
@@ -177,7 +179,9 @@ class ImageBench:
             [group.states[i, :length] for group in groups for i, length in enumerate(group.lengths.tolist())]
         )
         x = torch.cat([x] * len(groups))
-        guidance = torch.full((len(x),), settings.guidance, device=self.device) if self.config.dit.guidance_embeds else None
+        guidance = (
+            torch.full((len(x),), settings.guidance, device=self.device) if self.config.dit.guidance_embeds else None
+        )
         times = torch.full((len(x),), time, device=self.device)
         return Moment(x, times, captions.states, captions.lengths, guidance)
 

@@ -52,7 +52,9 @@ def select(
             raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
     found = [case for case in cases(op) if name in case.name]
     if quick:
-        found = [min((c for c in found if c.op == each), key=lambda c: c.macs) for each in dict.fromkeys(c.op for c in found)]
+        found = [
+            min((c for c in found if c.op == each), key=lambda c: c.macs) for each in dict.fromkeys(c.op for c in found)
+        ]
         dtypes = dtypes.split(",")[0]
     chosen = []
     for case in found:
@@ -62,7 +64,9 @@ def select(
             if able:
                 chosen.append(Chosen(case, precision, tuple(able)))
     if not chosen:
-        raise UserError("nothing is left to measure: no such case, or no backend that can run it here (see `sana doctor`)")
+        raise UserError(
+            "nothing is left to measure: no such case, or no backend that can run it here (see `sana doctor`)"
+        )
     return chosen
 
 
@@ -84,10 +88,20 @@ class Measured:
 class KernelBench:
     """`run()` measures; the rows are in `results.document`, added case by case."""
 
-    def __init__(self, chosen: list[Chosen], device: torch.device, peaks: Peaks, results: Results, *, seed: int = 0, say=print):
-        self.chosen, self.device, self.peaks, self.results, self.seed, self.say = chosen, device, peaks, results, seed, say
+    def __init__(
+        self, chosen: list[Chosen], device: torch.device, peaks: Peaks, results: Results, *, seed: int = 0, say=print
+    ):
+        self.chosen, self.device, self.peaks, self.results, self.seed, self.say = (
+            chosen,
+            device,
+            peaks,
+            results,
+            seed,
+            say,
+        )
 
     def run(self, repeat: int) -> dict:
+        self.peaks.probe({"copy"})
         with torch.inference_mode():
             for one in self.chosen:
                 self.say(f"{one.case} {one.precision}: {', '.join(one.backends)}")
@@ -97,15 +111,16 @@ class KernelBench:
     def measure(self, one: Chosen, repeat: int) -> list[dict]:
         """The rows of one case."""
         inputs = cold_inputs(one.case, PRECISIONS[one.precision], self.device, self.seed)
-        oracle = runner(one.case.op, "reference")(*(_wide(a) for a in inputs[0]))
+        oracle = runner(one.case.op, "reference")(*(wide(a) for a in inputs[0]))
         plain = runner(one.case.op, "reference")(*inputs[0])
         measured = {}
         for backend in one.backends:
             call = runner(one.case.op, backend)
             measured[backend] = Measured(call, check.kernel_check(call(*inputs[0]), plain, oracle))
         tasks = {name: lambda i, call=m.call: time_calls(call, inputs, self.device) for name, m in measured.items()}
-        kinds = {self.peaks.kind("copy"), self.peaks.kind(one.precision)}
-        for name, samples, verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
+        self.peaks.probe({"copy"}, windows=1)  # a window of it takes most of a second: not before each repetition
+        kind = self.peaks.kind(one.precision)
+        for name, samples, verdict in interleave(tasks, repeat, lambda: self.peaks.probe({kind})):
             m = measured[name]
             m.rejected += verdict == "rejected"
             m.unsteady += verdict == "unsteady"
@@ -155,7 +170,8 @@ def runner(op: str, backend: str) -> Callable:
     return found[backend]
 
 
-def _wide(value: object) -> object:
+def wide(value: object) -> object:
+    """An argument of the fp64 oracle."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -188,7 +204,9 @@ def last_cache_bytes(device: torch.device) -> int:
     """Size of the last cache before memory; 64 MiB where the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    names = [name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in getattr(os, "sysconf_names", ())]
+    names = [
+        name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in getattr(os, "sysconf_names", ())
+    ]
     return next((size for name in names if (size := os.sysconf(name)) > 0), 2**26)
 
 

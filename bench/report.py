@@ -30,7 +30,15 @@ def image_table(document: dict) -> str:
     for group in _groups(document, "image"):
         w = group[0]["workload"]
         baselines = list(dict.fromkeys(name for row in group for name in row.get("speedup", ())))
-        columns = ["text ms", "step ms", "decode ms", "**ms/image** p50 [p10–p90]", "first s", "GiB", "% peak: DiT, decoder"]
+        columns = [
+            "text ms",
+            "step ms",
+            "decode ms",
+            "**ms/image** p50 [p10–p90]",
+            "first s",
+            "GiB",
+            "% peak: DiT, decoder",
+        ]
         columns += ["dB: DiT, image", *(f"× {name}" for name in baselines)]
         title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
         rows = [_image_row(row, document, baselines) for row in group]
@@ -43,7 +51,11 @@ def _image_row(row: dict, document: dict, baselines: list[str]) -> list[str]:
     if row["status"] not in schema.MEASURED:
         return [name, "", "", "", row["status"], *[""] * (4 + len(baselines))]
     first = next(
-        (f for f in document["results"] if f["kind"] == "first_image" and _run_name(f) == name and f["workload"] == row["workload"]),
+        (
+            f
+            for f in document["results"]
+            if f["kind"] == "first_image" and _run_name(f) == name and f["workload"] == row["workload"]
+        ),
         None,
     )
     stages, percent = row["stages_ms"], row["work"]["pct_of_peak"]
@@ -120,7 +132,9 @@ _ROWS = {"image": "image", "kernels": "kernel"}
 def newest(results: Path, table: str) -> dict | None:
     """The latest complete file under bench/results that has rows for a table; None where there is none."""
     documents = [schema.load(path) for path in results.glob("*.json")]
-    having = [d for d in documents if any(row["kind"] == _ROWS[table] for row in d["results"]) and d["run"].get("complete")]
+    having = [
+        d for d in documents if any(row["kind"] == _ROWS[table] for row in d["results"]) and d["run"].get("complete")
+    ]
     return max(having, key=lambda d: d["run"]["id"], default=None)
 
 
@@ -135,7 +149,11 @@ def _groups(document: dict, kind: str) -> Iterator[list[dict]]:
 
 def _conditions(document: dict, weights: str) -> str:
     machine, run = document["machine"], document["run"]
-    where = machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']} ({machine['isa']}), {machine['threads_used']} threads"
+    where = (
+        machine["gpus"][0]["name"]
+        if machine["gpus"]
+        else f"{machine['cpu']} ({machine['isa']}), {machine['threads_used']} threads"
+    )
     parts = [where, f"torch {document['software']['versions']['torch']}", run["id"]]
     if weights:
         parts.insert(0, weights)
@@ -170,7 +188,9 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sana_bench.report", description="Write the tables of a Markdown file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sana_bench.report", description="Write the tables of a Markdown file."
+    )
     parser.add_argument("markdown", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is out of date")
     args = parser.parse_args(argv)
@@ -194,7 +214,10 @@ def update(markdown: Path, check: bool = False) -> int:
         raise UserError(f"{markdown} cannot be read: {error.strerror}") from error
     new = rewrite(text, find)
     if check and new != text:
-        print(f"{markdown} has tables that are out of date; `python -m sana_bench.report {markdown}` writes them", file=sys.stderr)
+        print(
+            f"{markdown} has tables that are out of date; `python -m sana_bench.report {markdown}` writes them",
+            file=sys.stderr,
+        )
         return 1
     if not check:
         write_text(markdown, new)

@@ -11,6 +11,7 @@ where the name ends in +. The weights exist once in memory, and once more for ea
 """
 
 import copy
+import importlib.metadata
 import importlib.util
 import itertools
 import time
@@ -50,7 +51,9 @@ class RunName:
         if backend not in known:
             raise UserError(f"run {text!r}: backend {backend!r} is not known; choose one of {', '.join(known)}")
         if name.precision not in PRECISIONS:
-            raise UserError(f"run {text!r}: precision {name.precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+            raise UserError(
+                f"run {text!r}: precision {name.precision!r} is not known; choose one of {', '.join(PRECISIONS)}"
+            )
         return name
 
     def __str__(self) -> str:
@@ -112,7 +115,7 @@ class Weights:
         of its own.
         """
         parts = memory.estimate(self.config, settings, name.dtypes, self.device)
-        needed = self.missing_bytes(name.dtypes) + max(parts["text_encode"], parts["denoise"], parts["decode"])
+        needed = self.missing_bytes(name.dtypes) + max(parts["denoise"], parts["decode"])
         needed += sum(parts[part] for part in again)
         free = memory.available(self.device)
         if needed > free:
@@ -226,7 +229,9 @@ class DiffusersRun:
     def _faster_format(self, settings: Settings) -> tuple[torch.memory_format, dict[str, float]]:
         """Decode at most 512 px in either memory format, the faster of two times each. Only the decoder asks this question:
         the DiT permutes its tokens, so its convolutions meet channels_last tensors in any case."""
-        latents = torch.randn(1, self.weights.config.dit.in_channels, min(settings.height // 32, 16), min(settings.width // 32, 16))
+        latents = torch.randn(
+            1, self.weights.config.dit.in_channels, min(settings.height // 32, 16), min(settings.width // 32, 16)
+        )
         took = {}
         for memory_format in (torch.contiguous_format, torch.channels_last):
             self.format = memory_format
@@ -252,7 +257,9 @@ class DiffusersRun:
 
     def denoise(self, settings: Settings, captions, noise: Tensor) -> Tensor:
         sprint = self.weights.config.dit.guidance_embeds
-        times = {"intermediate_timesteps": 1.3 if settings.steps == 2 else None} if sprint else {"negative_prompt": None}
+        times = (
+            {"intermediate_timesteps": 1.3 if settings.steps == 2 else None} if sprint else {"negative_prompt": None}
+        )
         return self.pipe(
             **captions, **times, latents=noise, height=settings.height, width=settings.width,
             num_inference_steps=settings.steps, guidance_scale=settings.guidance, use_resolution_binning=False,
@@ -293,27 +300,75 @@ class CompiledDiffusers(DiffusersRun):
 
     def prepare(self, settings: Settings) -> None:
         super().prepare(settings)
-        self.options = self.compiler()
+        self.options = compile_options(self.weights.device)
         self.pipe.transformer.compile(**self.options)
         self.pipe.vae.decoder.compile(**self.options)
-
-    def compiler(self) -> dict:
-        return compile_options(self.weights.device)
 
     def plan(self) -> dict:
         return super().plan() | {"compiled": ["dit", "decoder"], "torch.compile": self.options}
 
 
-class OpenVINO(CompiledDiffusers):
-    """The same, compiled by OpenVINO through its torch.compile backend."""
+class OpenVINO(DiffusersRun):
+    """The same with DiT and decoder exported and compiled by OpenVINO. (Its torch.compile backend fails on them.)"""
 
-    def compiler(self) -> dict:
+    again = ("dit", "autoencoder")  # in the compiler's layout
+
+    def prepare(self, settings: Settings) -> None:
         if importlib.util.find_spec("openvino") is None:
             raise MissingError("the package openvino is not installed; `pip install openvino` adds it")
-        import openvino.torch  # noqa: F401  (registers the backend)
+        super().prepare(settings)
+        config, dtypes = self.weights.config, self.dtypes
+        height, width = (side // config.autoencoder.spatial_compression for side in (settings.height, settings.width))
+        rows, length = settings.count * (1 + self.guided), config.max_text_tokens
+        examples = {
+            "hidden_states": torch.zeros(rows, config.dit.in_channels, height, width),
+            "encoder_hidden_states": torch.zeros(rows, length, config.dit.caption_channels),
+            "encoder_attention_mask": torch.ones(rows, length, dtype=torch.int64),
+            "timestep": torch.zeros(rows),
+        }
+        if config.dit.guidance_embeds:
+            examples["guidance"] = torch.zeros(rows)
+        transformer, decoder = self.pipe.transformer, self.pipe.vae.decoder
+        dit = _openvino(_InFp32(transformer, dtypes["dit"], return_dict=False), examples, self.name.precision)
+        transformer.forward = lambda hidden_states, return_dict, attention_kwargs=None, **inputs: (
+            dit(hidden_states=hidden_states, **inputs).to(dtypes["dit"]),
+        )
+        latent = torch.zeros(1, config.dit.in_channels, height, width)
+        decode = _openvino(_InFp32(decoder, dtypes["autoencoder"]), {"hidden_states": latent}, self.name.others)
+        decoder.forward = lambda z: decode(hidden_states=z).to(dtypes["autoencoder"])
 
-        hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[self.name.precision]
-        return {"backend": "openvino", "options": {"device": "CPU", "config": {"INFERENCE_PRECISION_HINT": hint}}}
+    def plan(self) -> dict:
+        return super().plan() | {"compiled": ["dit", "decoder"], "openvino": importlib.metadata.version("openvino")}
+
+
+class _InFp32(nn.Module):
+    """A network whose floating inputs and output are fp32: NumPy, through which OpenVINO is fed, knows no bf16."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, **constants):
+        super().__init__()
+        self.network, self.dtype, self.constants = network, dtype, constants
+
+    def forward(self, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
+        inputs = {k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
+        out = self.network(hidden_states.to(self.dtype), **inputs, **self.constants)
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+
+def _openvino(network: nn.Module, examples: dict[str, Tensor], precision: str):
+    """The network as a function of the same keyword arguments, compiled for the CPU at the shapes of `examples`."""
+    import openvino
+
+    with torch.no_grad():
+        model = openvino.convert_model(torch.export.export(network, (), examples))
+    hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(model, "CPU", options)
+
+    def run(**inputs: Tensor) -> Tensor:
+        arrays = {k: (v.float() if v.is_floating_point() else v).contiguous().numpy() for k, v in inputs.items()}
+        return torch.from_numpy(compiled(arrays)[0])
+
+    return run
 
 
 def compile_options(device: torch.device) -> dict:

@@ -11,7 +11,9 @@ from sana_model.config import AutoencoderConfig, DiTConfig
 def dit_step_macs(config: DiTConfig, tokens: int, text_tokens: int) -> int:
     """One evaluation of the DiT for one image, with the keys and values of the text given."""
     N, L, C, F, D = tokens, text_tokens, config.hidden, config.ffn, config.head_dim
-    attention = N * C * 3 * C + 2 * N * C * (D + 1) + N * C * C  # qkv; state and its use, each with the row of sums; out
+    attention = (
+        N * C * 3 * C + 2 * N * C * (D + 1) + N * C * C
+    )  # qkv; state and its use, each with the row of sums; out
     cross_attention = N * C * C + 2 * N * L * C + N * C * C  # q; scores and their use; out
     mix_ffn = N * C * 2 * F + N * 2 * F * 9 + N * F * C  # expand, depthwise 3×3, project
     ends = N * C * (config.in_channels + config.out_channels)

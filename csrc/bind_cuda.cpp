@@ -1,5 +1,5 @@
-// The module sana_kernels._cuda: addresses and sizes from Python to the CUDA kernels, nothing else. What a caller may pass is
-// checked in Python; a launch that CUDA refuses raises RuntimeError in CUDA's own words.
+// The module sana_kernels._cuda: addresses and sizes from Python to the CUDA kernels, nothing else. What a caller may
+// pass is checked in Python; a launch that CUDA refuses raises RuntimeError in CUDA's own words.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -75,8 +75,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.def(
       "linear_attention",
       [](const std::array<uintptr_t, 4>& pointers, const std::array<int64_t, 4>& shape,
-         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<Weight, 2>& norms, float norm_eps,
-         float eps, uintptr_t scratch, uintptr_t stream) {
+         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<Weight, 2>& norms,
+         float norm_eps, float eps, uintptr_t scratch, uintptr_t stream) {
         const LinearAttention p = linear_attention_args(pointers, shape, strides, dtype, norms, norm_eps, eps);
         Status status;
         {
@@ -85,7 +85,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         }
         raise_unless_ok(status);
       },
-      py::arg("pointers"), py::arg("shape"), py::arg("strides"), py::arg("dtype"), py::arg("norms"), py::arg("norm_eps"),
-      py::arg("eps"), py::arg("scratch"), py::arg("stream"),
+      py::arg("pointers"), py::arg("shape"), py::arg("strides"), py::arg("dtype"), py::arg("norms"),
+      py::arg("norm_eps"), py::arg("eps"), py::arg("scratch"), py::arg("stream"),
       "pointers: q, k, v, out; shape: (B, N, H, D); strides: of B, N, H for q, k, v; norms: (address, dtype) or None.");
 }

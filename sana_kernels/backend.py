@@ -69,7 +69,7 @@ def backend_status(backend: str) -> str | None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not known; choose one of auto, {', '.join(BACKENDS)}")
     if backend in ("cpu", "cuda") and extension(f"_{backend}")[0] is None:
-        return f"its C++ module is not built ({extension(f'_{backend}')[1]}); `pip install .` builds it"
+        return f"its C++ module cannot be imported ({extension(f'_{backend}')[1]}); `pip install .` builds it"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; `pip install triton` adds it"
     if backend in ("cuda", "triton") and not torch.cuda.is_available():

@@ -13,12 +13,14 @@ import torch
 
 from sana_kernels import backend
 
+BUILD = "pip install --force-reinstall --no-deps ."
 HELP = {
-    "cpu": "pip install --force-reinstall --no-deps .          (needs a C++17 compiler)",
-    "cuda": "SANA_CUDA=1 pip install --force-reinstall --no-deps .          (needs nvcc, and a torch with CUDA to run)",
-    "triton": "pip install triton          (and an NVIDIA GPU with a torch that is built for CUDA)",
+    "cpu": f"{BUILD}    (in the checkout; needs a C++17 compiler)",
+    "cuda": f"SANA_CUDA=1 {BUILD}    (in the checkout; needs nvcc)",
+    "triton": "pip install triton",
+    "gpu": "pip install --force-reinstall torch    (a build with CUDA, on a machine where nvidia-smi lists a GPU)",
 }
-"""Backend → the command that turns it on."""
+"""What is missing → the command that adds it."""
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "onnxruntime", "tensorrt")
 
@@ -27,7 +29,7 @@ def describe() -> dict:
     """The machine, the versions, both builds and the op × backend matrix, as plain dicts, lists, strings and numbers.
 
     `build[module]` is what was compiled in, or {"missing": reason}. `matrix[op][backend]` is "runs", "off" (there is a
-    kernel, this machine cannot run it; `backends[backend]` says why) or "none" (there is no such kernel).
+    kernel, this machine cannot run it; `backends[backend]` says why, and `help[backend]` what to do) or "none".
     """
     status = {name: backend.backend_status(name) for name in backend.BACKENDS}
     return {
@@ -37,6 +39,7 @@ def describe() -> dict:
         | {name: _version(name) for name in PACKAGES},
         "build": {name: _build_info(name) for name in ("_cpu", "_cuda")},
         "backends": status,
+        "help": {name: HELP[_missing(name)] for name, reason in status.items() if reason},
         "matrix": {op: {name: _cell(op, name, status[name]) for name in backend.BACKENDS} for op in backend.OPS},
     }
 
@@ -65,7 +68,7 @@ def render(found: dict) -> str:
         lines.append(f"  {op:<{width}}" + "".join(f"{_MARKS[cell]:<11}" for cell in cells.values()).rstrip())
     off = {name: reason for name, reason in found["backends"].items() if reason}
     for name, reason in off.items():
-        lines += ["", f"{name} is off: {reason}", f"  to turn it on: {HELP[name]}"]
+        lines += ["", f"{name} is off: {reason}", f"  to turn it on: {found['help'][name]}"]
     return "\n".join(lines)
 
 
@@ -149,6 +152,13 @@ def _build_info(name: str) -> dict:
     cpu, _ = backend.extension("_cpu")
     why = cpu.build_info()["cuda_off"] if cpu and name == "_cuda" else None
     return {"missing": why or error}
+
+
+def _missing(name: str) -> str:
+    """Which entry of HELP turns a backend on that is off."""
+    if name == "triton":
+        return "gpu" if _version("triton") else "triton"
+    return name if backend.extension(f"_{name}")[0] is None else "gpu"
 
 
 def _cell(op: str, name: str, status: str | None) -> str:

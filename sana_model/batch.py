@@ -3,19 +3,20 @@
     prompts.txt      a prompt per line; blank lines and lines that start with '#' are skipped
     prompts.jsonl    a JSON object per line: {"prompt": "a fox", "seed": 3, "steps": 10}, with any field of `Settings`
 
-The folder gets 00000-a-fox.png (00000-a-fox-0.png, ... when a line asks for several) and results.jsonl, a line for every
-prompt that was painted, written when its pictures are on the disk.
+The folder gets 00000-a-fox.png (00000-a-fox-0.png, ... when a line asks for several) and results.jsonl, a line for
+every prompt that was painted, written when its pictures are on the disk.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from sana_model.errors import UserError
 from sana_model.files import append_line, check_writable
-from sana_model.pipeline import Pipeline, Progress, Settings
+from sana_model.pipeline import Pipeline, Progress
 from sana_model.png import Metadata, setting, write_png
 
 RESULTS = "results.jsonl"
@@ -38,7 +39,7 @@ class Painted:
 
 
 def read(file: str | Path) -> list[Entry]:
-    """The entries of a prompts file; a name that ends in .jsonl is read as JSON. Raises UserError naming the bad line."""
+    """The entries of a prompts file; one that ends in .jsonl is read as JSON. Raises UserError naming the bad line."""
     file = Path(file)
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): JSON may hold other separators
@@ -51,10 +52,8 @@ def read(file: str | Path) -> list[Entry]:
     for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
             place = f"{file}, line {number}"
-            try:
+            with _naming(place):
                 entries.append(Entry(place, parse(line)))
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from error
     if not entries:
         raise UserError(f"{file} holds no prompts")
     return entries
@@ -70,22 +69,27 @@ def paint(
     base: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Painted]:
-    """Paint every entry that is not there yet, in order; `defaults` are fields of `Settings` for those that leave them out.
+    """Paint every entry that is not there yet, in order; `defaults` are fields of `Settings` that entries may override.
 
     A picture is there when its file is, and results.jsonl says that it was painted with the same settings and model
     (`model` and `base` are what `load` was given). All settings are checked before any picture is painted.
     """
-    folder, jobs = Path(folder), [(entry, _settings(pipe, entry, defaults)) for entry in entries]
+    jobs = []
+    for entry in entries:
+        with _naming(entry.place):
+            jobs.append((entry.place, pipe.settings(**defaults | entry.values)))
+    folder = Path(folder)
     results = folder / RESULTS
     check_writable(results)
     done = _done(results)
-    for number, (_, settings) in enumerate(jobs):
+    for number, (place, settings) in enumerate(jobs):
         files = numbered(folder / f"{number:05d}{_slug(settings.prompt)}.png", settings.count)
         metadata = [Metadata.of(pipe, settings, i, model=model, base=base) for i in range(settings.count)]
         if done.get(files[0].name) == _identity(metadata[0].as_json()) and all(file.is_file() for file in files):
             yield Painted(files, None)
             continue
-        result = pipe(**_arguments(settings), progress=progress)
+        with _naming(place):
+            result = pipe(**vars(settings), progress=progress)
         for file, image, stored in zip(files, result.images, metadata, strict=True):
             write_png(file, image, stored)
         line = {
@@ -113,19 +117,17 @@ def _json_values(line: str) -> dict:
     return {name: setting(name, value) for name, value in values.items()}
 
 
-def _settings(pipe: Pipeline, entry: Entry, defaults: dict) -> Settings:
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Put the line that is at fault in front of an error."""
     try:
-        return pipe.settings(**defaults | entry.values)
+        yield
     except UserError as error:
-        raise UserError(f"{entry.place}: {error}") from error
-
-
-def _arguments(settings: Settings) -> dict:
-    return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
+        raise type(error)(f"{place}: {error}") from error
 
 
 def _slug(prompt: str) -> str:
-    """The prompt's first words as the end of a file name: letters and digits of any script, which every system can store."""
+    """The prompt's first words as the end of a file name: letters and digits, of any script, are safe everywhere."""
     words = "-".join(re.findall(r"[^\W_]+", prompt.lower()))[:40].strip("-")
     return f"-{words}" if words else ""
 
@@ -138,7 +140,7 @@ def _identity(metadata: dict) -> dict:
 def _done(results: Path) -> dict[str, dict]:
     """First file name → identity, of the latest line about it. A line that was cut off is as good as none."""
     done = {}
-    for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else ():
+    for line in results.read_text(encoding="utf-8", errors="replace").splitlines() if results.exists() else ():
         try:
             record = json.loads(line)
             done[record["files"][0]] = _identity(record["metadata"])

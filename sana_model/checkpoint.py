@@ -78,6 +78,12 @@ def choose_weights(names: Iterable[str], dtype: torch.dtype | None, where: str) 
     return list(files)
 
 
+def variant_of(names: Iterable[str], dtype: torch.dtype | None, where: str) -> str | None:
+    """The variant that `choose_weights` takes: "fp16" of `model.fp16.safetensors`, None of `model.safetensors`."""
+    match = _WEIGHTS.fullmatch(choose_weights(names, dtype, where)[0])
+    return match["before"] or match["after"]
+
+
 def open_safetensors(files: list[Path]) -> Checkpoint:
     """One file, or the shards of one checkpoint."""
     source: dict[str, object] = {}

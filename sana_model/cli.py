@@ -1,8 +1,8 @@
 """The `sana` command: generate, show, verify, convert, doctor, bench.
 
-Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk); 130 Ctrl-C;
-1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports torch before the arguments are
-known to be good: `sana --help` is immediate.
+Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk);
+130 Ctrl-C; 1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports
+torch before a command runs: `sana --help` is immediate.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+from sana_bench.cli import add_parser as add_bench_parser
+
 from sana_model.config import BUILT_IN, DIALECTS
 from sana_model.errors import UserError
 
@@ -22,9 +24,12 @@ exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks somethin
 130 Ctrl-C; 1 anything else.  `sana COMMAND --help` lists the flags of a command."""
 
 GENERATE = """\
-Paint a picture. Without flags: the model's native size, 20 steps (2 for Sprint), guidance 4.5, seed 0, the instruction of
-SANA in front of the prompt, bf16; a sana.json in the model's folder may say otherwise. Existing files are replaced, folders
-never. The settings are stored in the PNG: `sana show` prints them, `--from` paints it again."""
+Paint a picture. Without flags: the model's native size, 20 steps (2 for Sprint), guidance 4.5, seed 0, SANA's
+instruction in front of the prompt, bf16; a sana.json in the model's folder may say otherwise. Existing files are
+replaced, folders never. The settings are stored in the PNG: `sana show` prints them, `--from` paints it again."""
+
+MODEL_HELP = f"a diffusers folder, a .safetensors or .pth of a DiT, a hub id, or one of {', '.join(BUILT_IN)}"
+_HELP = argparse.RawDescriptionHelpFormatter
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,25 +72,26 @@ def parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
 
     verify = commands.add_parser("verify", help="compare a model, part by part, with the installed diffusers")
-    verify.add_argument("model", metavar="MODEL", help="a diffusers folder or hub id")
+    verify.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     verify.add_argument("--precision", default="fp32", help="fp32 (default) | bf16 | fp16")
+    verify.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
     verify.set_defaults(run=_verify)
 
-    convert = commands.add_parser("convert", help="rewrite a model in another format; values and dtypes stay as they are")
+    convert = commands.add_parser("convert", help="rewrite a model in another format, value for value")
     convert.add_argument("source", metavar="SOURCE", help=MODEL_HELP)
     convert.add_argument("destination", metavar="DESTINATION")
-    convert.add_argument("--to", choices=("diffusers", "original"), default="diffusers", help="a folder, or a .pth of the DiT")
+    convert.add_argument(
+        "--to", choices=("diffusers", "original"), default="diffusers", help="folder, or .pth of the DiT"
+    )
     convert.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
     convert.add_argument("--force", action="store_true", help="replace another model's folder")
     convert.set_defaults(run=_convert)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and why the rest is off")
     doctor.set_defaults(run=_doctor)
+
+    add_bench_parser(commands)
     return root
-
-
-MODEL_HELP = f"a diffusers folder, a .safetensors or .pth of a DiT, a hub id, or one of {', '.join(BUILT_IN)}"
-_HELP = argparse.RawDescriptionHelpFormatter
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,10 +115,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--num-images", type=int, metavar="K", help="writes OUT-0.png, OUT-1.png, ... when K > 1")
     what.add_argument("--instruction", metavar="default|none|FILE", help="the text in front of the prompt")
     what.add_argument("--sampler", metavar="NAME", help="flow_dpm | flow_euler; scm for Sprint")
-    what.add_argument("--pag", dest="pag_scale", type=_finite, metavar="SCALE", help="perturbed-attention guidance; 0 is off")
+    what.add_argument(
+        "--pag", dest="pag_scale", type=_finite, metavar="SCALE", help="perturbed-attention guidance scale"
+    )
     what.add_argument("--guidance-interval", type=_interval, metavar="LO,HI", help="guide only where LO <= sigma <= HI")
     what.add_argument(
-        "--binning", action=argparse.BooleanOptionalAction, help="paint in the nearest trained aspect ratio, resize and crop"
+        "--binning", action=argparse.BooleanOptionalAction, help="paint in the nearest trained ratio, resize and crop"
     )
 
     model = parser.add_argument_group("with what")
@@ -129,17 +137,21 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--low-memory", action="store_true", help="free the text encoder after encoding, and decode in tiles"
     )
     model.add_argument(
-        "--tiled", action=argparse.BooleanOptionalAction, help="decode in blended tiles: little memory, not the same pixels"
+        "--tiled", action=argparse.BooleanOptionalAction, help="decode in tiles: little memory, not the same pixels"
     )
 
     output = parser.add_argument_group("input and output")
-    output.add_argument("-o", "--output", type=Path, metavar="OUT", help="a .png file (default: out.png), or --prompts' folder")
+    output.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="default: out.png; with --prompts a folder, out"
+    )
     output.add_argument(
         "--prompts", type=Path, metavar="FILE",
-        help="one prompt per line ('#' starts a comment line), or a .jsonl of settings; pictures and results.jsonl go to the"
-        " folder -o, and what is already there is not painted again",
+        help="one prompt per line ('#' starts a comment line), or a .jsonl of settings; pictures and results.jsonl go"
+        " to the folder -o, and what is already there is not painted again",
     )  # fmt: skip
-    output.add_argument("--from", dest="picture", type=Path, metavar="PICTURE.png", help="paint this again; flags override")
+    output.add_argument(
+        "--from", dest="picture", type=Path, metavar="PICTURE.png", help="paint it again, with the flags given"
+    )
     output.add_argument("--plan", action="store_true", help="print which kernel runs in which precision, then paint")
     output.add_argument("--json", type=Path, metavar="FILE", help="write settings, ms per stage, plan and versions")
 
@@ -190,7 +202,7 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from sana_model.verify import verify
 
-    report = verify(args.model, precision=args.precision)
+    report = verify(args.model, args.precision, base=args.base)
     print(report)
     return 0 if report.passed else 1
 
@@ -212,4 +224,5 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """What torch raises when an allocation fails, on a GPU and on the CPU, told without importing torch."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    on_gpu, on_cpu = type(error).__name__ == "OutOfMemoryError", "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or on_gpu or on_cpu

@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file, on the disk when this returns. A last line that was cut off earlier stays by itself."""
+    """Add a line to a text file, on the disk when this returns. A last line that was cut off stays by itself."""
     try:
         with path.open("ab+") as file:
             end = file.seek(0, os.SEEK_END)
@@ -46,7 +46,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError unless `path` can become a file: an ordinary file there will be replaced, nothing else ever is."""
+    """Raise UserError unless `path` can become a file: an ordinary file there is replaced, nothing else ever."""
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a file in it")

@@ -19,7 +19,8 @@ from sana_model.text_encoder import TextEncoder
 from sana_model.tokenizer import ByteTokenizer
 
 
-def _package(name: str):
+def package(name: str):
+    """An optional package. Raises MissingError with the command that installs it."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -39,7 +40,7 @@ def diffusers_transformer(dit: DiT) -> nn.Module:
     It clips the self-attention output to fp16's range only in fp16, and takes guidance already multiplied by
     `guidance_embeds_scale` and times already multiplied by `timestep_scale`. Raises MissingError without diffusers.
     """
-    diffusers = _package("diffusers")
+    diffusers = package("diffusers")
     fields = {key: value for key, value in configs.write_dit(dit.config).items() if not key.startswith("_")}
     with torch.device("meta"):
         model = diffusers.SanaTransformer2DModel(**fields)
@@ -57,13 +58,13 @@ def diffusers_autoencoder(autoencoder: Autoencoder) -> nn.Module:
     """diffusers' `AutoencoderDC` on the parameters of `autoencoder`. Raises MissingError without diffusers."""
     fields = configs.write_autoencoder(autoencoder.config)
     with torch.device("meta"):
-        model = _package("diffusers").AutoencoderDC(**{k: v for k, v in fields.items() if not k.startswith("_")})
+        model = package("diffusers").AutoencoderDC(**{k: v for k, v in fields.items() if not k.startswith("_")})
     return _share(model, autoencoder.state_dict())
 
 
 def transformers_text_encoder(encoder: TextEncoder) -> nn.Module:
     """transformers' `Gemma2Model` on the parameters of `encoder`. Raises MissingError without transformers."""
-    transformers = _package("transformers")
+    transformers = package("transformers")
     weight = encoder.embed_tokens.weight
     config = transformers.Gemma2Config(**configs.write_text_encoder(encoder.config, str(weight.dtype).split(".")[1]))
     config._attn_implementation = "eager"  # the others leave the soft-cap out
@@ -76,7 +77,7 @@ def transformers_text_encoder(encoder: TextEncoder) -> nn.Module:
 
 def transformers_tokenizer(model) -> object:
     """transformers' tokenizer for a LoadedModel or Pipeline.model, giving the same ids."""
-    transformers = _package("transformers")
+    transformers = package("transformers")
     if model.tokenizer_folder is not None:
         return transformers.AutoTokenizer.from_pretrained(model.tokenizer_folder)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +86,8 @@ def transformers_tokenizer(model) -> object:
 
 
 def diffusers_pipeline(model) -> object:
-    """diffusers' SanaPipeline (or SanaSprintPipeline) on the parameters of a LoadedModel, or of a Pipeline's `model`."""
-    diffusers = _package("diffusers")
+    """diffusers' SanaPipeline or SanaSprintPipeline on the parameters of a LoadedModel, or a Pipeline's `model`."""
+    diffusers = package("diffusers")
     schedule = configs.write_scheduler(model.config.scheduler)
     scheduler = getattr(diffusers, schedule["_class_name"]).from_config(schedule)
     kind = diffusers.SanaSprintPipeline if model.config.dit.guidance_embeds else diffusers.SanaPipeline

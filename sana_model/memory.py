@@ -1,8 +1,8 @@
-"""Will it fit? Estimates of what a model and a picture need, and a refusal, before anything is allocated, that names what fits.
+"""Will it fit? What a model and a picture need, and a refusal, before anything is allocated, that names what would fit.
 
-Weights are counted exactly, on networks without storage. Activations are the few large tensors that are alive at once, in
-units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 512 to 2048 px), and
-`tests/test_memory.py` measures again.
+Weights are counted exactly, on networks without storage. Activations are the few large tensors that are alive at once,
+in units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 256 to 2048 px),
+and tests/test_memory.py measures again.
 """
 
 from collections.abc import Iterator
@@ -28,30 +28,27 @@ Dtypes = dict[str, torch.dtype]
 """By part: "dit", "text_encoder", "autoencoder"."""
 
 GB = 1e9
-SMALL = 64 * 2**20  # whatever does not grow with the picture: workspaces, tables, allocator slack
-DIT_UNITS = 20  # × rows · N · C values alive in one block: the residual stream, qkv or 2F twice, fp32 copies
-DECODER_UNITS = 8  # × width · height · outermost channels (128) values alive in the last stage
+SMALL = 256 * 2**20  # whatever does not grow with the picture: workspaces, tables, the allocator's slack
+DIT_UNITS = 20  # × rows · N · C values: in a block 13 to 15 are alive (2F = 5C, twice, and fp32 copies), plus workspace
+DECODER_UNITS = 8  # × width · height · outermost channels (128) values: 4 are alive in the last stage, plus workspace
 DECODER_CPU_BYTES = 22  # × the same, whatever the dtype: the CPU's convolutions keep a wide copy of what they reorder
 TILE = 512  # pixels, `Autoencoder.tiled_decode`
 
 
-def estimate(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str = "cpu") -> dict[str, int]:
-    """Bytes by part.
-
-    Weights, there all the time: "dit", "text_encoder", "autoencoder". Passing peaks, of which only one is there at any time:
-    "text_encode", "denoise" (with the keys and values of the text), "decode".
+def estimate(
+    config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str = "cpu"
+) -> dict[str, int]:
+    """Bytes by part: the weights "dit", "text_encoder" and "autoencoder", and the passing peaks "denoise" (with the
+    keys and values of the text) and "decode", of which only one is there at a time. Encoding needs less than either.
     """
-    dit, text = config.dit, config.text
+    dit = config.dit
     width, height, rows = *_canvas(config, settings), _rows(config, settings)
     scale = config.autoencoder.spatial_compression
     tokens, size = width * height // scale**2, dtypes["dit"].itemsize
 
     blocks = DIT_UNITS * rows * tokens * dit.hidden * size
     keys_values = 2 * dit.layers * rows * config.max_text_tokens * dit.hidden * size
-    longest = 2 * config.max_text_tokens  # the instruction, then the prompt
-    scores = 16 * text.heads * longest**2
     return weights(config, dtypes) | {
-        "text_encode": scores + 4 * longest * text.ffn * dtypes["text_encoder"].itemsize + SMALL,
         "denoise": blocks + keys_values + SMALL,
         "decode": _decode(config, settings, width, height, dtypes["autoencoder"], torch.device(device)),
     }
@@ -66,12 +63,13 @@ def weights(config: ModelConfig, dtypes: Dtypes) -> dict[str, int]:
 def parameters(config: ModelConfig) -> dict[str, int]:
     """How many parameters each part has."""
     with torch.device("meta"):
-        parts = {"dit": DiT(config.dit), "text_encoder": TextEncoder(config.text), "autoencoder": Autoencoder(config.autoencoder)}
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        parts = DiT(config.dit), TextEncoder(config.text), Autoencoder(config.autoencoder)
+    counts = (sum(p.numel() for p in part.parameters()) for part in parts)
+    return dict(zip(("dit", "text_encoder", "autoencoder"), counts, strict=True))
 
 
 def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str) -> None:
-    """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, where they are read first."""
+    """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, which reads them first."""
     device = torch.device(device)
     needed = sum(weights(config, dtypes).values())
     for place in dict.fromkeys((torch.device("cpu"), device)):
@@ -79,20 +77,21 @@ def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str) 
         if needed > room:
             fits = list(_lighter_loads(config, dtypes, place, room))
             raise MissingError(
-                f"the weights of {config.name} need {_gb(needed)} of {_name(place)} and {_gb(room)} are free; {_advice(fits)}"
+                f"the weights of {config.name} need {_gb(needed)} of {_name(place)} and {_gb(room)} are free; "
+                + _advice(fits)
             )
 
 
 def check_run(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str) -> None:
-    """Raise MissingError unless painting fits into what `device` has left beside the weights, which are loaded already."""
+    """Raise MissingError unless painting fits into what `device` has left; the weights are loaded already."""
     device = torch.device(device)
     room, needed = available(device), _peak(config, settings, dtypes, device)
     if needed > room:
         fits = list(_lighter_runs(config, settings, dtypes, device, room))
         pictures = f"{settings.count} pictures" if settings.count > 1 else "a picture"
         raise MissingError(
-            f"{pictures} of {settings.width}x{settings.height} need {_gb(needed)} of {_name(device)} beside the weights and "
-            f"{_gb(room)} are free; {_advice(fits)}"
+            f"{pictures} of {settings.width}x{settings.height} need {_gb(needed)} of {_name(device)} beside the weights"
+            f" and {_gb(room)} are free; {_advice(fits)}"
         )
 
 
@@ -107,8 +106,8 @@ def available(device: torch.device) -> int:
 def cgroup_rooms(root: Path = Path("/")) -> Iterator[int]:
     """Bytes left under each memory limit of this process's control groups, of version 2 or 1.
 
-    A limit may sit on any ancestor, and inside a container the group's own path may not exist; both are why all are tried.
-    Unused file cache counts as free: the kernel gives it up first.
+    A limit may sit on any ancestor, and inside a container the group's own path may not exist: all are tried. Unused
+    file cache counts as free, for the kernel gives it up first.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -206,7 +205,7 @@ def _lighter_runs(
 
 
 def _advice(fits: list[str]) -> str:
-    return f"what would fit: {', or '.join(fits)}" if fits else "nothing smaller would fit: free memory, or use another machine"
+    return f"what would fit: {', or '.join(fits)}" if fits else "nothing smaller would fit either: free some memory"
 
 
 def _name(device: torch.device) -> str:

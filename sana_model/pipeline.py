@@ -165,6 +165,7 @@ class Pipeline:
         noise = draw() if noise is None else noise.to(self.device, torch.float32)
         schedule = scheduler.timesteps(replace(config.scheduler, kind=settings.sampler), settings.steps)
 
+        noise_levels = schedule.model_times.tolist() if schedule.kind == "scm" else schedule.sigmas
         times = torch.as_tensor(schedule.model_times, dtype=torch.float32, device=self.device)
         scales = torch.full_like(times, settings.guidance) if config.dit.guidance_embeds else None
         time_table = dit.time(times, scales)
@@ -175,7 +176,7 @@ class Pipeline:
 
         def velocity(x: Tensor, i: int) -> Tensor:
             lo, hi = settings.guidance_interval
-            if (guided or perturbed) and not lo <= float(schedule.sigmas[i]) <= hi:
+            if (guided or perturbed) and not lo <= noise_levels[i] <= hi:
                 return dit.step(x, time_table.step(i, len(x)), unguided)
             copies = 1 + guided + perturbed
             rows = torch.cat([x] * copies)

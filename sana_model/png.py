@@ -1,7 +1,7 @@
 """PNG files that know how they were painted, so that any picture can be made again.
 
-Two text chunks: `parameters`, the line format of the AUTOMATIC1111 web UI that picture browsers show, and `sana`, a JSON
-object with everything that determines the pixels, which is what `read_metadata` reads.
+Two text chunks: `parameters`, the line format of the AUTOMATIC1111 web UI that picture browsers show, and `sana`, a
+JSON object with everything that determines the pixels, which is what `read_metadata` reads.
 """
 
 import json
@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sana_model.errors import UserError
@@ -66,8 +66,9 @@ class Metadata:
         """The text of the `parameters` chunk."""
         settings = self.settings
         values = {
-            "Steps": settings.steps, "Sampler": settings.sampler, "CFG scale": f"{settings.guidance:g}", "Seed": self.seed,
-            "Size": f"{settings.width}x{settings.height}", "Model": _quoted(self.model), "Version": _quoted(self.software),
+            "Steps": settings.steps, "Sampler": settings.sampler, "CFG scale": f"{settings.guidance:g}",
+            "Seed": self.seed, "Size": f"{settings.width}x{settings.height}",
+            "Model": _quoted(self.model), "Version": _quoted(self.software),
         }  # fmt: skip
         lines = [self.prompt]
         if settings.negative_prompt:
@@ -95,7 +96,7 @@ def read_metadata(path: str | Path) -> Metadata:
             text = getattr(image, "text", {})
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a PNG picture: {error}") from error
     if "sana" not in text:
         raise UserError(f"{path} holds no settings: it was not painted by sana, or a program on its way removed them")
@@ -105,8 +106,10 @@ def read_metadata(path: str | Path) -> Metadata:
         known = {name: values[name] for name in (f.name for f in fields(Metadata)) if name in values}
         metadata = Metadata(settings=settings, **known)
         strings = (*metadata.load_options.values(), metadata.software)
-        if not all(isinstance(value, str) or value is None for value in strings) or not 0 <= metadata.index < settings.count:
-            raise UserError("its values do not belong together")
+        if not all(isinstance(value, str) or value is None for value in strings):
+            raise UserError("a name is not a text")
+        if not 0 <= metadata.index < settings.count:
+            raise UserError(f"there is no picture {metadata.index} among {settings.count}")
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"the settings stored in {path} cannot be read: {error}") from error
     return metadata

@@ -38,6 +38,7 @@ _DIT: Recipe = (
     (r"scale_shift_table$", 0.0, 0.3, False),
     (r"^patch_embed\.weight$", 0.0, 0.25, True),  # the stream starts small, for it grows some 35 times
     (r"^patch_embed\.bias$", 0.0, 0.025, False),
+    (r"^modulation\.weight$", 0.0, 0.5, True),
     (r"bias$", 0.0, 0.1, False),
     (r"weight$", 0.0, 1.0, True),
 )
@@ -76,13 +77,14 @@ def random_model(
 
 @torch.no_grad()
 def random_dit(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DiT:
-    """A DiT whose every branch adds 0.3 (0.2 from 40 blocks on) of the RMS of the residual stream.
+    """A DiT whose every branch adds 0.3 (0.2 in models of more than 40 blocks) of the RMS of the residual stream.
 
     The blocks are drawn and run one after the other in fp32 on a small seeded input, the output layer of each branch is
     scaled to its target, and the block is then cast to `dtype`: beyond the result, one block is held in fp32.
     """
     dit = _empty(DiT, config, dtype)
     outliers = outlier_channels("dit", config.hidden, seed)
+    ordinary = [i for i in range(config.hidden) if i not in outliers]
     share = 0.2 if config.layers > 40 else 0.3
 
     ends = _empty(DiT, replace(config, layers=0), torch.float32)  # all but the blocks
@@ -90,13 +92,13 @@ def random_dit(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.floa
     _raise_rows(ends.patch_embed, outliers)
     _copy(ends, dit)
 
-    side, words = 8, 16
-    latents = torch.empty(1, config.in_channels, side, side)
-    caption = torch.empty(1, words, config.caption_channels)
+    times = torch.tensor([0.1, 0.5, 0.9] if config.guidance_embeds else [100.0, 500.0, 900.0])  # Sprint's end at 1
+    images, side, words = len(times), 6, 16
+    latents = torch.empty(images, config.in_channels, side, side)
+    caption = torch.empty(images, words, config.caption_channels)
     for name, tensor in (("latents", latents), ("caption", caption)):
         draw(tensor, 0.0, 1.0, f"dit/calibration/{name}", seed)
-    middle = 0.5 if config.guidance_embeds else 500.0  # Sprint counts time from 0 to 1
-    time = ends.time(torch.tensor([middle]), torch.tensor([4.5]))
+    time = ends.time(times, torch.full_like(times, 4.5))
     x, caption = ends.embed(latents), ends.caption_embed(caption)
 
     scratch = _empty(Block, config, torch.float32)
@@ -105,30 +107,39 @@ def random_dit(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.floa
         scratch.scale_shift_table[[2, 5]] += 1  # the gates
         for layer in (scratch.attention.out, scratch.cross_attention.out, scratch.mix_ffn.project):
             _raise_rows(layer, outliers)
-        x = _calibrate(scratch, x, time.modulation, caption, (side, side), share)
+        x = _calibrate(scratch, x, time.modulation, caption, (side, side), share, ordinary)
         _copy(scratch, block)
     return dit
 
 
 def _calibrate(
-    block: Block, x: Tensor, modulation: Tensor, caption: Tensor, grid: tuple[int, int], share: float
+    block: Block,
+    x: Tensor,
+    modulation: Tensor,
+    caption: Tensor,
+    grid: tuple[int, int],
+    share: float,
+    ordinary: list[int],
 ) -> Tensor:
-    """Scale the branches of an fp32 block for the residual stream `x` (1, N, C) → the stream after the block."""
+    """Scale the branches of an fp32 block for the residual stream `x` (B, N, C) → the stream after the block.
+
+    RMS is over the `ordinary` channels: a few outliers would make it a matter of chance in a narrow model.
+    """
     ops, cross = REFERENCE_OPS, block.cross_attention
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (block.scale_shift_table + modulation).unbind(1)
 
     def add(branch: Tensor, layer: nn.Linear) -> Tensor:
-        factor = _step(share * _rms(x) / _rms(branch))
+        factor = _step(share * _rms(x[..., ordinary]) / _rms(branch[..., ordinary]))
         _scale(layer, factor)
         return x + factor * branch
 
-    x = add(gate_1 * block.attention(ops.modulate(x, shift_1, scale_1), ops, 0), block.attention.out)
+    x = add(gate_1[:, None] * block.attention(ops.modulate(x, shift_1, scale_1), ops, 0), block.attention.out)
 
     keys, values = cross.keys_values(caption)
     queries = cross.q(x)
     if cross.norm_q is not None:
         queries = queries * torch.rsqrt(queries.square().mean(-1, keepdim=True)) * cross.norm_q
-    logits = torch.einsum("bnhd,blhd->bhnl", queries.view(1, -1, *keys.shape[2:]), keys) / math.sqrt(keys.shape[-1])
+    logits = torch.einsum("bnhd,blhd->bhnl", queries.unflatten(-1, keys.shape[2:]), keys) / math.sqrt(keys.shape[-1])
     factor = _step(1 / _rms(logits - logits.mean(-1, keepdim=True)))
     if cross.norm_q is None:
         _scale(cross.q, factor)
@@ -136,7 +147,7 @@ def _calibrate(
         cross.norm_q *= factor
     x = add(cross(x, (keys, values), None, ops), cross.out)
 
-    branch = gate_2 * block.mix_ffn(ops.modulate(x, shift_2, scale_2), *grid, ops)
+    branch = gate_2[:, None] * block.mix_ffn(ops.modulate(x, shift_2, scale_2), *grid, ops)
     return add(branch, block.mix_ffn.project)
 
 

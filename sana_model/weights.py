@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sana_model import checkpoint_config as configs
-from sana_model import hub, keys
+from sana_model import defaults, hub, keys
 from sana_model.autoencoder import Autoencoder
 from sana_model.checkpoint import Checkpoint, check, choose_weights, fill, open_pth, open_safetensors, same_names
 from sana_model.config import BUILT_IN, DIALECTS, ModelConfig
@@ -47,6 +47,7 @@ class Source:
     random: bool
     open: dict[str, Open]  # by part
     tokenizer_folder: Path | None
+    folder: Path | None = None  # the diffusers folder, where all parts are in one
     precision: str | None = None  # fp32, bf16 or fp16, where the folder's sana.json asks for one
 
 
@@ -79,11 +80,19 @@ def load_model(
     tokenizer = None
     if "text" in parts:
         tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else ByteTokenizer()
+    open_text = source.open["text"]  # not `source`, which may hold a whole .pth
     loaded = {part: read() for part, read in opened.items()}
     return LoadedModel(
-        config, loaded.get("dit"), loaded.get("text"), tokenizer, loaded.get("autoencoder"), source.name, source.random,
-        source.tokenizer_folder, lambda: source.open["text"](config, text_precision)(),
-    )  # fmt: skip
+        config=config,
+        dit=loaded.get("dit"),
+        text_encoder=loaded.get("text"),
+        tokenizer=tokenizer,
+        autoencoder=loaded.get("autoencoder"),
+        source=source.name,
+        random=source.random,
+        tokenizer_folder=source.tokenizer_folder,
+        load_text_encoder=lambda: open_text(config, text_precision)(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- finding
@@ -135,7 +144,7 @@ def _folder(folder: Path, name: str, label: str) -> Source:
         path = folder / part / file
         return reader(configs.read_json(path), path)
 
-    config = configs.assemble(
+    config = defaults.assemble(
         name,
         read(configs.read_dit, "transformer"),
         read(configs.read_text_encoder, "text_encoder"),
@@ -144,7 +153,7 @@ def _folder(folder: Path, name: str, label: str) -> Source:
     )
     ours_file = folder / "sana.json"
     ours = configs.read_json(ours_file) if ours_file.exists() else {}
-    config = configs.read_sana_json(ours, ours_file, config)
+    config = defaults.read_sana_json(ours, ours_file, config)
 
     def opener(part: str) -> Open:
         def open_part(config: ModelConfig, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
@@ -159,7 +168,9 @@ def _folder(folder: Path, name: str, label: str) -> Source:
         return open_part
 
     openers = {part: opener(part) for part in PARTS}
-    return Source(config, label, ours.get("random", False), openers, folder / "tokenizer", ours.get("precision"))
+    return Source(
+        config, label, ours.get("random", False), openers, folder / "tokenizer", folder, ours.get("precision")
+    )
 
 
 def _what_is(folder: Path) -> str:
@@ -186,7 +197,7 @@ def _file(file: Path, base: str | Path | None) -> Source:
         )
     source = None if base is None else find(base)
     dit = configs.infer_dit(checkpoint.shapes, dialect, file, source and source.config.dit)
-    config = configs.with_dit(source and source.config, file.name, dit)
+    config = defaults.with_dit(source and source.config, file.name, dit)
 
     def open_dit(config: ModelConfig, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
         return _reader("dit", config, checkpoint, dtype, dialect)
@@ -266,7 +277,7 @@ def save_diffusers(
             "transformer": ["diffusers", "SanaTransformer2DModel"],
             "vae": ["diffusers", "AutoencoderDC"],
         })  # fmt: skip
-        _write_json(place / "sana.json", configs.write_sana_json(config, loaded.random, precision))
+        _write_json(place / "sana.json", defaults.write_sana_json(config, loaded.random, precision))
         _write_json(place / "scheduler" / "scheduler_config.json", configs.write_scheduler(config.scheduler))
         _write_json(place / "transformer" / "config.json", configs.write_dit(config.dit))
         _write_weights(place / "transformer", "diffusion_pytorch_model", dit_state, variant, shard_size)
@@ -365,7 +376,7 @@ def _refuse_to_destroy(folder: Path, force: bool) -> None:
     if not any(folder.iterdir()):
         return
     marker = folder / "sana.json"
-    if marker.is_file() and configs.read_json(marker).get("written_by") == configs.WRITTEN_BY:
+    if marker.is_file() and configs.read_json(marker).get("written_by") == defaults.WRITTEN_BY:
         return
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is in use and holds no model; name another folder")

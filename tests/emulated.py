@@ -1,6 +1,6 @@
 """Runs the CUDA sources on the host: compiles them against csrc/emulator and lends tests a "device" to call them on.
 
-    with emulated.device(seed=1):
+    with emulated.device(emulated.cuda_module(), seed=1):
         q = emulated.guarded(q)
         out = sana_kernels.linear_attention.cuda.linear_attention(q, ...)
 
@@ -18,7 +18,6 @@ import importlib.machinery
 import importlib.util
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -38,14 +37,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulator"
 CXX = os.environ.get("CXX", "c++").split()
-# Type punning is common in CUDA sources; uninitialised locals hold a pattern; every library keeps its variables to itself.
+# Type punning is common in CUDA sources; uninitialised locals hold a pattern; every library keeps its variables to itself;
+# what the checks find is reported by csrc/emulator/machine.h, not by the compiler's own library.
 FLAGS = (
     "-std=c++17 -O1 -fPIC -fno-strict-aliasing -ftrivial-auto-var-init=pattern -fno-gnu-unique"
+    " -fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero -fno-sanitize-recover"
     " -Wall -Wextra -Werror=attributes -Wno-unknown-pragmas -DSANA_EMULATED -include emulator/device.h"
 ).split()
 ORDERS = (0, 1, 2)  # forward, backward, shuffled
 
-Edit = tuple[str, str, str]  # (file under csrc or tests, what stands there once, what to put in its place)
+Edit = tuple[str, str, str]  # (file in the repository, what stands there once, what to put in its place)
 
 
 @cache
@@ -60,98 +61,91 @@ def cuda_include() -> Path:
     pytest.skip("the emulator needs CUDA's headers: install the CUDA toolkit (and set CUDA_HOME) or the package triton")
 
 
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-
-
 @cache
-def _inputs() -> bytes:
-    """What every library depends on, besides its own sources: headers, bindings, compiler."""
-    headers = sorted([*CSRC.rglob("*.cuh"), *CSRC.rglob("*.h"), CSRC / "bind_cuda.cpp"])
+def _dependencies() -> bytes:
+    """What every object file depends on, besides its own source."""
     version = subprocess.run([*CXX, "--version"], capture_output=True, check=True).stdout
-    return version + repr(FLAGS).encode() + b"".join(path.read_bytes() for path in headers)
+    headers = sorted([*CSRC.rglob("*.cuh"), *CSRC.rglob("*.h")])
+    return version + sys.version.encode() + b"".join(path.read_bytes() for path in headers)
 
 
-def _edited(edits: tuple[Edit, ...]) -> dict[Path, str]:
-    texts: dict[Path, str] = {}
+def _run(*command: object) -> None:
+    result = subprocess.run([*CXX, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(result.args)}\n{result.stderr}")
+
+
+def _cached(name: str, key: object, make) -> Path:
+    """build/emulator/<name with a hash of key for {}>; where it is missing, `make(file, scratch folder)` writes the file."""
+    path = BUILD / name.format(hashlib.sha256(_dependencies() + repr(key).encode()).hexdigest()[:20])
+    if not path.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            make(Path(folder) / "result", Path(folder))
+            os.replace(Path(folder) / "result", path)  # another process may be making the same one
+    return path
+
+
+def _edited(edits: tuple[Edit, ...]) -> dict[str, str]:
+    texts: dict[str, str] = {}
     for name, old, new in edits:
-        path = ROOT / name
-        text = texts.get(path) or path.read_text()
+        text = texts.get(name) or (ROOT / name).read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} places that read {old!r}; the edit needs exactly one"
-        texts[path] = text.replace(old, new)
+        texts[name] = text.replace(old, new)
     return texts
 
 
-def compile_kernels(sources: list[Path], edits: tuple[Edit, ...] = (), flags: tuple[str, ...] = ()) -> Path:
-    """A shared library of .cu sources on the emulator, with `edits` applied to copies of the sources and headers."""
-    texts = _edited(edits)
-    contents = b"".join(texts[path].encode() if path in texts else path.read_bytes() for path in sources)
-    digest = hashlib.sha256(_inputs() + contents + repr((edits, flags)).encode()).hexdigest()[:20]
-    library = BUILD / f"lib{digest}.so"
-    if library.exists():
-        return library
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        for path, text in texts.items():
-            copy = Path(folder) / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(text)
-        include = [f"-I{folder}/csrc", f"-I{CSRC}", "-isystem", str(cuda_include())]
-        objects = [f"{folder}/{i}.o" for i in range(len(sources))]
-        commands = []
-        for path, output in zip(sources, objects, strict=True):
-            source = Path(folder) / path.relative_to(ROOT) if path in texts else path
-            commands.append([*CXX, *FLAGS, *flags, *include, "-xc++", "-c", str(source), "-o", output])
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        _run([*CXX, "-shared", "-Wl,-Bsymbolic", *objects, "-o", f"{folder}/library"])
-        os.replace(f"{folder}/library", library)  # another process may be building the same one
-    return library
+def _object(source: Path, edits: tuple[Edit, ...], flags: tuple[str, ...]) -> Path:
+    """`source` compiled for the emulator, as if it and the headers had been edited."""
+    name = str(source.relative_to(ROOT))
+    texts = _edited(tuple(edit for edit in edits if edit[0] == name or not edit[0].endswith(".cu")))
+
+    def make(result: Path, folder: Path) -> None:
+        for edited, text in texts.items():
+            (folder / edited).parent.mkdir(parents=True, exist_ok=True)
+            (folder / edited).write_text(text)
+        include = [f"-I{folder / 'csrc'}", f"-I{CSRC}", "-isystem", cuda_include()]
+        _run(*FLAGS, *flags, *include, "-xc++", "-c", (folder if name in texts else ROOT) / name, "-o", result)
+
+    return _cached("{}.o", (source.read_text(), texts, FLAGS, flags), make)
+
+
+def _library(sources: list[Path], edits: tuple[Edit, ...], flags: tuple[str, ...] = ()) -> Path:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _object(source, edits, flags), sources))
+    # Its name is in the key: libraries of one name would be taken for the same one when a module loads them.
+    return _cached("lib{}.so", objects, lambda result, _: _run("-shared", "-Wl,-Bsymbolic", *objects, "-o", result))
 
 
 def load(source: str, *edits: Edit, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """One .cu source of the repository, for calls of its extern "C" functions."""
-    return ctypes.CDLL(str(compile_kernels([ROOT / source], edits, flags)))
+    return ctypes.CDLL(str(_library([ROOT / source], edits, flags)))
 
 
-@cache
-def _binding() -> Path:
-    """csrc/bind_cuda.cpp as an object file."""
+def _make_binding(result: Path, folder: Path) -> None:
+    """bind_cuda.cpp and what setup.py would have written, in one object file."""
     import pybind11
 
-    source = CSRC / "bind_cuda.cpp"
-    digest = hashlib.sha256(_inputs() + sys.version.encode()).hexdigest()[:20]
-    output = BUILD / f"{digest}.o"
-    if not output.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}"]
-            _run([*CXX, *flags, *python, "-c", str(source), "-o", f"{folder}/o"])
-            os.replace(f"{folder}/o", output)
-    return output
+    source = folder / "binding.cpp"
+    source.write_text('#include "bind_cuda.cpp"\nconst char* sana_build_info() { return "{}"; }\n')
+    include = [f"-I{CSRC}", "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+    _run("-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", *include, "-c", source, "-o", result)
 
 
 def cuda_module(*edits: Edit) -> types.ModuleType:
-    """The module sana_kernels._cuda with every kernel of csrc on the emulator.
+    """The module sana_kernels._cuda with every kernel of csrc on the emulator, as if the sources had been edited.
 
     The kernels are a library of their own, because their machine poisons all thread_local variables of its library.
     """
-    kernels = compile_kernels(sorted(CSRC.rglob("*.cu")), edits)
-    module = BUILD / f"_cuda_{kernels.stem}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if not module.exists():
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            info = Path(folder) / "build_info.cpp"
-            info.write_text('extern "C" const char* sana_build_info() { return "{}"; }\n')
-            link = [*CXX, "-shared", "-fPIC", str(info), str(_binding()), str(kernels), "-Wl,-rpath,$ORIGIN"]
-            _run([*link, "-o", f"{folder}/module"])
-            os.replace(f"{folder}/module", module)
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(module))
-    loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
-    loader.exec_module(loaded)
-    return loaded
+    kernels = _library(sorted(CSRC.rglob("*.cu")), edits)
+    binding = _cached("binding_{}.o", (CSRC / "bind_cuda.cpp").read_text(), _make_binding)
+    link = ("-shared", "-fPIC", binding, kernels, "-Wl,-rpath,$ORIGIN")
+    path = _cached("_cuda_{}.so", link, lambda result, _: _run(*link, "-o", result))
+    name = f"{path.stem}._cuda"  # pybind11 would take modules of one name for the same one
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -190,22 +184,29 @@ _buffers = _Buffers()
 
 
 def guarded(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A contiguous copy that faults when it is overrun; to be called within `device`."""
+    """A contiguous copy that faults when it is overrun; to be called within `memory` or `device`."""
     if tensor is None:
         return None
     return _buffers.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 @contextlib.contextmanager
-def device(module: types.ModuleType | None = None, seed: int = 0):
-    """Within, CUDA modules of sana_kernels run on the emulator and take CPU tensors; afterwards the buffers are checked."""
+def memory(seed: int):
+    """Within, kernels run in the order `seed`; afterwards the surroundings of all buffers made here are checked."""
     global _buffers
-    module = module or cuda_module()
     _buffers = _Buffers()
+    with mock.patch.dict(os.environ, {"SANA_EMULATOR_SEED": str(seed)}):
+        yield
+    _buffers.check()
+
+
+@contextlib.contextmanager
+def device(module: types.ModuleType, seed: int):
+    """As `memory`; and the CUDA functions of sana_kernels take CPU tensors and run them on `module`, see cuda_module."""
     stream = types.SimpleNamespace(cuda_stream=0)
     with (
+        memory(seed),
         mock.patch.dict(sys.modules, {"sana_kernels._cuda": module}),
-        mock.patch.dict(os.environ, {"SANA_EMULATOR_SEED": str(seed)}),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
         mock.patch.object(torch.cuda, "current_stream", lambda *_: stream),
         mock.patch.object(torch, "empty", _buffers.empty),
@@ -213,12 +214,5 @@ def device(module: types.ModuleType | None = None, seed: int = 0):
         backend.extension.cache_clear()
         try:
             yield
-            _buffers.check()
         finally:
             backend.extension.cache_clear()
-
-
-@cache
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return next(filter(None, map(shutil.which, [os.environ.get("NVCC", "nvcc"), f"{home}/bin/nvcc"])), None)

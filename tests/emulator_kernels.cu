@@ -40,18 +40,18 @@ __global__ void column_sums_kernel(const float* in, float* out, int rows, int n)
   out[(threadIdx.x + 1) % n] = sum;
 }
 
-// Adds up 32 values through shared memory, the lanes of one warp only.
+// Adds up 32 values through shared memory within one warp: a butterfly, after which every lane has the sum.
 __global__ void tree_sum_kernel(const float* in, float* out) {
   __shared__ float value[32];
   value[threadIdx.x] = in[threadIdx.x];
   __syncwarp();
   for (int half = 16; half > 0; half /= 2) {
-    const float other = static_cast<int>(threadIdx.x) < half ? value[threadIdx.x + half] : 0;
+    const float other = value[threadIdx.x ^ half];
     __syncwarp();  // before overwriting
     value[threadIdx.x] += other;
     __syncwarp();  // before reading
   }
-  if (threadIdx.x == 0) *out = value[0];
+  out[threadIdx.x] = value[threadIdx.x];
 }
 
 // ---- Warp operations: row i of `out` holds the results of operation i.
@@ -178,7 +178,7 @@ __global__ void pipeline_kernel(const float* in, float* out, int rows) {
   }
 }
 
-// C = A * B^T for int8: A (16, K), B (8, K), C (16, 8); K a multiple of 32.
+// C = A * B^T for int8, by one warp: A (16, K), B (8, K), C (16, 8); K a multiple of 32.
 __global__ void gemm_kernel(const int8_t* A, const int8_t* B, int* C, int K) {
   __shared__ __align__(16) int8_t a[16][48], b[8][48];  // 48: rows start at multiples of 16 and in different banks
   int32_t d[4] = {};
@@ -189,12 +189,11 @@ __global__ void gemm_kernel(const int8_t* A, const int8_t* B, int* C, int K) {
     }
     cp_async_commit();
     cp_async_wait<0>();
-    __syncthreads();
+    __syncwarp();
     uint32_t fa[4], fb[2];
     ldmatrix(fa, &a[threadIdx.x % 16][threadIdx.x / 16 * 16]);
     ldmatrix(fb, &b[threadIdx.x % 8][threadIdx.x / 8 % 2 * 16]);
     mma_m16n8k32_s8(d, fa, fb);
-    __syncthreads();
   }
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   for (int r = 0; r < 4; ++r) C[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = d[r];
@@ -223,12 +222,14 @@ __global__ void mistake_kernel(float* data, int n, int mistake) {
   if (mistake == 5) __syncwarp(0xfffffffeu);
   if (mistake == 6 && i == 9) data[n] = 1;
   if (mistake == 7 && i == 9) shared[i] = data[n + 3];
-  if (mistake == 8 && i == 9) shared[i] = reinterpret_cast<float4*>(data + 1)->w;
+  if (mistake == 8 && i == 9) *reinterpret_cast<float4*>(data + 1) = make_float4(1, 2, 3, 4);
   if (mistake == 9 && i == 9) dynamic_shared<float>()[64] = 1;
   if (mistake == 10 && i == 9) shared[i] = i / (n - 8);
   if (mistake == 11 && i == 9) cp_async<16>(data, data);
   if (mistake == 12 && i == 9) cp_async<16>(&shared[1], data);
   if (mistake == 13 && i == 9) data[-1] = 1;
+  if (mistake == 14 && i == 9) shared[i + 8 * n] = 1;
+  if (mistake == 15 && i == 9) shared[i] = 1 << (4 * n);
   __syncwarp();
   data[i % n] = shared[i];
 }

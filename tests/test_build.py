@@ -3,7 +3,6 @@
 The builds run in a copy of the checkout, so that they share nothing with the installation under test but the sources.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -153,12 +152,12 @@ def test_failing_nvcc_costs_only_cuda(checkout, wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def cuda_module(checkout, tmp_path_factory) -> Path:
-    """The folder with a _cuda of its own, compiled for the oldest target, Hopper, and the newest."""
+    """The folder with a _cuda of its own, for Hopper."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
     lib = tmp_path_factory.mktemp("cuda")
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", lib]
-    run(*build, cwd=checkout, SANA_CUDA="1", SANA_CUDA_ARCHS="80;90a;120f", NVCC=NVCC)
+    run(*build, cwd=checkout, SANA_CUDA="1", SANA_CUDA_ARCHS="90a", NVCC=NVCC)
     return lib / "sana_kernels"
 
 
@@ -166,7 +165,7 @@ def cuda_module(checkout, tmp_path_factory) -> Path:
 def test_cuda_module_imports_without_a_driver(cuda_module):
     ask = "import _cuda, json; print(json.dumps(_cuda.build_info()))"
     info = json.loads(run(sys.executable, "-c", ask, cwd=cuda_module, CUDA_VISIBLE_DEVICES=""))
-    assert info["cuda_archs"] == ["80", "90a", "120f"] and info["nvcc"]
+    assert info["cuda_archs"] == ["90a"] and info["nvcc"]
 
 
 @pytest.mark.slow
@@ -188,9 +187,9 @@ def test_modules_are_free_of_torch(name, wheel, tmp_path, request):
         module = Path(zipfile.ZipFile(wheel).extract(f"sana_kernels/_cpu{SUFFIX}", tmp_path))
     needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", module))
     assert needed and not [library for library in needed if not LIBRARIES.fullmatch(library)]
-    symbols = run("readelf", "-Ws", "--dyn-syms", module)
-    assert f"PyInit_{name}" in symbols  # the control: the listing is not empty
-    assert not re.findall(r"\b_ZN\w*(?:c10|at6|torch)\w*|\btorch_\w+|\baoti_\w+", symbols)
+    undefined = re.findall(r"UND (\S+)", run("readelf", "-W", "--dyn-syms", module))
+    assert any(symbol.startswith("PyObject_") for symbol in undefined)  # the control: this is where torch's would be
+    assert not [symbol for symbol in undefined if re.search(r"3c10|2at\d|5torch|^torch|^aoti", symbol)]
 
 
 def test_extension_is_built_from_this_tree():
@@ -229,11 +228,3 @@ def test_peaks():
     for wrong in (("fp128", 1, 0.1), ("copy", 0, 0.1), ("copy", 1, float("nan"))):
         with pytest.raises(ValueError, match="peak"):
             module.peak(*wrong)
-
-
-def test_no_find_spec_of_cuda_without_reason():
-    """Where there is no _cuda, _cpu knows why."""
-    if importlib.util.find_spec("sana_kernels._cuda") is not None:
-        pytest.skip("_cuda is built")
-    module, _ = backend.extension("_cpu")
-    assert module.build_info()["cuda_off"]

@@ -53,6 +53,11 @@ struct Where {
   static Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
+inline std::string place(const Where& where) {
+  const char* slash = std::strrchr(where.file, '/');
+  return std::string(slash == nullptr ? where.file : slash + 1) + ":" + std::to_string(where.line);
+}
+
 struct Wait {
   const char* what = nullptr;  // null: not waiting
   Where where{};
@@ -129,7 +134,11 @@ class Machine {
     const SignalHandlers handlers;
     for (const size_t i : order(blocks)) {
       blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-      run_block();
+      try {
+        run_block();
+      } catch (const Failure& failure) {
+        throw Failure("block " + text(blockIdx) + ": " + failure.what());
+      }
     }
   }
 
@@ -206,7 +215,7 @@ class Machine {
       failure_ = "thread " + text(thread.index) + ": " + fault_message_;
     }
     running_ = false;
-    if (!failure_.empty()) throw Failure("block " + text(blockIdx) + ", " + std::exchange(failure_, ""));
+    if (!failure_.empty()) throw Failure(std::exchange(failure_, ""));
   }
 
   // Carries out every operation whose lanes have all arrived; false if there was none.
@@ -257,16 +266,11 @@ class Machine {
       auto& [threads, example] = groups[state];
       if (threads++ == 0) example = text(thread.index);
     }
-    std::string message = "block " + text(blockIdx) + ": its threads wait for each other for ever:";
+    std::string message = "the threads wait for each other for ever:";
     for (const auto& [state, group] : groups) {
-      message += " " + std::to_string(group.first) + " " + state + ", such as " + group.second + ";";
+      message += " " + std::to_string(group.first) + " " + state + ", such as thread " + group.second + ";";
     }
     return message + " all threads named must reach the same barrier";
-  }
-
-  static std::string place(const Where& where) {
-    const char* slash = std::strrchr(where.file, '/');
-    return std::string(slash == nullptr ? where.file : slash + 1) + ":" + std::to_string(where.line);
   }
 
   static void thread_main();
@@ -283,18 +287,18 @@ class Machine {
       struct sigaction action {};
       action.sa_sigaction = on_fault;
       action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler does not return, so nothing would unblock it
-      for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &old_[i]);
+      for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &old_[i]);
     }
     SignalHandlers(const SignalHandlers&) = delete;
     SignalHandlers& operator=(const SignalHandlers&) = delete;
     ~SignalHandlers() {
-      for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &old_[i], nullptr);
+      for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &old_[i], nullptr);
       sigaltstack(&old_stack_, nullptr);
     }
 
    private:
-    static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
-    struct sigaction old_[3];
+    static constexpr int kSignals[] = {SIGSEGV, SIGBUS};
+    struct sigaction old_[2];
     stack_t old_stack_;
   };
 
@@ -336,13 +340,37 @@ inline void Machine::on_fault(int signal, siginfo_t* info, void*) {
     return;
   }
   const char* cause = "touched %p, where there is no buffer: out of bounds";
-  if (signal == SIGFPE) cause = "divided an integer by zero";
-  // For an unaligned access of 16 bytes the processor raises a general protection fault, which has no address.
-  if (signal == SIGSEGV && info->si_code == SI_KERNEL) cause = "made an unaligned access of 16 bytes, or one far out of bounds";
   if (m.current_->fiber.overflowed_at(info->si_addr)) cause = "overran the 64 KB of its stack";
   std::snprintf(m.fault_message_, sizeof m.fault_message_, cause, info->si_addr);
   siglongjmp(m.fault_, 1);
 }
 
+// What the compiler's checks (-fsanitize) found; each of its records begins with the place.
+struct Finding {
+  const char* file;
+  uint32_t line, column;
+};
+
+[[noreturn]] inline void report(const char* what, const void* finding) {
+  const auto* at = static_cast<const Finding*>(finding);
+  machine().fail(std::string(what) + " at " + place({at->file, static_cast<int>(at->line)}));
+}
+
 }  // namespace emulator
 }  // namespace sana
+
+// The names that the compiler calls. Weak: every source file of a library brings them.
+extern "C" {
+[[gnu::weak, noreturn]] void __ubsan_handle_type_mismatch_v1_abort(void* finding, void*) {
+  sana::emulator::report("unaligned access", finding);
+}
+[[gnu::weak, noreturn]] void __ubsan_handle_out_of_bounds_abort(void* finding, void*) {
+  sana::emulator::report("array index out of bounds", finding);
+}
+[[gnu::weak, noreturn]] void __ubsan_handle_shift_out_of_bounds_abort(void* finding, void*, void*) {
+  sana::emulator::report("shift by too many bits", finding);
+}
+[[gnu::weak, noreturn]] void __ubsan_handle_divrem_overflow_abort(void* finding, void*, void*) {
+  sana::emulator::report("integer division by zero", finding);
+}
+}

@@ -44,7 +44,7 @@ namespace emulator {
 
 template <int Count, bool Transpose>
 struct LoadMatrix {
-  const void* row;
+  uint16_t row[8];  // read when its lane arrives: the instruction orders no memory accesses of different lanes
   uint32_t* r;
 
   static void combine(LoadMatrix* const* lanes, unsigned) {
@@ -54,7 +54,7 @@ struct LoadMatrix {
         for (int e = 0; e < 2; ++e) {
           const int major = lane / 4, minor = lane % 4 * 2 + e;
           const int row = Transpose ? minor : major, column = Transpose ? major : minor;
-          pair[e] = static_cast<const uint16_t*>(lanes[8 * m + row]->row)[column];
+          pair[e] = lanes[8 * m + row]->row[column];
         }
         lanes[lane]->r[m] = pair[0] | uint32_t{pair[1]} << 16;
       }
@@ -64,8 +64,11 @@ struct LoadMatrix {
 
 template <bool Transpose, int Count>
 void load_matrix(uint32_t (&r)[Count], const void* row, Where where) {
-  if (machine().current().lane < 8 * Count) check_shared("ldmatrix", row, 16);
-  LoadMatrix<Count, Transpose> data{row, r};
+  LoadMatrix<Count, Transpose> data{{}, r};
+  if (lane() < 8 * Count) {
+    check_shared("ldmatrix", row, 16);
+    std::memcpy(data.row, row, 16);
+  }
   warp_operation("ldmatrix", kFullWarp, data, where);
 }
 

@@ -1,24 +1,27 @@
 // ReLU linear attention on NVIDIA GPUs, sm_80 and newer: the plain form that faster ones are measured against.
 //
-// Algorithm, per image and head (D = head dim; arXiv 2410.10629, section 3.2; sana_kernels/linear_attention/reference.py):
+// Algorithm, per image and head (D = head dim; arXiv 2410.10629, section 2.2;
+// sana_kernels/linear_attention/reference.py):
 //     state[j][d] = sum over tokens n of relu(k[n][j]) * v[n][d]      for d < D
 //     state[j][D] = sum over tokens n of relu(k[n][j])
 //     out[n][d]   = (relu(q[n]) . state[:][d]) / (relu(q[n]) . state[:][D] + eps)
-// Kernels: (0) with qk-norm, 1/RMS of every row of q and of k; (1) the state of every chunk of tokens; (2) the sum of the
-// chunks and the output. Everything is accumulated in float, in an order that depends only on the shape: no atomics.
+// Kernels: (0) with qk-norm, 1/RMS of every row of q and of k; (1) the state of every chunk of tokens; (2) the sum of
+// the chunks and the output. Everything is accumulated in float, in an order that depends only on the shape: no
+// atomics.
 //
-// Layouts: q, k, v (B, N, H, D) of float, half or bfloat16 with any strides, the last one 1, so that a packed QKV projection
-// is read in place; out (B, N, H, D) contiguous. Scratch, in floats: the chunks' states, B * H * chunks * D * (D + 1), and
-// with qk-norm 1/RMS of the rows of q and k, 2 * B * N.
+// Layouts: q, k, v (B, N, H, D) of float, half or bfloat16 with any strides, the last one 1, so that a packed QKV
+// projection is read in place; out (B, N, H, D) contiguous. Scratch, in floats: the chunks' states, B * H * chunks * D
+// * (D + 1), and with qk-norm 1/RMS of the rows of q and k, 2 * B * N.
 //
-// Tiling: blocks of 16 x 16 threads; W = D rounded up to 16, 32, 64 or 128. (1) one block per chunk (at least 128 tokens, at
-// most 16 chunks) and head; 32 tokens at a time go through shared memory, each thread owns (W/16)^2 entries of the state.
-// (2) one block per 32 tokens and head; the state lies in shared memory, each thread owns 2 * W/16 outputs.
+// Tiling: blocks of 16 x 16 threads; W = D rounded up to 16, 32, 64 or 128. (1) one block per chunk (at least 128
+// tokens, at most 16 chunks) and head; 32 tokens at a time go through shared memory, each thread owns (W/16)^2 entries
+// of the state. (2) one block per 32 tokens and head; the state lies in shared memory, each thread owns 2 * W/16
+// outputs.
 //
 // Bytes: 4 * B * N * H * D elements (read q, k, v; write out), plus the chunk states, which stay in the L2 cache.
-// FLOPs: 4 * B * N * H * D * (D + 1). At D = 32 and 2 bytes per element that is 16.5 FLOPs per byte, near the balance of a
-// GPU's float units and its memory (H100: 67e12 / 3.35e12 = 20), but each multiply-add here also costs about one read of
-// shared memory (W/16 = 2: four reads feed four of them), so shared memory is the expected bound.
+// FLOPs: 4 * B * N * H * D * (D + 1). At D = 32 and 2 bytes per element that is 16.5 FLOPs per byte, near the balance
+// of a GPU's float units and its memory (H100: 67e12 / 3.35e12 = 20), but each multiply-add here also costs about one
+// read of shared memory (W/16 = 2: four reads feed four of them), so shared memory is the expected bound.
 #include "common/cuda_common.cuh"
 #include "common/cuda_status.h"
 #include "common/launch.cuh"

@@ -4,14 +4,14 @@
 // enough to cover the latency of two multiply-adds per cycle. Each step loads V vectors, broadcasts R scalars, and does R * V
 // multiply-adds.
 //   state   S[e][:] += k[t][e] * v[t][:]    rows e; the 32 tokens t of a block are summed before S returns to memory
-//   apply   y[t][:] += q[t][e] * S[e][:]    rows t; then one reciprocal per token
+//   apply   y[t][:] += q[t][e] * S[e][:]    rows t; then divided by relu(q) . z + eps
 // bf16 keys and values enter the first product as pairs of neighbouring tokens through VDPBF16PS, which does twice the work
 // per instruction; relu(k) and v are bf16 numbers already (after a bf16 norm k is rounded to one, as in the reference), the
 // products are exact and the sums float. The state is never rounded, so the second product is in float.
 //
 // The buffers (32 tokens of one head as floats, or as pairs) are padded to whole vectors with zeros and lie in L1. Rows of
 // different tokens are thousands of bytes apart, too many streams for the hardware's prefetcher: a load of head h also
-// prefetches head h + 4 of its token.
+// prefetches head h + 2 of its token (half the time, at 1024 tokens and C = 2240).
 #include <math.h>
 #include <string.h>
 
@@ -22,7 +22,7 @@ namespace sana {
 namespace {
 
 constexpr int kTokens = 32;
-constexpr int kHeadsAhead = 4;
+constexpr int kHeadsAhead = 2;
 
 constexpr int rows_in_registers(int V) { return V <= 3 ? 8 : V <= 6 ? 4 : 2; }
 
@@ -78,28 +78,36 @@ struct Tokens {
     return _mm512_max_ps(_mm512_setzero_ps(), x);
   }
 
+  // Two heads at a time, so that enough sums are under way to cover the adders' latency.
   float inverse_rms(int64_t n, int64_t D, float eps) const {
-    __m512 sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = _mm512_setzero_ps();
-    for (int64_t h = 0; h < H; ++h) {
+    __m512 even[V] = {}, odd[V] = {};
+    const auto add = [&](int64_t h, __m512 (&sum)[V]) {
       for (int v = 0; v < V; ++v) {
         const __m512 x = load(n, h, v);
         sum[v] = _mm512_fmadd_ps(x, x, sum[v]);
       }
+    };
+    for (int64_t h = 0; h + 1 < H; h += 2) {
+      add(h, even);
+      add(h + 1, odd);
     }
-    for (int v = 1; v < V; ++v) sum[0] = _mm512_add_ps(sum[0], sum[v]);
-    return 1 / sqrtf(_mm512_reduce_add_ps(sum[0]) / float(H * D) + eps);
+    if (H % 2 == 1) add(H - 1, even);
+    for (int v = 1; v < V; ++v) {
+      even[0] = _mm512_add_ps(even[0], even[v]);
+      odd[0] = _mm512_add_ps(odd[0], odd[v]);
+    }
+    return 1 / sqrtf(_mm512_reduce_add_ps(_mm512_add_ps(even[0], odd[0])) / float(H * D) + eps);
   }
 };
 
-// S[e][:] += sum over `steps` of k[step][e] * v[step][:], for one head.
+// S[e][:] += sum over `steps` of k[step][e] * v[step][:], for one head. Summed apart first: that rounds less than one long chain.
 template <class Step, int V>
 void add_to_state(const int32_t (*k)[V * kLanes], const int32_t (*v)[V * kLanes], int steps, int64_t D, float* S) {
   constexpr int R = rows_in_registers(V), kPitch = V * kLanes;
   for (int64_t e = 0; e < D; e += R) {
     __m512 sum[R][V];
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < V; ++c) sum[r][c] = _mm512_loadu_ps(S + (e + r) * kPitch + c * kLanes);
+      for (int c = 0; c < V; ++c) sum[r][c] = _mm512_setzero_ps();
     for (int step = 0; step < steps; ++step) {
       __m512i value[V];
       for (int c = 0; c < V; ++c) value[c] = _mm512_loadu_si512(v[step] + c * kLanes);
@@ -108,8 +116,12 @@ void add_to_state(const int32_t (*k)[V * kLanes], const int32_t (*v)[V * kLanes]
         for (int c = 0; c < V; ++c) sum[r][c] = Step::madd(sum[r][c], key, value[c]);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < V; ++c) _mm512_storeu_ps(S + (e + r) * kPitch + c * kLanes, sum[r][c]);
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < V; ++c) {
+        float* s = S + (e + r) * kPitch + c * kLanes;
+        _mm512_storeu_ps(s, _mm512_add_ps(_mm512_loadu_ps(s), sum[r][c]));
+      }
+    }
   }
 }
 
@@ -129,7 +141,7 @@ void state(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
       float* S = state + h * head_floats;
       float* z = S + p.D * kPitch;
       for (int c = 0; c < V; ++c) {
-        __m512 sum = _mm512_loadu_ps(z + c * kLanes);
+        __m512 sum = _mm512_setzero_ps();
         for (int step = 0; step < steps; ++step) {
           const int t = step * kStep;
           const int64_t n = start + t;
@@ -148,7 +160,7 @@ void state(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
           _mm512_store_si512(k[step] + c * kLanes, key);
           _mm512_store_si512(v[step] + c * kLanes, value);
         }
-        _mm512_storeu_ps(z + c * kLanes, sum);
+        _mm512_storeu_ps(z + c * kLanes, _mm512_add_ps(_mm512_loadu_ps(z + c * kLanes), sum));
       }
       add_to_state<Step, V>(k, v, steps, p.D, S);
     }
@@ -161,8 +173,8 @@ void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
   const Tokens<E, V> queries(p, p.q, p.q_stride, b);
   const int64_t head_floats = head_state_floats(p);
 
-  alignas(64) float q[kTokens][kPitch] = {}, normaliser[kTokens] = {};
-  float scale[kTokens] = {};
+  alignas(64) float q[kTokens][kPitch] = {};
+  float normaliser[kTokens], scale[kTokens] = {};
   for (int64_t start = first; start < last; start += kTokens) {
     const int count = int(last - start < kTokens ? last - start : kTokens);
     for (int t = 0; t < count && weight != nullptr; ++t) scale[t] = queries.inverse_rms(start + t, p.D, p.norm_eps);
@@ -176,11 +188,7 @@ void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
           _mm512_store_ps(q[t] + c * kLanes, query);
           sum = _mm512_fmadd_ps(query, _mm512_loadu_ps(z + c * kLanes), sum);
         }
-        normaliser[t] = _mm512_reduce_add_ps(sum);
-      }
-      for (int t = 0; t < count; t += kLanes) {
-        const __m512 sum = _mm512_add_ps(_mm512_load_ps(normaliser + t), _mm512_set1_ps(p.eps));
-        _mm512_store_ps(normaliser + t, _mm512_div_ps(_mm512_set1_ps(1), sum));
+        normaliser[t] = _mm512_reduce_add_ps(sum) + p.eps;
       }
       for (int t = 0; t < count; t += R) {
         __m512 y[R][V];
@@ -198,7 +206,7 @@ void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
           typename E::Type* out = static_cast<typename E::Type*>(p.out) + ((b * p.N + start + t + r) * p.H + h) * p.D;
           for (int c = 0; c < V; ++c)
             E::store(out + c * kLanes, c == V - 1 ? queries.last_lanes : __mmask16(0xffff),
-                     _mm512_mul_ps(y[r][c], _mm512_set1_ps(normaliser[t + r])));
+                     _mm512_div_ps(y[r][c], _mm512_set1_ps(normaliser[t + r])));
         }
       }
     }

@@ -47,20 +47,25 @@ void feature(const Tokens& tokens, int64_t n, int64_t h, int64_t D, const float*
 typedef float Float4 __attribute__((vector_size(16)));
 
 // Y[i][j] += sum over `steps` of A[i, step] * B[step][j], for D columns and rows i < rows: the product behind both passes. A
-// 4 x 8 tile of Y stays in registers. A has a stride for i and one for step, so that it can be read transposed.
+// 4 x 8 tile of the sum stays in registers; it joins Y at the end, which rounds less than one long chain of sums. A has a stride
+// for i and one for step, so that it can be read transposed.
 void add_product(const float* A, int64_t A_row, int64_t A_step, const float* B, int64_t B_step, int64_t steps, int64_t rows,
                  int64_t D, float* Y, int64_t Y_row) {
   constexpr int kRows = 4, kColumns = 8, kVectors = kColumns / 4;
   for (int64_t i = 0; i < rows; i += kRows) {
     for (int64_t j = 0; j < D; j += kColumns) {
-      Float4 sum[kRows][kVectors], b[kVectors];
-      for (int r = 0; r < kRows; ++r) memcpy(sum[r], Y + (i + r) * Y_row + j, sizeof sum[r]);
+      Float4 sum[kRows][kVectors] = {}, b[kVectors];
       for (int64_t step = 0; step < steps; ++step) {
         memcpy(b, B + step * B_step + j, sizeof b);
         for (int r = 0; r < kRows; ++r)
           for (int c = 0; c < kVectors; ++c) sum[r][c] += A[(i + r) * A_row + step * A_step] * b[c];
       }
-      for (int r = 0; r < kRows; ++r) memcpy(Y + (i + r) * Y_row + j, sum[r], sizeof sum[r]);
+      for (int r = 0; r < kRows; ++r) {
+        float* y = Y + (i + r) * Y_row + j;
+        memcpy(b, y, sizeof b);
+        for (int c = 0; c < kVectors; ++c) b[c] += sum[r][c];
+        memcpy(y, b, sizeof b);
+      }
     }
   }
 }
@@ -75,11 +80,13 @@ void state(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
     for (int64_t t = 0; t < count && weight != nullptr; ++t) scale[t] = inverse_rms(p, keys, start + t);
     for (int64_t h = 0; h < p.H; ++h) {
       float* S = state + h * head_state_floats(p);
+      float z[kMaxD] = {};
       for (int64_t t = 0; t < count; ++t) {
         feature(keys, start + t, h, D, weight == nullptr ? nullptr : weight + h * pitch, scale[t], k[t]);
         values.load(start + t, h, D, v[t]);
-        for (int64_t e = 0; e < D; ++e) S[D * pitch + e] += k[t][e];
+        for (int64_t e = 0; e < D; ++e) z[e] += k[t][e];
       }
+      for (int64_t e = 0; e < D; ++e) S[D * pitch + e] += z[e];
       add_product(k[0], 1, kMaxD, v[0], kMaxD, count, D, D, S, pitch);
     }
   }

@@ -1,5 +1,5 @@
-// Python: `_cpu.peak_kinds()` and `_cpu.peak(kind, threads, seconds)`. The loops are in peak_<isa>.cpp; this file feeds them
-// random operands, runs them on pinned threads and adds up the rates.
+// Python: `_cpu.peak_kinds()` and `_cpu.peak(kind, threads, seconds)`. The loops are in peak_<isa>.cpp; this file feeds
+// them random operands, runs them on pinned threads and adds up the rates.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,8 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
+#include <map>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -16,7 +18,6 @@
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 #endif
 
 #include "common/cpu_features.h"
@@ -80,8 +81,8 @@ void pin(int i) {
 #endif
 }
 
-// Runs `prepare(i)` and then `step(i)` over and over on `threads` threads, all of them from one moment on, and returns the
-// sum of the threads' rates: what their steps returned, per second.
+// Runs `prepare(i)` and then `step(i)` over and over on `threads` threads, all of them from one moment on, and returns
+// the sum of the threads' rates: what their steps returned, per second.
 template <class Prepare, class Step>
 double total_rate(int threads, double seconds, Prepare prepare, Step step) {
   std::atomic<int> ready{0};
@@ -133,16 +134,30 @@ double loop_rate(const Kind& kind, int threads, double seconds) {
   return total_rate(threads, seconds, [](int) {}, step);
 }
 
+// All last-level caches that this process may use. sysconf would name one number for the whole chip, also where a
+// virtual machine has a small part of it.
 size_t last_cache_bytes() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
+  std::map<std::string, size_t> caches;  // the processors that share a cache → its KiB
+#if defined(__linux__)
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    const std::string cache = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cache/index3/";
+    std::string shared_by;
+    size_t kib;
+    if (CPU_ISSET(cpu, &allowed) && std::ifstream(cache + "shared_cpu_list") >> shared_by &&
+        std::ifstream(cache + "size") >> kib)
+      caches[shared_by] = kib;
+  }
 #endif
-  return size_t(64) << 20;
+  size_t total = 0;
+  for (const auto& [shared_by, kib] : caches) total += kib << 10;
+  return total > 0 ? total : size_t(64) << 20;
 }
 
-// memcpy of a buffer of four times the last cache, its parts spread over the threads. Counts what memory sees: each byte is
-// read once and written once.
+// memcpy of a buffer of four times the last-level cache, its parts spread over the threads. Counts what memory sees:
+// each byte is read once and written once.
 double copy_rate(int threads, double seconds) {
   const size_t part = (4 * last_cache_bytes() / threads + 4095) / 4096 * 4096;
   std::vector<std::vector<unsigned char>> from(threads), to(threads);
@@ -177,7 +192,8 @@ std::vector<std::string> peak_kinds() {
 
 void bind_peak(py::module_& module) {
   module.def("peak_kinds", peak_kinds, "The names that `peak` accepts on this processor.");
-  module.def("peak", peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
-             "Operations per second (a multiply-add counts as two), or for \"copy\" bytes read and written per second, of "
-             "`threads` pinned threads together.");
+  module.def("peak", peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Operations per second (a multiply-add counts as two), or for \"copy\" bytes read and written per second,"
+             " of `threads` pinned threads together.");
 }

@@ -20,7 +20,8 @@ static_assert(sizeof(TileConfig) == 64, "ldtilecfg reads 64 bytes");
 // Tiles 0–3 are zeroed accumulators, 4–5 hold A and 6–7 hold B.
 inline __attribute__((always_inline)) void load_tiles(const void* operands) {
   const TileConfig config;
-  // gcc 12 declares that ldtilecfg reads 8 bytes, and drops the stores to the other 56 unless something else may read them.
+  // gcc 12 declares that ldtilecfg reads 8 bytes, and drops the stores to the other 56 unless something else may read
+  // them.
   asm volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
   const char* data = static_cast<const char*>(operands);

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, call, define, register
-from sana_kernels.linear_attention import cpu, reference
+from sana_kernels.linear_attention import cpu, cuda, reference
 
 
 def linear_attention(
@@ -72,6 +72,7 @@ def _fake(q, k, v, q_norm, k_norm, norm_eps, eps, backend):
 
 
 register("linear_attention", "reference", reference.linear_attention)
+register("linear_attention", "cuda", cuda.linear_attention, device="cuda", accepts=_accepts)
 register("linear_attention", "cpu", cpu.linear_attention, device="cpu", accepts=_accepts)
 define(
     "linear_attention",

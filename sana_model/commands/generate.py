@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +24,9 @@ PICTURE_FLAGS = (
     "prompt", "steps", "guidance", "seed", "negative_prompt", "num_images", "sampler", "pag_scale", "guidance_interval",
     "binning", "tiled",
 )  # fmt: skip
-STAGES = {"text_encode": "text encoder", "denoise": "denoising", "decode": "decoder", "other": "other", "total": "total"}
+STAGES = {
+    "text_encode": "text encoder", "denoise": "denoising", "decode": "decoder", "other": "other", "total": "total",
+}  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(file)
 
     pipe, load_ms = _load(args, options)
-    with Bars() as bars:
+    with closing(Bars()) as bars:
         result = pipe(**picture, progress=bars)
     wanted = range(result.settings.count) if keep is None else [keep]
     named = {"model": options["model"], "base": options.get("base")}
@@ -73,13 +76,6 @@ class Bars:
     def __init__(self):
         self._stage, self._bar = None, None
 
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
-
     def __call__(self, stage: str, done: int, of: int) -> None:
         """As `sana_model.pipeline.Progress`."""
         if stage != self._stage:
@@ -89,8 +85,13 @@ class Bars:
         if stage == "text_encode" and done == of:
             self._open("denoise")  # now, not after its first step: the bar's clock starts here
 
+    def close(self) -> None:
+        """Leave the terminal as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
     def _open(self, stage: str) -> None:
-        self.__exit__()
+        self.close()
         self._stage = stage
         unit = "step" if stage == "denoise" else "picture"
         self._bar = tqdm(desc=STAGES[stage], unit=unit, leave=stage == "denoise", disable=None)
@@ -130,10 +131,11 @@ def _again(metadata: Metadata, flags: dict) -> tuple[dict, int | None]:
 def _with_recorded(metadata: Metadata, options: dict, file: Path) -> dict:
     """The recorded options of `load`, under those that were given."""
     recorded = metadata.load_options
-    if "backend" not in options and recorded["backend"] in PIPELINES and (why := backend_status(recorded["backend"])):
+    backend = recorded["backend"]
+    if "backend" not in options and backend in PIPELINES and (why := backend_status(backend)):
         raise MissingError(
-            f"{file} was painted with backend {recorded['backend']}, which cannot run here: {why}; add --backend auto to "
-            "paint it with what can, equal but for rounding"
+            f"{file} was painted with backend {backend}, which cannot run here: {why}; add --backend auto to paint it "
+            "with what can, equal but for rounding"
         )
     return recorded | options
 
@@ -165,7 +167,7 @@ def _paint_file(args: argparse.Namespace, defaults: dict, options: dict) -> int:
     pipe, _ = _load(args, options)
     named = {"model": options["model"], "base": options.get("base")}
     there = 0
-    with Bars() as bars:
+    with closing(Bars()) as bars:
         for number, painted in enumerate(batch.paint(pipe, entries, defaults, folder, **named, progress=bars), 1):
             there += painted.timings is None
             took = "already there" if painted.timings is None else f"{painted.timings['total']:.0f} ms"
@@ -192,5 +194,5 @@ def _stats(pipe: Pipeline, result: Result, load_ms: float, files: list[Path], pi
         "plan": result.plan,
         "device": str(pipe.device),
         "threads": torch.get_num_threads(),
-        "versions": {"sana_kernels": SOFTWARE.split()[-1], "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"software": SOFTWARE, "torch": torch.__version__, "python": platform.python_version()},
     }

@@ -1,0 +1,37 @@
+"""The kernels under pytest-benchmark: `pytest bench --benchmark-only`. Inputs are cold, as in `sana bench kernels`.
+
+A kernel that fails its check against fp64 fails its benchmark.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from sana_bench import check
+from sana_bench.cases import CASES
+from sana_bench.kernels import cold_inputs, runner, wide
+from sana_kernels.backend import BACKENDS, why_not
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(case, backend, benchmark):
+    device = torch.device("cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
+    inputs = cold_inputs(case, torch.bfloat16, device, seed=0)
+    reason = why_not(case.op, backend, *inputs[0])
+    if reason is not None:
+        pytest.skip(reason)
+    call, plain = runner(case.op, backend), runner(case.op, "reference")
+    oracle = plain(*(wide(a) for a in inputs[0]))
+    checked = check.kernel_check(call(*inputs[0]), plain(*inputs[0]), oracle)
+    assert checked["passed"], checked
+    turns = itertools.cycle(inputs)
+
+    def once() -> None:
+        call(*next(turns))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.extra_info.update(gmac=case.macs / 1e9, **case.shape)
+    benchmark.pedantic(once, rounds=20, warmup_rounds=2)

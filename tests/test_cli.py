@@ -1,0 +1,333 @@
+"""The command line as a person meets it: files, metadata, exit statuses, one-line errors, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sana_model
+from sana_model import memory, verify
+from sana_model.cli import main
+from sana_model.commands import generate
+from sana_model.png import read_metadata
+
+SMALL = ["--size", "96x64", "--steps", "1"]
+ROOT = Path(__file__).parent.parent
+
+
+@cache
+def _load_once(**options):
+    return sana_model.load(**options)
+
+
+@pytest.fixture(autouse=True)
+def _start(monkeypatch, tmp_path):
+    """Every test has a folder of its own, and a model is loaded only once for all of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "load", _load_once)
+
+
+def pixels(file: str | Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def refused(capsys, status: int, *arguments: str) -> str:
+    """The one line on stderr of a command that must fail, and must leave nothing behind."""
+    before = sorted(os.listdir())
+    try:
+        assert main(list(arguments)) == status
+    except SystemExit as stop:  # argparse
+        assert stop.code == status
+    errors = capsys.readouterr().err
+    assert errors.startswith("sana: ") and errors.count("\n") == 1 and "Traceback" not in errors
+    assert sorted(os.listdir()) == before
+    return errors
+
+
+def test_a_picture_is_that_of_the_python_interface(capsys):
+    assert main(["generate", "a red fox", *SMALL, "--seed", "7", "--negative", "blur", "--guidance", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "sana-tiny (random weights: timing only)" in said and "out.png   seed 7" in said
+    assert all(f"\n{stage} " in said for stage in ("text encoder", "denoising", "decoder", "other", "total"))
+    same = {"width": 96, "height": 64, "steps": 1, "negative_prompt": "blur", "guidance": 3.0}
+    pipe = _load_once(model="sana-tiny", low_memory=False)
+    assert (pixels("out.png") == np.asarray(pipe("a red fox", seed=7, **same).images[0])).all()
+    assert (pixels("out.png") != np.asarray(pipe("a red fox", seed=8, **same).images[0])).any()
+    assert os.listdir() == ["out.png"]
+
+
+def test_several_pictures_a_plan_and_the_numbers(capsys):
+    assert main(["generate", "a fox", *SMALL, "--num-images", "2", "-o", "f.png", "--plan", "--json", "s.json"]) == 0
+    assert "plan for backend" in capsys.readouterr().out
+    stats = json.loads(Path("s.json").read_text())
+    assert stats["files"] == ["f-0.png", "f-1.png"] and stats["seeds"] == [0, 1]
+    assert sorted(os.listdir()) == ["f-0.png", "f-1.png", "s.json"]
+    assert stats["settings"]["num_images"] == 2 and stats["model"]["random"] is True
+    assert 0 <= stats["plan"]["outside_share"] <= 1 and stats["plan"]["rows"]
+    stages = [stats["timings_ms"][name] for name in ("text_encode", "denoise", "decode", "other")]
+    assert sum(stages) == pytest.approx(stats["timings_ms"]["total"])
+    assert (pixels("f-0.png") != pixels("f-1.png")).any()
+
+
+def test_a_picture_is_painted_again_from_its_file():
+    given = ["--size", "64", "--steps", "2", "--sampler", "flow_euler", "--pag", "1.5", "--guidance-interval", "0,0.9"]
+    assert main(["generate", "renard, «très» tôt", *given, "--num-images", "2", "--precision", "fp32"]) == 0
+    assert main(["generate", "--from", "out-1.png"]) == 0
+    assert (pixels("again.png") == pixels("out-1.png")).all()
+    assert read_metadata("again.png") == read_metadata("out-1.png")
+
+    assert main(["generate", "--from", "out-1.png", "--steps", "1", "-o", "less.png"]) == 0
+    less = read_metadata("less.png")
+    assert (less.seed, less.settings.steps, less.precision) == (1, 1, "fp32") and less.settings.num_images == 1
+    assert less.prompt == "renard, «très» tôt" and less.settings.sampler == "flow_euler"
+    assert (pixels("less.png") != pixels("out-1.png")).any()
+    assert main(["generate", "another prompt", "--from", "out-1.png", "--size", "96", "-o", "other.png"]) == 0
+    assert read_metadata("other.png").prompt == "another prompt" and pixels("other.png").shape == (96, 96, 3)
+
+
+def test_a_prompt_that_is_cut_off_is_a_warning_of_one_line(capsys):
+    assert main(["generate", "fox " * 40, *SMALL]) == 0
+    errors = capsys.readouterr().err
+    assert errors.startswith("sana: warning: ") and errors.count("\n") == 1
+
+
+def test_an_instruction_may_come_from_a_file():
+    Path("ask.txt").write_text("Schöner malen: ")
+    for number, instruction in enumerate(("ask.txt", "none", "default")):
+        assert main(["generate", "a fox", *SMALL, "--instruction", instruction, "-o", f"{number}.png"]) == 0
+    assert read_metadata("0.png").settings.instruction == "Schöner malen: "
+    assert [read_metadata(f"{i}.png").settings.instruction for i in (1, 2)] == ["none", "default"]
+    assert (pixels("0.png") != pixels("1.png")).any() and (pixels("0.png") != pixels("2.png")).any()
+
+
+def test_low_memory_frees_the_text_encoder_and_decodes_in_tiles():
+    for _ in range(2):
+        assert main(["generate", "a fox", *SMALL, "--low-memory"]) == 0
+        assert _load_once(model="sana-tiny", low_memory=True).model.text_encoder is None
+    assert read_metadata("out.png").settings.tiled is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["generate"], "nothing to paint"),
+        (["generate", "a", "--sise", "64"], "unrecognized arguments"),
+        (["generate", "a", "--size", "big"], "'big' is not a size"),
+        (["generate", "a", "--guidance", "nan"], "'nan' is not a number"),
+        (["generate", "a", "--guidance-interval", "0.9,0.1"], "not an interval"),
+        (["generate", "a", "--dialect", "klingon"], "invalid choice"),
+        (["generate", "a", "--size", "100x64"], "nearest are 96 and 128"),
+        (["generate", "a", "--steps", "0"], "at least 1"),
+        (["generate", "a", "--num-images", "0"], "at least 1"),
+        (["generate", "a", "--threads", "0"], "threads"),
+        (["generate", "a", "--seed", "-1"], "seed"),
+        (["generate", "a", "--precision", "fp7"], "'fp7' is not known"),
+        (["generate", "a", "--backend", "abacus"], "'abacus' is not known"),
+        (["generate", "a", "--sampler", "scm"], "flow_dpm or flow_euler"),
+        (["generate", "a", "--model", "sana-tinny"], "did you mean sana-tiny"),
+        (["generate", "a", "--instruction", "missing.txt"], "missing.txt"),
+        (["generate", "a \udcff", *SMALL], "not valid Unicode"),
+        (["generate", "a", "-o", "out.jpg"], "must end in .png"),
+        (["generate", "a", "-o", "folder.png"], "is a folder"),
+        (["generate", "a", "-o", "no/where.png"], "mkdir -p 'no'"),
+        (["generate", "a", "--json", os.devnull], "not an ordinary file"),
+        (["generate", "--from", "missing.png"], "no such file"),
+        (["generate", "--from", "foreign.png"], "not painted by sana"),
+        (["generate", "--prompts", "missing.txt"], "cannot read missing.txt"),
+        (["generate", "a", "--prompts", "empty.txt"], "goes without PROMPT"),
+        (["generate", "--prompts", "empty.txt"], "holds no prompts"),
+        (["generate", "--prompts", "latin.txt"], "UTF-8"),
+        (["show", "foreign.png"], "not painted by sana"),
+        (["convert", "sana-tinny", "x"], "did you mean"),
+        ([], "required"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(capsys, arguments, complaint):
+    Path("folder.png").mkdir()
+    Path("empty.txt").write_text("# nothing\n\n")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Image.new("RGB", (32, 32)).save("foreign.png")
+    assert complaint in refused(capsys, 2, *arguments)
+
+
+def test_what_the_machine_lacks_is_one_line_and_status_3(capsys, monkeypatch):
+    if not torch.cuda.is_available():
+        assert "NVIDIA GPU" in refused(capsys, 3, "generate", "a", "--backend", "cuda")
+    monkeypatch.setattr(memory, "available", lambda _device: 400_000_000)
+    assert "--size" in refused(capsys, 3, "generate", "a", "--size", "2048")
+    monkeypatch.setattr(memory, "available", lambda _device: 4_000_000)
+    monkeypatch.setattr(generate, "load", sana_model.load)
+    assert "weights of sana-tiny" in refused(capsys, 3, "generate", "a")
+
+    def fail(*_args, **_kwargs):
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(generate, "load", fail)
+    assert "out of memory" in refused(capsys, 3, "generate", "a")
+
+
+def test_a_picture_of_a_backend_that_is_off_asks_for_another(capsys, monkeypatch):
+    assert main(["generate", "a", *SMALL, "--backend", "reference"]) == 0
+    monkeypatch.setattr(generate, "backend_status", lambda name: f"{name} is on holiday")
+    assert "add --backend auto" in refused(capsys, 3, "generate", "--from", "out.png")
+    assert main(["generate", "--from", "out.png", "--backend", "auto"]) == 0
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def fail(**_options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(generate, "load", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["generate", "a"])
+
+
+def test_an_interrupted_run_leaves_nothing_behind(capsys, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    assert "interrupted" in refused(capsys, 130, "generate", "a", *SMALL)
+
+
+@pytest.mark.parametrize("when", ["loading", "painting"])
+def test_ctrl_c(tmp_path, when):
+    command = [sys.executable, "-u", "-m", "sana_model", "generate", "a", "--size", "64", "--steps", "1000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if when == "painting":
+        while not process.stdout.readline().startswith("backend"):
+            assert process.poll() is None, process.stderr.read()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "sana: interrupted\n" and os.listdir(tmp_path) == []
+
+
+def test_a_bar_counts_the_steps_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["generate", "a fox", "--size", "64", "--steps", "3"]) == 0
+    bars = capsys.readouterr().err
+    assert "denoising: 100%" in bars and "3/3" in bars
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert main(["generate", "a fox", "--size", "64", "--steps", "3"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_many_prompts_are_resumed(capsys):
+    def paint(*flags: str) -> str:
+        assert main(["generate", "--prompts", "p.txt", "-o", "all/of", *SMALL, *flags]) == 0
+        return capsys.readouterr().out.splitlines()[-1].split(";")[0]
+
+    prompts = Path("p.txt")
+    prompts.write_text("\ufeffa fox\n\n# a comment\nüber {a|b}\n狐狸\n", encoding="utf-8")
+    assert paint() == "3 painted, 0 already there"
+    names = sorted(os.listdir("all/of"))
+    assert names == ["00000-a-fox.png", "00001-über-a-b.png", "00002-狐狸.png", "results.jsonl"]
+    lines = [json.loads(line) for line in Path("all/of/results.jsonl").read_text().splitlines()]
+    assert [line["files"] for line in lines] == [[name] for name in names[:3]]
+    assert read_metadata("all/of/00001-über-a-b.png").prompt == "über {a|b}"
+    first = pixels("all/of/00000-a-fox.png")
+    assert paint() == "0 painted, 3 already there"
+
+    Path("all/of/00002-狐狸.png").unlink()
+    assert paint() == "1 painted, 2 already there"
+    prompts.write_text("a fox!\nüber {a|b}\n狐狸\n", encoding="utf-8")  # the file name stays, the prompt does not
+    assert paint() == "1 painted, 2 already there"
+    assert (pixels("all/of/00000-a-fox.png") != first).any()
+    assert paint("--seed", "1") == "3 painted, 0 already there"
+    whole = Path("all/of/results.jsonl").read_text()
+    Path("all/of/results.jsonl").write_text(whole[:-40])  # as after a power cut
+    assert paint("--seed", "1") == "1 painted, 2 already there"
+    assert paint("--seed", "1") == "0 painted, 3 already there"
+
+
+def test_prompts_with_settings_of_their_own():
+    lines = [{"prompt": "a fox", "seed": 5, "num_images": 2}, {"prompt": "a cat", "width": 64, "guidance": 2}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["generate", "--prompts", "p.jsonl", *SMALL, "--seed", "9"]) == 0
+    assert sorted(os.listdir("out")) == ["00000-a-fox-0.png", "00000-a-fox-1.png", "00001-a-cat.png", "results.jsonl"]
+    assert read_metadata("out/00000-a-fox-1.png").seed == 6
+    cat = read_metadata("out/00001-a-cat.png").settings
+    assert (cat.width, cat.height, cat.seed, cat.guidance) == (64, 64, 9, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"prompt": "a", "seed": "x"}', 'seed cannot be "x"'),
+        ('{"prompt": "a", "style": 1}', "'style' is not a setting"),
+        ('{"seed": 1}', "an object with"),
+        ("a fox", "not JSON"),
+        ('{"prompt": "a", "width": 70}', "width 70"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_painted(capsys, line, complaint):
+    Path("p.jsonl").write_text('{"prompt": "a fox"}\n\n' + line + "\n")
+    Path("out").mkdir()
+    errors = refused(capsys, 2, "generate", "--prompts", "p.jsonl", *SMALL)
+    assert "p.jsonl, line 3" in errors and complaint in errors and os.listdir("out") == []
+
+
+def test_show_prints_what_was_painted_and_no_control_characters(capsys):
+    assert main(["generate", "a fox \x1b[31m, très tôt", *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["show", "out.png"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a fox ?[31m, très tôt\nSteps: 1, Sampler: flow_dpm") and "\x1b" not in said
+    assert '"height": 64' in said
+
+
+def test_convert_writes_a_folder_that_paints_the_same_picture(capsys):
+    assert main(["convert", "sana-tiny", "tiny"]) == 0
+    for model in ("sana-tiny", "tiny"):
+        assert main(["generate", "a fox", *SMALL, "--model", model, "--precision", "fp32", "-o", f"{model}.png"]) == 0
+    assert (pixels("tiny.png") == pixels("sana-tiny.png")).all()
+    assert read_metadata("tiny.png").model == "tiny" and read_metadata("tiny.png").random
+    capsys.readouterr()
+    assert main(["convert", "tiny", "dit.pth", "--to", "original"]) == 0
+    assert capsys.readouterr().out == "dit.pth\n" and Path("dit.pth").stat().st_size > 10**6
+
+
+@pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
+def test_verify_answers_by_its_status(capsys, monkeypatch, passed, status):
+    def fake(model, precision, base):
+        return verify.Report(f"{model} {precision} {base}", (verify.Row("decoder", "1e-6", "1e-5", passed),))
+
+    monkeypatch.setattr(verify, "verify", fake)
+    assert main(["verify", "sana-tiny", "--precision", "bf16"]) == status
+    said = capsys.readouterr().out
+    assert said.startswith("sana-tiny bf16 None\n") and ("PASS" if passed else "FAIL") in said
+
+
+def test_doctor_prints_every_op(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert all(op in said for op in ("linear_attention", "mix_ffn", "reference", "torch"))
+
+
+def test_help_is_light():
+    heavy = "{'torch', 'numpy', 'PIL', 'tqdm', 'diffusers'}"
+    script = f"import sys; from sana_model.cli import parser; parser(); sys.exit(str({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.stderr == "set()\n"
+    assert main.__module__ == "sana_model.cli"
+    for command in ("generate", "show", "verify", "convert", "doctor", "bench"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0

@@ -1,0 +1,65 @@
+"""Every way in which an op can be computed here: the backends of the registry, and for the CPU each instruction set."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import sana_kernels
+from sana_kernels import _cpu, backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def isa_cap(name: str):
+    before = _cpu.isa()
+    _cpu.set_isa_cap(name)
+    try:
+        yield
+    finally:
+        _cpu.set_isa_cap(before)
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine has, slowest first."""
+    found = []
+    for name in ("portable", "avx2", "avx512", "amx"):
+        with isa_cap(name):
+            if _cpu.isa() == name:
+                found.append(name)
+    return found
+
+
+def variants(op: str) -> list:
+    """Parameters for `run`: backend, or backend:isa. Those that need a GPU carry its mark."""
+    found = []
+    for kernel in backend.kernels(op):
+        if kernel.backend == "cpu":
+            found += [f"cpu:{isa}" for isa in isas()]
+        else:
+            found.append(pytest.param(kernel.backend, marks=pytest.mark.gpu) if kernel.device == "cuda" else kernel.backend)
+    return found
+
+
+def device_of(variant: str) -> str:
+    return "cuda" if variant in ("cuda", "triton") else "cpu"
+
+
+def run(variant: str, op: str, *args, **kwargs) -> torch.Tensor:
+    """The public op on one variant."""
+    name, _, isa = variant.partition(":")
+    with isa_cap(isa or _cpu.isa()):
+        return getattr(sana_kernels, op)(*args, **kwargs, backend=name)
+
+
+def signed(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal values of mean 0.3, the first and every 50th channel 30 times as large: what SANA's activations look like."""
+    x = torch.randn(shape) + 0.3
+    x[..., ::50] *= 30
+    return x.to(dtype)
+
+
+def double(*args) -> list:
+    """The arguments of an op in fp64, for the oracle."""
+    return [arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
