@@ -1,7 +1,8 @@
 """The shapes that SANA's ops are called with, shared by tests and benchmarks.
 
-A `Case` makes the arguments of one op call by position, without `backend`, as `sana_kernels.backend` takes them: normal values
-with a thousandth of outlier channels, in the strides that the networks produce. Guidance doubles the batch, so B is 2.
+A `Case` makes the arguments of one op call by position, without `backend`, as `sana_kernels.backend` takes them: normal
+values with a thousandth of outlier channels, in the strides that the networks produce. Guidance doubles the batch, so B
+is 2.
 """
 
 from collections.abc import Callable
@@ -35,13 +36,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Draws tensors: signed, with outliers, reproducible."""
+    """Draws tensors: signed, with outliers, reproducible. On "meta" they are only shapes."""
 
     dtype: torch.dtype
     device: torch.device
     generator: torch.Generator
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         x = torch.randn(shape, generator=self.generator) * scale
         columns = torch.rand(shape[-1], generator=self.generator)
         return torch.where(columns < OUTLIER_SHARE, OUTLIER * x, x).to(self.device, self.dtype)
@@ -107,7 +110,7 @@ def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case
 
 
 def _published() -> list[Case]:
-    """Every op of the DiTs at their native size and in a wide bin (768×1344: 1008 tokens), and of the decoder at 1024 px."""
+    """Every op of the DiTs at their native size, some in a wide bin or at 4096 px, and the decoder's at 1024 px."""
     cases = []
     for name, B, grid in (("sana-tiny", 2, (8, 8)), ("sana-0.6b", 2, (32, 32)), ("sana-1.6b", 2, (32, 32))):
         dit = BUILT_IN[name].dit

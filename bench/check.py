@@ -1,7 +1,7 @@
 """Is a result right? The numbers behind `check` in every row, and the oracle they are measured against.
 
-Whole models are compared with the same weights computed in fp32, as a signal-to-quantisation-noise ratio; kernels with fp64,
-by FlashAttention's rule. A row whose check fails gets no speed-up.
+Whole models are compared with the same weights computed in fp32, as a signal-to-quantisation-noise ratio; kernels with
+fp64, by FlashAttention's rule. A row whose check fails gets no speed-up.
 """
 
 import math
@@ -35,7 +35,7 @@ class Check:
 
 
 def sqnr(actual: Tensor, expected: Tensor) -> float:
-    """Signal-to-quantisation-noise ratio in dB: mean square of `expected` over that of the error. -300 for NaN and infinities."""
+    """Signal-to-quantisation-noise ratio in dB; 300 for equal tensors, -300 for NaN, infinities and other shapes."""
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return -SQNR_CAP
@@ -46,7 +46,7 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
 
 
 def dit_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
-    """The DiT's raw output (rows, 32, H, W): the worst row counts, so neither half of the guided batch hides behind the other."""
+    """The DiT's raw output (rows, 32, H, W). The worst row counts: neither half of the guided batch hides the other."""
     value = min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
     limit = DIT_LIMITS[precision]
     return Check("fp32", "dit_sqnr_db", value, limit, value >= limit)
@@ -60,17 +60,17 @@ def image_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
 
 
 def summary(checks: list[Check], failures: list[str]) -> dict:
-    """A row's `check`: the comparison with the least margin in front, all of them in `parts`, other reasons to fail in `failures`."""
+    """A row's `check`: the comparison with the least margin, all of them in `parts`, other reasons in `failures`."""
     worst = min(checks, key=lambda check: check.value - check.limit)
     passed = all(check.passed for check in checks) and not failures
     return asdict(worst) | {"passed": passed, "parts": [asdict(c) for c in checks], "failures": failures}
 
 
 def error_vs_torch(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
-    """Largest error of `actual` over that of PyTorch in the same dtype, both against fp64; PyTorch's counts as at least an ulp.
+    """Largest error of `actual` over that of PyTorch in the same dtype, which counts as at least an ulp; against fp64.
 
-    An ulp is that of the oracle's largest value. So `error_vs_torch ≤ 2` is max error ≤ max(2 × PyTorch's, 2 ulp). inf where
-    `actual` is not finite or has another shape or dtype.
+    An ulp is that of the oracle's largest value. So `error_vs_torch ≤ 2` is max error ≤ max(2 × PyTorch's, 2 ulp). inf
+    where `actual` is not finite or has another shape or dtype.
     """
     if actual.shape != oracle.shape or actual.dtype != same_dtype.dtype or not bool(actual.isfinite().all()):
         return math.inf
@@ -91,8 +91,9 @@ def kernel_check(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> dict:
 class ComputeInFp32(TorchFunctionMode):
     """Inside this context a model with 16-bit weights computes in fp32: each op sees its 16-bit arguments widened.
 
-    The oracle of whole models: one weight at a time exists in fp32, so it needs no second copy of the model. Exact, because
-    every bf16 and fp16 number is an fp32 number; dtypes that the code names or asks for (`x.to(weight.dtype)`) become fp32, too.
+    The oracle of whole models: one weight at a time exists in fp32, so it needs no second copy of the model. Exact,
+    because every bf16 and fp16 number is an fp32 number; dtypes that the code names or asks for (`x.to(weight.dtype)`)
+    become fp32, too.
     """
 
     NARROW = (torch.bfloat16, torch.float16)

@@ -4,9 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
-
 
 QUICK_RUNS = "diffusers:bf16,reference:bf16,auto:bf16"
 
@@ -27,8 +25,8 @@ def add_parser(subparsers) -> None:
     image.add_argument("--text-tokens", type=int, default=60, metavar="L", help="length of every prompt (default: 60)")
     image.add_argument(
         "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
-        help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision that "
-        f"ends in + holds for text encoder and decoder, too (default: {QUICK_RUNS})",
+        help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision "
+        f"that ends in + holds for text encoder and decoder, too (default: {QUICK_RUNS})",
     )  # fmt: skip
     _add_common(
         image, "repetitions of each run (default: 3)", "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny"
@@ -64,7 +62,6 @@ def _add_common(parser: argparse.ArgumentParser, repeat: str, quick: str) -> Non
 def _setup(args: argparse.Namespace):
     """(device, empty results): what both benchmarks begin with."""
     import torch
-
     from sana_bench.harness import Results
 
     if args.threads is not None:
@@ -89,9 +86,10 @@ def _image(args: argparse.Namespace) -> int:
     from sana_bench.harness import peaks
     from sana_bench.image import ImageBench, Workload
     from sana_bench.runs import PARTS, RunName
+
     from sana_model import memory
-    from sana_model.pipeline import PRECISIONS
     from sana_model.plan import choose_backend
+    from sana_model.settings import PRECISIONS
     from sana_model.weights import find, load_model
 
     auto = choose_backend("auto", device)

@@ -1,8 +1,9 @@
 """How to measure on a machine whose speed changes: peaks, interleaving, statistics, and the file that results land in.
 
-Variants are interleaved (A B C, B C A, …), so a slow minute hits all of them. Before and after each repetition the machine's
-peak is measured; a repetition whose two probes differ by more than 10 % is repeated, up to a bound, and the file says how
-often. Percentages are of the highest peak seen in the same run, on all the threads that the benchmark uses.
+Variants are interleaved (A B C, B C A, …), so a slow minute hits all of them. Before and after each repetition the
+machine's peak is measured; a repetition whose two probes differ by more than 10 % is repeated, up to a bound, and the
+file says how often. Percentages are of the highest peak seen in the same run, on all the threads that the benchmark
+uses.
 """
 
 import datetime
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import psutil
 import torch
-
 from sana_bench import schema
+
 from sana_kernels import diagnostics
 from sana_kernels.backend import extension
 from sana_model import files
@@ -77,7 +78,7 @@ class Peaks:
 def peaks(device: torch.device, **options) -> Peaks:
     """The peaks of the device that the benchmark runs on. Raises MissingError without the extension module."""
     if device.type == "cuda":
-        return Peaks(list(_GPU_OPERANDS) + ["copy"], _gpu_rate, **options)
+        return Peaks([*_GPU_OPERANDS, "copy"], _gpu_rate, **options)
     module, reason = extension("_cpu")
     if module is None:
         raise MissingError(f"the peaks of this machine cannot be measured: {reason}; build with `pip install .`")
@@ -129,10 +130,10 @@ def interleave(
 ) -> Iterator[tuple[str, object, str]]:
     """Run every task `repeat` times in turn, starting with another one each round; yields (name, result, verdict).
 
-    tasks[name](i) is one repetition; i is the same for all tasks of a round and never comes twice to one task. The verdict is
-    "steady"; or "rejected" where the machine drifted by more than 10 % between the probes before and after, and the task is
-    run again; or, after `max_rejected` rejections of that task (default: `repeat`), "unsteady". A task that can't go on returns
-    None, and is skipped.
+    tasks[name](i) is one repetition; i is the same for all tasks of a round and never comes twice to one task. The
+    verdict is "steady"; or "rejected" where the machine drifted by more than 10 % between the probes before and after,
+    and the task is run again; or, after `max_rejected` rejections of that task (default: `repeat`), "unsteady". A task
+    that can't go on returns None, and is skipped.
     """
     max_rejected = repeat if max_rejected is None else max_rejected
     rejected: Counter = Counter()
@@ -167,7 +168,7 @@ def statistics_ms(samples: list[float]) -> dict[str, float]:
 
 
 class PeakMemory:
-    """Highest resident memory of this process within a `with` block, in bytes, sampled every 10 ms; `.bytes` afterwards."""
+    """Highest resident memory of this process within a `with` block, sampled every 10 ms: `.bytes` afterwards."""
 
     def __enter__(self):
         self._process, self._over = psutil.Process(), threading.Event()
@@ -209,7 +210,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Results:
-    """The document of one run, and its file: written anew, atomically, whenever rows were added. See `schema`."""
+    """The document of one run, and its file: written anew, atomically, whenever there are other rows. See `schema`."""
 
     def __init__(self, path: Path | None, seed: int):
         if path is not None:
@@ -231,8 +232,9 @@ class Results:
             "results": [],
         }  # fmt: skip
 
-    def add(self, *rows: dict) -> None:
-        self.document["results"] += rows
+    def replace(self, rows: list[dict]) -> None:
+        """These are all the rows now."""
+        self.document["results"] = rows
         self.save()
 
     def save(self, measured: Peaks | None = None, complete: bool = False) -> None:
@@ -249,11 +251,11 @@ class Results:
 
 
 def gpu_state() -> list[str]:
-    """Clocks, power limit, temperature and reasons to throttle of each GPU, as nvidia-smi prints them; empty without one."""
+    """Clocks, power, temperature and reasons to throttle of each GPU, as nvidia-smi prints them."""
     if not torch.cuda.is_available():
         return []
-    fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active,ecc.mode.current,mig.mode.current"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    fields = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)},ecc.mode.current,mig.mode.current", "--format=csv"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
@@ -270,7 +272,7 @@ def _machine(found: dict) -> dict:
 
 
 def _steal_percent(before) -> float | None:
-    """How much of the time that this machine wanted was given to others, since `before`; None where the system can't tell."""
+    """Share of the time since `before` that a virtual machine was denied; None where the system doesn't tell."""
     now = psutil.cpu_times()
     if not hasattr(now, "steal"):
         return None
@@ -286,7 +288,7 @@ def _read(path: str) -> str | None:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Commit of the source tree that this package is in, and whether it was changed since; (None, None) once installed."""
+    """Commit of the checkout that this package is in, and whether it was changed; (None, None) once installed."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:

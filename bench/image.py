@@ -1,27 +1,27 @@
 """`sana bench image`: whole pictures, stage by stage, by several runs that share weights, prompts and noise.
 
-Each run prepares and paints a first picture (a row of its own kind); then all of them are checked against fp32 on the same
-inputs; then they paint in turn, a new prompt each round. A run that fails its check gets no speed-up.
+Each run prepares and paints a first picture (a row of its own kind); then all of them are checked against fp32 on the
+same inputs; then they paint in turn, a new prompt each round. A run that fails its check gets no speed-up.
 """
 
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from sana_bench import check, work
 from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
 from sana_bench.prompts import Prompts
 from sana_bench.runs import BASELINES, Moment, RunName, Weights, make
 from sana_bench.schema import STAGES, stages_sum_up
+from torch import Tensor
+
 from sana_model import scheduler
-from sana_model.errors import MissingError
+from sana_model.errors import MissingError, UserError
 from sana_model.loaded import LoadedModel
-from sana_model.pipeline import Pipeline, Settings
+from sana_model.pipeline import Pipeline
 from sana_model.plan import resolve
 from sana_model.prompt import CaptionStates
+from sana_model.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Measured:
     first: dict[str, float] = field(default_factory=dict)  # stages of the first picture in ms, with prepare
     latents: Tensor | None = None  # of the first picture
     peak_rss: int = 0
+    peak_allocated: int = 0  # on a GPU
     checks: list[check.Check] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)  # stages of each repetition in ms, with total
     rejected: int = 0
@@ -93,7 +94,7 @@ class ImageBench:
                     self.gate()
                     self.repeat(repeat)
             finally:
-                self.results.add(*self.rows())
+                self.results.replace(self.rows())
         return self.results.document
 
     def attempt(self, measured: Measured, action, *args):
@@ -102,6 +103,8 @@ class ImageBench:
             return action(*args)
         except MissingError as error:
             measured.give_up("not available", error)
+        except UserError as error:  # such as latents that overflow in fp16
+            measured.give_up("error", error)
         except Exception as error:
             if out_of_memory(error):
                 measured.give_up("out of memory", error)
@@ -139,11 +142,15 @@ class ImageBench:
 
     def first_picture(self, measured: Measured) -> None:
         clock = Clock(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with PeakMemory() as memory:
             with clock.stage("prepare"):
                 measured.run.prepare(self.settings(-1))
             stages, latents = self.paint(measured.run, -1)
         measured.first, measured.latents, measured.peak_rss = stages | clock.ms, latents, memory.bytes
+        if self.device.type == "cuda":
+            measured.peak_allocated = torch.cuda.max_memory_allocated()
 
     def gate(self) -> None:
         """Check every run against fp32: the DiT's raw output in the middle of the schedule, and a decoded picture."""
@@ -168,7 +175,7 @@ class ImageBench:
             self.attempt(measured, compare, measured)
 
     def moment(self, latents: Tensor) -> Moment:
-        """The middle of the schedule on the straight way from the noise to `latents`, which is what the DiT is trained on."""
+        """The middle of the schedule, on the straight way from the noise to `latents` that the DiT is trained on."""
         settings = self.settings(-1)
         schedule = scheduler.timesteps(self.config.scheduler, settings.steps)
         time = float(schedule.model_times[settings.steps // 2])
@@ -205,6 +212,7 @@ class ImageBench:
             measured.unsteady += verdict == "unsteady"
             if verdict != "rejected":
                 measured.samples.append(stages)
+                self.results.replace(self.rows())
 
     # ------------------------------------------------------------------------------------------ rows
 
@@ -238,40 +246,36 @@ class ImageBench:
             return []
         dit, image = measured.checks
         common["plan"] = measured.run.plan()
-        common["memory_mib"] = {
-            "weights": round(self.weights.bytes(name.dtypes) / 2**20), "rss": round(measured.peak_rss / 2**20),
+        memory = {
+            "weights": self.weights.bytes(name.dtypes), "rss": measured.peak_rss, "peak_allocated": measured.peak_allocated,
         }  # fmt: skip
+        common["memory_mib"] = {key: round(size / 2**20) for key, size in memory.items() if size}
         first = dict(measured.first)
         first["other"] += first["prepare"]
         first["total"] += first["prepare"]
-        rows = [self.row("first_image", common, [first], [dit, image], [], 0, measured)]
+        rows = [self.row("first_image", common, name, [first], [dit, image], warmup=0)]
+        rows[0]["prepare_ms"] = first["prepare"]
         if measured.samples:
-            median = median_repetition(measured.samples)
-            failures = self.failures(median, name)
-            rows.append(self.row("image", common, measured.samples, [dit, image], failures, 1, measured))
-            decodes = [{"total": sample["decode"]} for sample in measured.samples]
+            failures = self.failures(median_repetition(measured.samples), name)
+            timing = {"warmup": 1, "rejected": measured.rejected, "unsteady": measured.unsteady}
+            rows.append(self.row("image", common, name, measured.samples, [dit, image], failures, **timing))
+            decodes = [{"decode": sample["decode"], "total": sample["decode"]} for sample in measured.samples]
             failures = [failure for failure in failures if failure.startswith("decode")]
-            rows.append(self.row("decode", common, decodes, [image], failures, 1, measured))
+            rows.append(self.row("decode", common, name, decodes, [image], failures, **timing))
         return rows
 
-    def row(self, kind, common, samples, checks, failures, warmup, measured) -> dict:
-        """One row; `samples` hold the stages (of a decode row, only the total) of each repetition."""
+    def row(
+        self, kind: str, common: dict, name: RunName, samples: list[dict], checks: list, failures=(), **timing
+    ) -> dict:
+        """One row; `samples` hold the stages (of a decode row, only that one) and the total of each repetition."""
         totals = [sample["total"] for sample in samples]
-        checked = check.summary(checks, failures)
+        checked, median = check.summary(checks, list(failures)), median_repetition(samples)
+        method = {"method": "wall clock, synchronised", "n": len(totals)}
         row = {"kind": kind, **common, "status": "ok" if checked["passed"] else "FAIL"}
-        row["timing"] = {
-            "method": "wall clock, synchronised", "warmup": warmup, "n": len(totals), "ms": statistics_ms(totals), "raw_ms": totals,
-            "rejected": measured.rejected * (kind != "first_image"), "unsteady": measured.unsteady * (kind != "first_image"),
-        }  # fmt: skip
-        median = median_repetition(samples)
+        row["timing"] = method | timing | {"ms": statistics_ms(totals), "raw_ms": totals}
         if kind != "decode":
             row["stages_ms"] = {stage: median[stage] for stage in (*STAGES, "per_step")}
-        if kind == "first_image":
-            row["prepare_ms"] = measured.first["prepare"]
-        else:
-            row["work"] = self.work(median, measured.run.name)
-        row["check"] = checked
-        return row
+        return row | {"work": self.work(median, name), "check": checked}
 
     def macs(self) -> dict[str, int]:
         """Multiply-adds of each stage that can't be avoided, for the whole batch."""
@@ -288,7 +292,6 @@ class ImageBench:
     def work(self, stages: dict[str, float], name: RunName) -> dict:
         """GMAC of the stages, and what share of the measured peak that is."""
         precisions = {"denoise": name.precision, "decode": name.others}
-        stages = {"decode": stages["total"], **stages}  # a decode row has no stages but itself
         percent = {
             stage: self.peaks.percent(2 * macs, stages[stage] / 1e3, precisions[stage])
             for stage, macs in self.macs().items()

@@ -1,11 +1,12 @@
 """`sana bench kernels [op]`: each op of the registry by itself, on the shapes of `cases`.
 
 Every backend takes turns with plain PyTorch (the reference) and torch.compile of it; each result is held to fp64 by
-FlashAttention's rule. Inputs are cold: each call gets other tensors, and together they are twice the size of the last cache.
-So the bytes that must cross the memory bus are the inputs, and the output only where it is larger than that cache: of these
-is `gb_s`, and its share of the measured copy bandwidth.
+FlashAttention's rule. Inputs are cold: each call gets other tensors, and together they are twice the size of the last
+cache. So the bytes that must cross the memory bus are the inputs, and the output only where it is larger than that
+cache: of these is `gb_s`, and its share of the measured copy bandwidth.
 """
 
+import itertools
 import math
 import os
 import time
@@ -13,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from sana_bench import check
 from sana_bench.cases import Case, cases
 from sana_bench.harness import Peaks, Results, interleave, statistics_ms
+from torch import Tensor
+
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
-from sana_model.errors import UserError
-from sana_model.pipeline import PRECISIONS
+from sana_model.errors import MissingError, UserError
+from sana_model.settings import PRECISIONS
 
 COMPILED = "torch-compile"
 BASELINES = ("reference", COMPILED)
@@ -40,38 +41,36 @@ class Chosen:
 def select(
     op: str | None, name: str, backends: str | None, dtypes: str, device: torch.device, quick: bool = False
 ) -> list[Chosen]:
-    """What the flags of the command line ask for. Raises UserError for a name that is not known, or where nothing is left."""
+    """What the flags of the command line ask for.
+
+    Raises UserError for a name that is not known, and MissingError for a backend that was asked for by name and can run
+    none of it. Without names, the backends are those that can.
+    """
     if op is not None and op not in OPS:
         raise UserError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
     wanted = backends.split(",") if backends else [*BACKENDS, *([] if quick else [COMPILED])]
-    for what, given, known in (
-        ("backend", wanted, (*BACKENDS, COMPILED)),
-        ("dtype", dtypes.split(","), PRECISIONS),
-    ):
+    precisions = dtypes.split(",")
+    for what, given, known in (("backend", wanted, (*BACKENDS, COMPILED)), ("dtype", precisions, PRECISIONS)):
         if unknown := [value for value in given if value not in known]:
             raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
     found = [case for case in cases(op) if name in case.name]
-    if quick:
-        found = [
-            min((c for c in found if c.op == each), key=lambda c: c.macs) for each in dict.fromkeys(c.op for c in found)
-        ]
-        dtypes = dtypes.split(",")[0]
-    chosen = []
-    for case in found:
-        for precision in dtypes.split(","):
-            meta = tuple(_on_meta(a) for a in case.arguments(PRECISIONS[precision]))
-            able = [b for b in wanted if b == COMPILED or why_not(case.op, b, *meta, device=device) is None]
-            if able:
-                chosen.append(Chosen(case, precision, tuple(able)))
-    if not chosen:
+    if not found:
         raise UserError(
-            "nothing is left to measure: no such case, or no backend that can run it here (see `sana doctor`)"
+            f"no case of {op or 'any op'} has {name!r} in its name; there are {', '.join(map(str, cases(op)))}"
         )
-    return chosen
-
-
-def _on_meta(value: object) -> object:
-    return value.to("meta") if isinstance(value, Tensor) else value
+    if quick:
+        ops = dict.fromkeys(case.op for case in found)
+        found = [min((case for case in found if case.op == op), key=lambda case: case.macs) for op in ops]
+        precisions = precisions[:1]
+    chosen, reasons = [], {}
+    for case, precision in itertools.product(found, precisions):
+        meta = case.arguments(PRECISIONS[precision], "meta")
+        why = {b: None if b == COMPILED else why_not(case.op, b, *meta, device=device) for b in wanted}
+        reasons |= {b: reason for b, reason in why.items() if reason}
+        chosen.append(Chosen(case, precision, tuple(b for b, reason in why.items() if reason is None)))
+    if backends and (idle := [b for b in wanted if not any(b in one.backends for one in chosen)]):
+        raise MissingError(f"backend {idle[0]!r} can run none of it: {reasons[idle[0]]}; see `sana doctor`")
+    return [one for one in chosen if one.backends]
 
 
 @dataclass
@@ -105,7 +104,7 @@ class KernelBench:
         with torch.inference_mode():
             for one in self.chosen:
                 self.say(f"{one.case} {one.precision}: {', '.join(one.backends)}")
-                self.results.add(*self.measure(one, repeat))
+                self.results.replace(self.results.document["results"] + self.measure(one, repeat))
         return self.results.document
 
     def measure(self, one: Chosen, repeat: int) -> list[dict]:

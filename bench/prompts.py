@@ -14,7 +14,8 @@ ENDINGS = ("", ".", ",", "!", "s", "ed", "ly", "ing")  # to gain a token or two 
 class Prompts:
     """prompts(i) is the i-th prompt: words of prompts.txt in seeded order, `text_tokens` caption states long.
 
-    That is the length of what the DiT attends to: BOS, the last token of the instruction where there is one, and the prompt.
+    That is the length of what the DiT attends to: BOS, the last token of the instruction where there is one, and the
+    prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, text_tokens: int, seed: int = 0):

@@ -1,6 +1,6 @@
 """What every CUDA kernel needs on every target: registers, shared memory, and no local memory. Needs nvcc, no GPU.
 
-    python -m bench.resources      from the checkout: compiles csrc/**/*.cu and writes bench/notes/cuda_resources.md
+    python -m sana_bench.resources      from the checkout: compiles csrc/**/*.cu and writes bench/notes/cuda_resources.md
 
 Fails when a kernel has local memory: registers that were spilled, or an array that could not be kept in registers.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTES = ROOT / "bench" / "notes" / "cuda_resources.md"
 TARGETS = ("80", "86", "89", "90a", "100f", "120f")  # the cubins of ALL_ARCHS in setup.py
-COMMAND = "python -m bench.resources"
+COMMAND = "python -m sana_bench.resources"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@
     diffusers-compile               the same with its DiT and decoder under torch.compile, max-autotune
     openvino                        the same with its DiT and decoder compiled by OpenVINO
 
-`precision` is the DiT's; text encoder and decoder run in bf16 beside it (fp32 beside an fp32 DiT), or in the precision itself
-where the name ends in +. The weights exist once in memory, and once more for each other dtype that a run asks for.
+`precision` is the DiT's; text encoder and decoder run in bf16 beside it (fp32 beside an fp32 DiT), or in the precision
+itself where the name ends in +. The weights exist once in memory, and once more for each other dtype that a run asks
+for.
 """
 
 import copy
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from sana_model import memory
 from sana_model.errors import MissingError, UserError
 from sana_model.interop import diffusers_pipeline
+from sana_model.loaded import LoadedModel
 from sana_model.ops import REFERENCE_OPS
-from sana_model.pipeline import PRECISIONS, Pipeline, Settings
+from sana_model.pipeline import Pipeline
 from sana_model.plan import PIPELINES, resolve
 from sana_model.prompt import DEFAULT_INSTRUCTION
-from sana_model.loaded import LoadedModel
+from sana_model.settings import PRECISIONS, Settings
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
@@ -109,10 +111,10 @@ class Weights:
         return sum(count(getattr(self.loaded, part)) * dtype.itemsize for part, dtype in missing.items())
 
     def reserve(self, name: "RunName", settings: Settings, again: tuple[str, ...] = ()) -> LoadedModel:
-        """The model for a run. Raises MemoryError, before anything is allocated, where it would not fit beside the others.
+        """The model for a run. Raises MemoryError, before anything is allocated, where it would not fit.
 
-        That is the copies that the run takes, the activations of a picture, and the parts that it keeps `again` in a layout
-        of its own.
+        What is needed are the copies that the run takes, the activations of a picture, and the parts that it keeps
+        `again` in a layout of its own.
         """
         parts = memory.estimate(self.config, settings, name.dtypes, self.device)
         needed = self.missing_bytes(name.dtypes) + max(parts["denoise"], parts["decode"])
@@ -132,7 +134,7 @@ def count(module: nn.Module) -> int:
 
 
 def _with_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the module's structure whose parameters are the same tensors, or converted ones where the dtype differs."""
+    """A copy of the module's structure on the same parameters, or on converted ones where the dtype differs."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     memo = {id(t): t if t.dtype == dtype else nn.Parameter(t.to(dtype), requires_grad=False) for t in tensors}
     return copy.deepcopy(module, memo)
@@ -164,7 +166,7 @@ class PipelineRun:
         """Noise (B, 32, h, w) fp32 → latents, likewise."""
         start = time.perf_counter()
         latents = self.pipeline.denoise(settings, captions, noise=noise)
-        self._denoise_seconds = time.perf_counter() - start
+        self._outside_share = self.pipeline.plan.outside_share(time.perf_counter() - start)
         return latents
 
     def decode(self, latents: Tensor, settings: Settings) -> Tensor:
@@ -178,8 +180,7 @@ class PipelineRun:
 
     def plan(self) -> dict:
         """Which kernel computes what, as of the last picture."""
-        plan = self.pipeline.plan
-        return plan.as_json() | {"outside_share": plan.outside_share(self._denoise_seconds)}
+        return self.pipeline.plan.as_json() | {"outside_share": self._outside_share}
 
     def close(self) -> None:
         """Let go of everything that is not shared."""
@@ -227,8 +228,11 @@ class DiffusersRun:
         self.format, self.trial_ms = self._faster_format(settings)
 
     def _faster_format(self, settings: Settings) -> tuple[torch.memory_format, dict[str, float]]:
-        """Decode at most 512 px in either memory format, the faster of two times each. Only the decoder asks this question:
-        the DiT permutes its tokens, so its convolutions meet channels_last tensors in any case."""
+        """The memory format in which the decoder takes less time, and the ms it took (512 px at most, best of two).
+
+        Only the decoder asks this question: the DiT permutes its tokens, so its convolutions meet channels_last tensors
+        in any case.
+        """
         latents = torch.randn(
             1, self.weights.config.dit.in_channels, min(settings.height // 32, 16), min(settings.width // 32, 16)
         )
@@ -269,7 +273,7 @@ class DiffusersRun:
     def decode(self, latents: Tensor, settings: Settings) -> Tensor:
         z = latents.to(self.weights.device, self.dtypes["autoencoder"]) / self.pipe.vae.config.scaling_factor
         z = z.contiguous(memory_format=self.format)
-        return torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in z.split(1)]).float()
+        return self.pipe.vae.decode(z, return_dict=False)[0].float()
 
     def velocity(self, moment: Moment) -> Tensor:
         dtype, length = self.dtypes["dit"], self.weights.config.max_text_tokens
@@ -333,7 +337,7 @@ class OpenVINO(DiffusersRun):
         transformer.forward = lambda hidden_states, return_dict, attention_kwargs=None, **inputs: (
             dit(hidden_states=hidden_states, **inputs).to(dtypes["dit"]),
         )
-        latent = torch.zeros(1, config.dit.in_channels, height, width)
+        latent = torch.zeros(settings.count, config.dit.in_channels, height, width)
         decode = _openvino(_InFp32(decoder, dtypes["autoencoder"]), {"hidden_states": latent}, self.name.others)
         decoder.forward = lambda z: decode(hidden_states=z).to(dtypes["autoencoder"])
 

@@ -1,23 +1,23 @@
 """The shape of a result file: what scripts may rely on. `validate` says where a file departs from it.
 
-A file holds one run: `schema`, `run` (id, command, git_sha, seed), `machine` (load, steal and the peaks measured in that run),
-`software`, and `results`, a list of rows. Every row has
+A file holds one run: `schema`, `run` (id, command, git_sha, seed), `machine` (load, steal and the peaks measured in
+that run), `software`, and `results`, a list of rows. Every row has
 
     kind        image | first_image | decode | kernel | quality
     name        what was measured, such as sana-0.6b_1024x1024 or linear_attention/0.6b_1024
-    backend     with precision, the name of the run: cpu:bf16; a precision that ends in + holds for text encoder and decoder, too
-    precision
+    backend     with precision, the name of the run, such as cpu:bf16
+    precision   of the DiT; ending in +, of text encoder and decoder, too
     status      ok | FAIL (see check) | out of memory | not available | error (see reason)
 
 and, where it was measured (ok, FAIL),
 
     timing      method, warmup, n, rejected, unsteady, ms {median, p10, p90, min, mean}, raw_ms
-    check       against, value, limit, passed, failures: parity with fp32 (kernels: fp64), and whatever else speaks against the row
+    check       against, value, limit, passed: parity with fp32 (kernels: fp64); failures: what else speaks against it
     work        gmac, gib and the percentages of the measured peaks
     workload    of pictures: batch, height, width, steps, guidance, text_tokens
     stages_ms   of pictures: text_encode, denoise (with text keys and values, caption projection and tables), per_step
-                (denoise / steps), decode, other, in the repetition of the median total (of an even number, the mean of the
-                two in the middle), so that they sum to the median
+                (denoise / steps), decode, other, in the repetition of the median total (of an even number, the mean of
+                the two in the middle), so that they sum to the median
     speedup     {baseline row: ratio of the medians}; only where check.passed
     plan        which kernel computes which op, in which precision
 """

@@ -45,4 +45,3 @@ def resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
     images = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False)
     top, left = (h - height) // 2, (w - width) // 2
     return images[:, :, top : top + height, left : left + width]
-

@@ -120,9 +120,9 @@ def open_pth(file: Path) -> Checkpoint:
     return stored(str(file), {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
 
 
-def same_names(module: nn.Module) -> list[Rule]:
-    """The rules of a network whose names are those of the file."""
-    return [Rule(name, (name,), name) for name in module.state_dict()]
+def same_names(module: nn.Module, prefix: str = "") -> list[Rule]:
+    """The rules of a network whose names are those of the file, but for a prefix."""
+    return [Rule(name, (prefix + name,), prefix + name) for name in module.state_dict()]
 
 
 def check(

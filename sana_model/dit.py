@@ -252,7 +252,9 @@ class DiT(nn.Module):
         if self.config.pos_embed_scale is not None:
             height, width = latents.shape[-2:]
             base = self.config.sample_size
-            x = (x + position_embedding(self.config.hidden, height, width, base, self.config.pos_embed_scale, x.device)).to(x)
+            x = (
+                x + position_embedding(self.config.hidden, height, width, base, self.config.pos_embed_scale, x.device)
+            ).to(x)
         return x
 
     def unembed(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -63,7 +63,7 @@ def _reaching(what: str, repo: str, download: Callable[[], Path]) -> Path:
         raise UserError(f"there is no model {repo} on the hub, or it is private: `hf auth login`") from error
     except LocalEntryNotFoundError as error:
         raise MissingError(
-            f"{what} is not in the hub's cache on this machine, and the hub cannot be reached (no network, or "
+            f"{what} is no path here and is not in the hub's cache, and the hub cannot be reached (no network, or "
             "HF_HUB_OFFLINE is set)"
         ) from error
     except EntryNotFoundError as error:

@@ -1,7 +1,7 @@
 """A model in memory: its configuration and its four parts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sana_model.autoencoder import Autoencoder
@@ -23,11 +23,4 @@ class LoadedModel:
     source: str  # where the weights are from: a path, a hub id, or "sana-tiny (random weights, seed 0)"
     random: bool  # some of the weights are random: the pictures mean nothing
     tokenizer_folder: Path | None = None  # None: the byte tokenizer of the random models
-    load_text_encoder: Callable[[], TextEncoder] | None = None
-
-    def reload_text_encoder(self) -> "LoadedModel":
-        """The same model with the text encoder read again, after it was let go to save memory."""
-        encoder = self.load_text_encoder()
-        if self.dit is not None:
-            encoder.to(self.dit.patch_embed.weight.device)
-        return replace(self, text_encoder=encoder)
+    load_text_encoder: Callable[[], TextEncoder] | None = None  # reads it again, after it was let go to save memory

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -19,10 +18,8 @@ from sana_model.bins import nearest_bin
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
+from sana_model.settings import Settings
 from sana_model.text_encoder import TextEncoder
-
-if TYPE_CHECKING:
-    from sana_model.pipeline import Settings
 
 Dtypes = dict[str, torch.dtype]
 """By part: "dit", "text_encoder", "autoencoder"."""
@@ -36,7 +33,7 @@ TILE = 512  # pixels, `Autoencoder.tiled_decode`
 
 
 def estimate(
-    config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str = "cpu"
+    config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device | str = "cpu"
 ) -> dict[str, int]:
     """Bytes by part: the weights "dit", "text_encoder" and "autoencoder", and the passing peaks "denoise" (with the
     keys and values of the text) and "decode", of which only one is there at a time. Encoding needs less than either.
@@ -68,12 +65,13 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return dict(zip(("dit", "text_encoder", "autoencoder"), counts, strict=True))
 
 
-def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str) -> None:
+def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str, low_memory: bool = False) -> None:
     """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, which reads them first."""
-    device = torch.device(device)
-    needed = sum(weights(config, dtypes).values())
+    device, parts = torch.device(device), weights(config, dtypes)
     for place in dict.fromkeys((torch.device("cpu"), device)):
-        room = available(place)
+        room, needed = available(place), sum(parts.values())
+        if low_memory and place.type == "cuda":
+            needed = parts["autoencoder"] + max(parts["text_encoder"], parts["dit"])
         if needed > room:
             fits = list(_lighter_loads(config, dtypes, place, room))
             raise MissingError(
@@ -82,16 +80,24 @@ def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str) 
             )
 
 
-def check_run(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device | str) -> None:
-    """Raise MissingError unless painting fits into what `device` has left; the weights are loaded already."""
+def check_run(
+    config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device | str, loaded: bool = True
+) -> None:
+    """Raise MissingError unless painting fits into what `device` has left, beside the weights, `loaded` or yet to be.
+
+    `settings.tiled` stands for --low-memory, which has let the text encoder go by then.
+    """
     device = torch.device(device)
     room, needed = available(device), _peak(config, settings, dtypes, device)
+    if not loaded:
+        parts = weights(config, dtypes)
+        room -= parts["dit"] + parts["autoencoder"] + (0 if settings.tiled else parts["text_encoder"])
     if needed > room:
         fits = list(_lighter_runs(config, settings, dtypes, device, room))
         pictures = f"{settings.count} pictures" if settings.count > 1 else "a picture"
         raise MissingError(
             f"{pictures} of {settings.width}x{settings.height} need {_gb(needed)} of {_name(device)} beside the weights"
-            f" and {_gb(room)} are free; {_advice(fits)}"
+            f" and {_gb(max(room, 0))} are free; {_advice(fits)}"
         )
 
 
@@ -131,27 +137,27 @@ def cgroup_rooms(root: Path = Path("/")) -> Iterator[int]:
                 yield max(0, int(most) - used + int(stat.get("inactive_file" if v2 else "total_inactive_file", 0)))
 
 
-def _peak(config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device) -> int:
+def _peak(config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device) -> int:
     """The larger of denoising and decoding; encoding is over when this is asked."""
     parts = estimate(config, settings, dtypes, device)
     return max(parts["denoise"], parts["decode"])
 
 
-def _canvas(config: ModelConfig, settings: "Settings") -> tuple[int, int]:
+def _canvas(config: ModelConfig, settings: Settings) -> tuple[int, int]:
     """(width, height) that is painted."""
     if settings.binning:
         return nearest_bin(settings.height, settings.width, config.size)[::-1]
     return settings.width, settings.height
 
 
-def _rows(config: ModelConfig, settings: "Settings") -> int:
+def _rows(config: ModelConfig, settings: Settings) -> int:
     """How many images the DiT sees at once: guidance adds an unguided and PAG a perturbed copy of each."""
     guided = settings.guidance > 1 and not config.dit.guidance_embeds
     return settings.count * (1 + guided + (settings.pag_scale > 0))
 
 
 def _decode(
-    config: ModelConfig, settings: "Settings", width: int, height: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, settings: Settings, width: int, height: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Pictures are decoded one by one; all are kept, as 8-bit RGB, until the end."""
     per_value = DECODER_UNITS * dtype.itemsize if device.type == "cuda" else DECODER_CPU_BYTES
@@ -178,11 +184,11 @@ def _lighter_loads(config: ModelConfig, dtypes: Dtypes, place: torch.device, roo
 
 
 def _lighter_runs(
-    config: ModelConfig, settings: "Settings", dtypes: Dtypes, device: torch.device, room: int
+    config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device, room: int
 ) -> Iterator[str]:
     """What to ask for instead so that the picture fits, least sacrifice first; each by itself is enough."""
 
-    def fits(asked: "Settings", with_dtypes: Dtypes = dtypes, freed: int = 0) -> int | None:
+    def fits(asked: Settings, with_dtypes: Dtypes = dtypes, freed: int = 0) -> int | None:
         needed = _peak(config, asked, with_dtypes, device)
         return needed if needed <= room + freed else None
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -24,46 +24,13 @@ from sana_model.bins import nearest_bin, resize_and_crop
 from sana_model.config import ModelConfig
 from sana_model.dit import TextContext
 from sana_model.errors import MissingError, UserError
-from sana_model.plan import Plan, resolve
+from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
+from sana_model.settings import Settings, dtypes_for, settings_for
 from sana_model.weights import LoadedModel, find, load_model
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, of) with stage "text_encode", "denoise" or "decode"."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that determines a picture, given a model. Stored in every PNG."""
-
-    prompt: str | tuple[str, ...]
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    negative_prompt: str = ""
-    seed: int = 0  # image i of the batch is drawn from seed + i
-    num_images: int = 1  # per prompt
-    sampler: str = "flow_dpm"  # flow_dpm | flow_euler, or scm for Sprint models
-    instruction: str = "default"  # default | none | a text of one's own
-    pag_scale: float = 0.0  # perturbed-attention guidance; 0 is off
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # classifier-free guidance only where lo ≤ sigma ≤ hi
-    binning: bool = False  # paint in the nearest trained aspect-ratio bin, then resize and crop
-    tiled: bool = False  # decode in blended tiles: less memory, not the same pixels
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
-
-    @property
-    def count(self) -> int:
-        """How many pictures this makes."""
-        return len(self.prompts) * self.num_images
-
-    def as_json(self) -> dict:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -80,7 +47,9 @@ class Result:
 class Pipeline:
     """A loaded model, ready to paint. Thread-safe: pictures are painted one call at a time."""
 
-    def __init__(self, model: LoadedModel, plan: Plan, device: torch.device, dtypes: dict[str, torch.dtype], *, low_memory: bool):
+    def __init__(
+        self, model: LoadedModel, plan: Plan, device: torch.device, dtypes: dict[str, torch.dtype], *, low_memory: bool
+    ):
         self.config: ModelConfig = model.config
         self.model, self.plan, self.device, self.dtypes, self.low_memory = model, plan, device, dtypes, low_memory
         self.dit, self.autoencoder = model.dit, model.autoencoder
@@ -91,20 +60,7 @@ class Pipeline:
 
     def settings(self, prompt: str | list[str] | tuple[str, ...], **overrides) -> Settings:
         """The model's defaults with `overrides` applied and checked. Raises UserError naming what is wrong."""
-        config = self.config
-        unknown = set(overrides) - set(Settings.__dataclass_fields__)
-        if unknown:
-            known = ", ".join(Settings.__dataclass_fields__)
-            raise UserError(f"{', '.join(sorted(unknown))}: no such setting; the settings are {known}")
-        values = {
-            "prompt": prompt if isinstance(prompt, str) else tuple(prompt),
-            "width": config.size, "height": config.size, "steps": config.steps, "guidance": config.guidance,
-            "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": self.low_memory,
-        }  # fmt: skip
-        values.update({key: value for key, value in overrides.items() if value is not None})
-        settings = Settings(**values)
-        _check(settings, config)
-        return settings
+        return settings_for(self.config, prompt, low_memory=self.low_memory, **overrides)
 
     def __call__(self, prompt, *, progress: Progress | None = None, **overrides) -> Result:
         """Paint. `overrides` are fields of `Settings`; `progress` is told of every stage and step."""
@@ -118,6 +74,7 @@ class Pipeline:
             captions = self.encode(settings)
             clock.stop("text_encode")
             progress("text_encode", 1, 1)
+            progress("denoise", 0, settings.steps)
             latents = self.denoise(settings, captions, progress=progress)
             denoise_ms = clock.stop("denoise")
             images = []
@@ -131,6 +88,8 @@ class Pipeline:
 
     def encode(self, settings: Settings) -> tuple[CaptionStates | None, CaptionStates]:
         """Caption states (negative, positive), one row per prompt; no negative where the model is not guided by one."""
+        if self.low_memory:
+            self.dit.to("cpu")
         encoder = self._prompts()
         prompts = list(settings.prompts)
         if self._guided(settings):
@@ -141,6 +100,7 @@ class Pipeline:
             negative, positive = None, encoder.encode(prompts, settings.instruction)
         if self.low_memory:
             self._prompt_encoder = self.model.text_encoder = None
+            self.dit.to(self.device)
         return negative, positive
 
     def denoise(
@@ -193,7 +153,7 @@ class Pipeline:
         latents = scheduler.sample(velocity, noise, schedule, noise=draw, callback=after_step)
         if not bool(latents.isfinite().all()):
             raise UserError(
-                f"the latents became NaN or infinite: this checkpoint overflows in {_name(self.dtypes['dit'])}; "
+                f"the latents became NaN or infinite: this checkpoint overflows in {dtype_name(self.dtypes['dit'])}; "
                 "run it with --precision bf16 or fp32"
             )
         return latents
@@ -205,7 +165,7 @@ class Pipeline:
         images = autoencoder.tiled_decode(z) if settings.tiled else autoencoder.decode(z)
         if not bool(images.isfinite().all()):
             raise UserError(
-                f"the decoder overflowed in {_name(self.dtypes['autoencoder'])}; run it with --decoder-precision bf16"
+                f"the decoder overflowed in {dtype_name(self.dtypes['autoencoder'])}; run it with --decoder-precision bf16"
             )
         if settings.binning:
             images = resize_and_crop(images, settings.height, settings.width)
@@ -223,11 +183,13 @@ class Pipeline:
     def _prompts(self) -> PromptEncoder:
         if self._prompt_encoder is None:
             if self.model.text_encoder is None:  # freed by --low-memory after an earlier picture
-                self.model = self.model.reload_text_encoder()
+                self.model.text_encoder = self.model.load_text_encoder().to(self.device)
             self._prompt_encoder = PromptEncoder(self.model.text_encoder, self.model.tokenizer, self.config)
         return self._prompt_encoder
 
-    def _text(self, settings: Settings, captions: tuple[CaptionStates | None, CaptionStates], perturbed: bool) -> TextContext:
+    def _text(
+        self, settings: Settings, captions: tuple[CaptionStates | None, CaptionStates], perturbed: bool
+    ) -> TextContext:
         """Keys and values for the batch [negative | positive | perturbed], each of count rows (prompt-major)."""
         present = [c for c in captions if c is not None]
         longest = max(c.states.shape[1] for c in present)
@@ -257,29 +219,29 @@ def load(
     dialect: str = "diffusers",
     low_memory: bool = False,
     base: str | None = None,
+    picture: dict | None = None,
 ) -> Pipeline:
     """Load a model: a built-in name, a diffusers folder, a single file (with `base` for the other parts) or a hub id.
 
-    `precision` (fp32 | bf16 | fp16) is the DiT's, by default what the folder's sana.json asks for, or bf16; text encoder and
-    decoder default to bf16, or fp32 beside an fp32 DiT.
+    `precision` (fp32 | bf16 | fp16) is the DiT's, by default what the folder's sana.json asks for, or bf16; text encoder
+    and decoder default to bf16, or fp32 beside an fp32 DiT. `low_memory` lets the text encoder go after encoding, has only
+    one of it and the DiT on a GPU, and decodes in tiles. `picture`: fields of `Settings` that are going to be painted;
+    what is wrong with them, or too large for this machine, is refused before anything is loaded.
     Raises UserError for a model that cannot be read and MissingError where this machine cannot run it.
     """
     target = _device(device, backend)
     source = find(model, base)
-    precision = precision or source.precision or "bf16"
-    others = "fp32" if precision == "fp32" else "bf16"
-    dtypes = {
-        "dit": _dtype(precision),
-        "text_encoder": _dtype(text_precision or others),
-        "autoencoder": _dtype(decoder_precision or others),
-    }
-    memory.check_load(source.config, dtypes, target)
+    dtypes = dtypes_for(precision or source.precision or "bf16", text_precision, decoder_precision)
+    memory.check_load(source.config, dtypes, target, low_memory)
+    if picture is not None:
+        settings = settings_for(source.config, low_memory=low_memory, **picture)
+        memory.check_run(source.config, settings, dtypes, target, loaded=False)
     loaded = load_model(
         source, precision=dtypes["dit"], text_precision=dtypes["text_encoder"], decoder_precision=dtypes["autoencoder"],
         dialect=dialect,
     )  # fmt: skip
-    for part in (loaded.dit, loaded.text_encoder, loaded.autoencoder):
-        part.to(target).eval()
+    for part in (loaded.text_encoder, loaded.autoencoder, *([] if low_memory else [loaded.dit])):
+        part.to(target)
     plan = resolve(loaded.config, backend, target, dtypes["dit"], dtypes["autoencoder"])
     return Pipeline(loaded, plan, target, dtypes, low_memory=low_memory)
 
@@ -293,43 +255,10 @@ def _device(device: str | None, backend: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from error
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise MissingError("no NVIDIA GPU can be used here (torch sees none); run with --backend cpu, or see `sana doctor`")
+        raise MissingError(
+            "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu, or see `sana doctor`"
+        )
     return target
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in PRECISIONS:
-        raise UserError(f"precision {name!r} is not known; choose one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, value in PRECISIONS.items() if value == dtype)
-
-
-def _check(settings: Settings, config: ModelConfig) -> None:
-    step = config.autoencoder.spatial_compression
-    if not settings.prompts:
-        raise UserError("there is no prompt")
-    for name in ("width", "height"):
-        value = getattr(settings, name)
-        if value <= 0 or (value % step and not settings.binning):
-            below, above = max(step, value // step * step), max(step, -(-value // step) * step)
-            raise UserError(f"{name} {value} is not a positive multiple of {step}; the nearest are {below} and {above}")
-    if settings.steps < 1:
-        raise UserError(f"steps must be at least 1, not {settings.steps}")
-    if settings.num_images < 1:
-        raise UserError(f"the number of images must be at least 1, not {settings.num_images}")
-    if not 0 <= settings.seed < 2**63:
-        raise UserError(f"the seed must lie in [0, 2^63), not {settings.seed}")
-    sprint = config.scheduler.kind == "scm"
-    if sprint != (settings.sampler == "scm"):
-        allowed = "scm" if sprint else "flow_dpm or flow_euler"
-        raise UserError(f"{config.name} is sampled with {allowed}, not {settings.sampler}")
-    if settings.sampler not in ("flow_dpm", "flow_euler", "scm"):
-        raise UserError(f"sampler {settings.sampler!r} is not known; choose flow_dpm or flow_euler (scm for Sprint)")
-    if settings.pag_scale < 0:
-        raise UserError(f"the PAG scale must be 0 (off) or positive, not {settings.pag_scale}")
 
 
 def _rows(text: TextContext, index) -> TextContext:

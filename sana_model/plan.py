@@ -121,7 +121,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if reason is None and backend in ("cuda", "triton") and device.type != "cuda":
         reason = f"the model is on {device.type}, and {backend} needs an NVIDIA GPU"
     if reason is not None:
-        raise MissingError(f"backend {backend!r} cannot run here: {reason}. `sana doctor` tells what this machine can do")
+        raise MissingError(
+            f"backend {backend!r} cannot run here: {reason}. `sana doctor` tells what this machine can do"
+        )
     return backend
 
 
@@ -156,7 +158,7 @@ def _first_that_can(op: str, order: tuple[str, ...], args: tuple, device: torch.
 def _dit_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple]:
     """Arguments of every op as the DiT calls it, without memory (device "meta")."""
     dit, N, L = config.dit, config.dit.sample_size**2, config.max_text_tokens
-    C, F = dit.hidden, dit.ffn
+    C = dit.hidden
     like = partial(torch.empty, dtype=dtype, device="meta")
     x, row = like(2, N, C), like(2, C)
     norm = like(C) if dit.qk_norm else None
@@ -168,20 +170,32 @@ def _dit_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple]:
         "linear_attention": (q, k, v, norm, norm, dit.qk_norm_eps, dit.attention_eps),
         "gate_residual": (x, x, row),
         "cross_attention": (cross_q, cross_kv, cross_kv, lengths),
-        "mix_ffn": (x, dit.sample_size, dit.sample_size, like(2 * F, C), like(2 * F), like(2 * F, 1, 3, 3), like(2 * F), like(C, F)),
+        "mix_ffn": (x, dit.sample_size, dit.sample_size, *_mix_ffn_weights(like, C, dit.ffn)),
     }  # fmt: skip
 
 
 def _autoencoder_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple]:
     ae, side = config.autoencoder, config.dit.sample_size
     C = ae.widths[-1]
-    F = 4 * C
     like = partial(torch.empty, dtype=dtype, device="meta")
     q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
     return {
         "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
-        "mix_ffn": (like(1, side**2, C), side, side, like(2 * F, C), like(2 * F), like(2 * F, 1, 3, 3), like(2 * F), like(C, F)),
+        "mix_ffn": (
+            like(1, side**2, C),
+            side,
+            side,
+            like(2 * F, C),
+            like(2 * F),
+            like(2 * F, 1, 3, 3),
+            like(2 * F),
+            like(C, F),
+        ),
     }
+
+
+def _mix_ffn_weights(like: Callable[..., torch.Tensor], C: int, F: int) -> tuple[torch.Tensor, ...]:
+    return like(2 * F, C), like(2 * F), like(2 * F, 1, 3, 3), like(2 * F), like(C, F)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from sana_model.errors import UserError
 from sana_model.files import atomic
-from sana_model.pipeline import Pipeline, Settings
+from sana_model.pipeline import Pipeline
 from sana_model.plan import dtype_name
+from sana_model.settings import Settings
 
 SOFTWARE = f"sana_kernels {version('sana-kernels')}"
 _SETTINGS = get_type_hints(Settings)

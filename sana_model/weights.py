@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,9 +103,9 @@ def find(model: str | Path | ModelConfig, base: str | Path | None = None) -> Sou
     """What `model` is and where its parts are. Reads configurations, no weights; may download from the hub."""
     if isinstance(model, ModelConfig):
         return _random(model)
-    path = Path(model)
-    if str(model) in BUILT_IN and not path.exists():
+    if str(model) in BUILT_IN:  # ./sana-tiny is a path
         return _random(BUILT_IN[str(model)])
+    path = Path(model)
     if path.is_dir():
         return _folder(path, path.resolve().name, str(model))
     if path.is_file():
@@ -113,7 +114,7 @@ def find(model: str | Path | ModelConfig, base: str | Path | None = None) -> Sou
         repo, file = named
         if file:
             return _file(hub.fetch_file(repo, file), base)
-        return _folder(hub.fetch_folder(repo, _needed), repo.split("/")[1], repo)
+        return _folder(hub.fetch_folder(repo, partial(_needed, repo)), repo.split("/")[1], repo)
     close = difflib.get_close_matches(str(model), BUILT_IN, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"the built-in names are {', '.join(BUILT_IN)}"
     raise UserError(f"{model} is no file, no folder, no hub id (org/name) and no built-in name; {hint}")
@@ -213,17 +214,17 @@ def _file(file: Path, base: str | Path | None) -> Source:
     return Source(config, str(file), source.random, source.open | {"dit": open_dit}, source.tokenizer_folder)
 
 
-def _needed(names: list[str]) -> list[str]:
+def _needed(repo: str, names: list[str]) -> list[str]:
     """Of the files of a repository, those of a diffusers folder; the full precision where several are offered."""
     if "model_index.json" not in names:
         raise UserError(
-            "the repository is not in diffusers' format; its `_diffusers` twin is, or pass hf://org/name/file"
+            f"{repo} is not in diffusers' format; name its `_diffusers` twin, or one file: hf://{repo}/PATH"
         )
     small = [name for name in names if name.endswith(".json") or name.startswith("tokenizer/")]
     weights = []
     for folder in FOLDERS.values():
         inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
-        weights += [f"{folder}/{name}" for name in choose_weights(inside, None, folder)]
+        weights += [f"{folder}/{name}" for name in choose_weights(inside, None, f"{repo}/{folder}")]
     return small + weights
 
 
@@ -232,8 +233,13 @@ def _reader(
 ) -> Callable[[], nn.Module]:
     """Check an opened checkpoint against the network of `part`; what is returned builds that network and fills it."""
     module = _empty(part, config)
-    rules = keys.rules(config.dit) if part == "dit" else same_names(module)
-    check(checkpoint, module, rules, dialect, keys.DROPPED[dialect] if part == "dit" else ())
+    if part == "dit":
+        rules, dropped = keys.rules(config.dit), keys.DROPPED[dialect]
+    else:
+        # a Gemma-2 with its head, as it is published by itself, has the encoder under "model."
+        with_head = part == "text" and "model.embed_tokens.weight" in checkpoint.shapes
+        rules, dropped = same_names(module, "model." if with_head else ""), ("lm_head.weight",) if with_head else ()
+    check(checkpoint, module, rules, dialect, dropped)
     return lambda: fill(_empty(part, config), checkpoint, rules, dialect, dtype or checkpoint.dtype)
 
 

@@ -5,8 +5,9 @@
         out = sana_kernels.linear_attention.cuda.linear_attention(q, ...)
 
 In the `with`, `sana_kernels._cuda` is a module whose kernels are the .cu files, compiled by the C++ compiler. Buffers made
-there end at a page that nobody may touch, so an access beyond them fails, and hold NaN until written. The seed is the order
-in which blocks, warps and lanes run (csrc/emulator/machine.h); a kernel is right only if every order gives the same result.
+there (torch.empty, guarded) end at a page that nobody may touch, so that an access beyond them fails, and hold NaN until
+written. The seed is the order in which blocks, warps and lanes run (csrc/emulator/machine.h): a kernel is right only if
+every order gives the same result.
 
 Libraries are kept in build/emulator under a hash of everything that they are compiled from.
 """
@@ -40,10 +41,11 @@ CXX = os.environ.get("CXX", "c++").split()
 # Type punning is common in CUDA sources; uninitialised locals hold a pattern; every library keeps its variables to itself;
 # what the checks find is reported by csrc/emulator/machine.h, not by the compiler's own library.
 FLAGS = (
-    "-std=c++17 -O1 -fPIC -fno-strict-aliasing -ftrivial-auto-var-init=pattern -fno-gnu-unique"
-    " -fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero -fno-sanitize-recover"
-    " -Wall -Wextra -Werror=attributes -Wno-unknown-pragmas -DSANA_EMULATED -include emulator/device.h"
-).split()
+    *("-std=c++17", "-O1", "-fPIC", "-DSANA_EMULATED", "-include", "emulator/device.h"),
+    *("-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"),
+    *("-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero", "-fno-sanitize-recover"),
+    *("-Wall", "-Wextra", "-Werror=attributes", "-Wno-unknown-pragmas"),
+)
 ORDERS = (0, 1, 2)  # forward, backward, shuffled
 
 Edit = tuple[str, str, str]  # (file in the repository, what stands there once, what to put in its place)
@@ -66,7 +68,7 @@ def _dependencies() -> bytes:
     """What every object file depends on, besides its own source."""
     version = subprocess.run([*CXX, "--version"], capture_output=True, check=True).stdout
     headers = sorted([*CSRC.rglob("*.cuh"), *CSRC.rglob("*.h")])
-    return version + sys.version.encode() + b"".join(path.read_bytes() for path in headers)
+    return f"{version} {sys.version} {cuda_include()}".encode() + b"".join(path.read_bytes() for path in headers)
 
 
 def _run(*command: object) -> None:
@@ -90,7 +92,8 @@ def _edited(edits: tuple[Edit, ...]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for name, old, new in edits:
         text = texts.get(name) or (ROOT / name).read_text()
-        assert text.count(old) == 1, f"{name} has {text.count(old)} places that read {old!r}; the edit needs exactly one"
+        count = text.count(old)
+        assert count == 1, f"{name} has {count} places that read {old!r}; an edit needs exactly one"
         texts[name] = text.replace(old, new)
     return texts
 

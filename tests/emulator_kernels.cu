@@ -1,5 +1,5 @@
-// Small kernels for tests/test_emulator.py: every function that csrc/emulator offers to kernels, and the classic mistakes.
-// They compile with nvcc, too. Each entry point takes addresses of device memory and returns a cudaError_t.
+// Small kernels for tests/test_emulator.py: every function that csrc/emulator offers to kernels, and the classic
+// mistakes. They compile with nvcc, too. Each entry point takes addresses of device memory and returns a cudaError_t.
 #include "common/cuda_common.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
@@ -15,8 +15,8 @@ __global__ void indices_kernel(int* out) {
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   const int threads = blockDim.x * blockDim.y * blockDim.z;
-  out[block * threads + thread] = (blockIdx.z * 10 + blockIdx.y) * 10 + blockIdx.x + 1000 * (threadIdx.z * 100 +
-                                  threadIdx.y * 10 + threadIdx.x);
+  out[block * threads + thread] =
+      (blockIdx.z * 10 + blockIdx.y) * 10 + blockIdx.x + 1000 * (threadIdx.z * 100 + threadIdx.y * 10 + threadIdx.x);
 }
 
 // Reverses each row of 128.
@@ -114,9 +114,9 @@ __global__ void byte_perm_kernel(const unsigned* in, unsigned* out) {
 
 // ---- PTX: registers of every lane from memory, one operation, registers to memory
 
-#define MMA(Name, function, Sum)                                                                     \
-  struct Name {                                                                                      \
-    static __device__ void run(Sum(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { function(d, a, b); } \
+#define MMA(Name, function, Sum)                                                                                   \
+  struct Name {                                                                                                    \
+    static __device__ void run(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { function(d, a, b); } \
   };
 MMA(F16, mma_m16n8k16_f16, float)
 MMA(Bf16, mma_m16n8k16_bf16, float)

@@ -29,11 +29,19 @@ def _load_once(**options):
     return sana_model.load(**options)
 
 
+def _load(picture=None, **options):
+    """As `sana_model.load`, but each model is loaded only once."""
+    pipe = _load_once(**options)
+    if picture is not None:
+        pipe.settings(**picture)
+    return pipe
+
+
 @pytest.fixture(autouse=True)
 def _start(monkeypatch, tmp_path):
-    """Every test has a folder of its own, and a model is loaded only once for all of them."""
+    """Every test has a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "load", _load_once)
+    monkeypatch.setattr(generate, "load", _load)
 
 
 def pixels(file: str | Path) -> np.ndarray:

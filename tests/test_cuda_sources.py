@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from sana_bench import resources
 
-from bench import resources
 from sana_kernels.linear_attention import cuda, reference
 from tests import emulated
 from tests.compare import assert_kernel, relative_rms
@@ -120,6 +120,8 @@ ONLY_FLOAT = (
     "return Status::bad_dtype;",
 )
 CASES_OF_DEFECTS = [{"B": 2, "N": 300, "H": 2, "D": 32, "normed": True}, {"B": 1, "N": 1, "H": 1, "D": 8}]
+
+
 @pytest.fixture(scope="module")
 def defective():
     """Name of a defect → the module that has it; all compiled at once."""

@@ -13,19 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sana_model import weights
-from sana_model.config import BUILT_IN, SchedulerConfig
+from sana_model.config import BUILT_IN
 from sana_model.errors import UserError
 from sana_model.random_weights import random_model
-from sana_model.weights import load_model, save_diffusers
+from sana_model.weights import load_model, save_diffusers, save_original
 
 TINY = BUILT_IN["sana-tiny"]
 SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,))
-SPRINT = replace(
-    SMALL,
-    dit=replace(SMALL.dit, qk_norm=True, guidance_embeds=True),
-    scheduler=SchedulerConfig(kind="scm"),
-    steps=2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +188,8 @@ def test_damaged_pth(tmp_path, content, message):
 
 
 def test_truncated_pth(model, tmp_path):
-    file = original_file(tmp_path / "x.pth", model)
+    file = tmp_path / "x.pth"
+    save_original(file, model)
     file.write_bytes(file.read_bytes()[:-100_000])
     with pytest.raises(UserError, match="damaged"):
         load_model(file)

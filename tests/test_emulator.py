@@ -1,12 +1,12 @@
 """csrc/emulator against plain loops, against a GPU where there is one, and against the mistakes that it has to catch."""
 
 import ctypes
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from sana_bench.resources import find_nvcc
 
 from tests import emulated
 from tests.compare import assert_close
@@ -40,7 +40,9 @@ class Kernels:
             with emulated.memory(seed):
                 results.append([out.clone() for out in self._call(entry, args)])
         for other in results[1:]:
-            same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(results[0], other, strict=True)]
+            same = [
+                torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(results[0], other, strict=True)
+            ]
             assert all(same), f"{entry}: the result depends on the order in which threads run"
         return results[0]
 
@@ -55,7 +57,7 @@ def kernels(request, tmp_path_factory):
     """The emulator; and the GPU, which says whether the emulator is right."""
     if request.param == "emulator":
         return request.getfixturevalue("emulator")
-    if (nvcc := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")) is None:
+    if (nvcc := find_nvcc()) is None:
         pytest.skip("needs nvcc to compile for the GPU")
     library = tmp_path_factory.mktemp("nvcc") / "kernels.so"
     flags = ["-std=c++17", "-O3", f"-I{emulated.CSRC}", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
@@ -196,7 +198,9 @@ def test_warp_operations(kernels):
 
 def test_integer_atomics(kernels):
     x = torch.randint(-1000, 1000, (256,), dtype=INT32)
-    out, wide = kernels("atomics", x, torch.tensor([0, 0, 0, 0, -1, 0], dtype=INT32), torch.zeros(1, dtype=torch.int64))[1:]
+    out, wide = kernels(
+        "atomics", x, torch.tensor([0, 0, 0, 0, -1, 0], dtype=INT32), torch.zeros(1, dtype=torch.int64)
+    )[1:]
     assert out.tolist() == [256, x.sum().item(), x.min().item(), x.max().item(), 7, 9]
     assert wide.item() == x.max().item() << 32
 
@@ -217,7 +221,9 @@ def test_intrinsics(kernels):
     expected += [torch.tensor([2.0, 4, 0, 0, 7, 30, 0, 0, 2**31, 2]), -a, a.abs(), (i - 5).clamp_max(3), i.clamp_min(3)]
     for k, values in enumerate(expected):
         exact = k not in (2, 3, 4)  # the GPU approximates these three
-        torch.testing.assert_close(out[k], values, rtol=0 if exact else 1e-5, atol=0, equal_nan=True, msg=f"operation {k}")
+        torch.testing.assert_close(
+            out[k], values, rtol=0 if exact else 1e-5, atol=0, equal_nan=True, msg=f"operation {k}"
+        )
 
 
 def test_byte_perm(kernels):
@@ -277,7 +283,9 @@ def pack(matrix: torch.Tensor, K: int, registers: int, place) -> torch.Tensor:
 
 def accumulator(matrix: torch.Tensor) -> torch.Tensor:
     """(16, 8) as (32 lanes, 4)."""
-    places = [[(lane >> 2 if i < 2 else (lane >> 2) + 8, lane % 4 * 2 + (i & 1)) for i in range(4)] for lane in range(32)]
+    places = [
+        [(lane >> 2 if i < 2 else (lane >> 2) + 8, lane % 4 * 2 + (i & 1)) for i in range(4)] for lane in range(32)
+    ]
     return torch.stack([torch.stack([matrix[place] for place in lane]) for lane in places])
 
 

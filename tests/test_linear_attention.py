@@ -39,7 +39,9 @@ class Case:
         else:
             dim = 2 if self.layout == "dit" else 3
             q, k, v = torch.stack((q, k, v), dim).to(device, dtype).unbind(dim)
-        weights = [w.to(device, dtype if self.norm == "same" else torch.float32) if self.norm else None for w in weights]
+        weights = [
+            w.to(device, dtype if self.norm == "same" else torch.float32) if self.norm else None for w in weights
+        ]
         return q, k, v, *weights, 1e-5, 1e-15
 
 

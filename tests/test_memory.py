@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import sana_model
-from sana_model import memory
+from sana_model import memory, pipeline
 from sana_model.autoencoder import Autoencoder
 from sana_model.config import BUILT_IN
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
-from sana_model.pipeline import Settings
+from sana_model.settings import Settings
 
 TINY, FULL = BUILT_IN["sana-tiny"], BUILT_IN["sana-1.6b"]
 CPU = torch.device("cpu")
@@ -77,6 +77,12 @@ def test_denoising_stays_below_the_estimate_and_near_it(dtype):
     used, estimated = peak_of(run), memory.estimate(config, settings(2048, 1536), BF16 | {"dit": dtype})["denoise"]
     assert used <= estimated, f"{used / 1e6:.0f} MB used, {estimated / 1e6:.0f} MB estimated"
     assert estimated - memory.SMALL <= 4 * used
+
+
+def test_a_picture_that_is_too_large_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(pipeline, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises(MissingError, match="65536x65536 need .* what would fit: .*--size"):
+        pipeline.load("sana-tiny", picture={"prompt": "a fox", "width": 65536, "height": 65536})
 
 
 def test_weights_are_counted_as_published_and_as_loaded():

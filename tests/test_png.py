@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sana_model.errors import MissingError, UserError
-from sana_model.pipeline import Settings
 from sana_model.png import Metadata, read_metadata, setting, write_png
+from sana_model.settings import Settings
 
 SETTINGS = Settings(
     prompt="a red fox", width=64, height=96, steps=7, guidance=4.75, negative_prompt="blur", seed=2**63 - 5,

@@ -38,7 +38,9 @@ def variants(op: str) -> list:
         if kernel.backend == "cpu":
             found += [f"cpu:{isa}" for isa in isas()]
         else:
-            found.append(pytest.param(kernel.backend, marks=pytest.mark.gpu) if kernel.device == "cuda" else kernel.backend)
+            found.append(
+                pytest.param(kernel.backend, marks=pytest.mark.gpu) if kernel.device == "cuda" else kernel.backend
+            )
     return found
 
 

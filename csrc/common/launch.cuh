@@ -14,8 +14,8 @@
 
 namespace sana {
 
-// kernel<<<grid, block, shared, stream>>>(args...), where `shared` bytes may exceed 48 KB (up to 99 KB on every target).
-// Returns what is wrong with the launch; a fault inside the kernel shows up at a later CUDA call.
+// kernel<<<grid, block, shared, stream>>>(args...), where `shared` bytes may exceed 48 KB (up to 99 KB on every
+// target). Returns what is wrong with the launch; a fault inside the kernel shows up at a later CUDA call.
 template <auto kernel, class... Args>
 cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
   if (shared > 48 * 1024) {
@@ -23,7 +23,7 @@ cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t str
     const cudaError_t error = cudaFuncSetAttribute(kernel, limit, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared, stream>>>(args...);
+  kernel<<<grid, block, shared, stream> > >(args...);
   return cudaGetLastError();
 }
 

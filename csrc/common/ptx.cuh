@@ -1,8 +1,8 @@
 // The PTX instructions that CUDA C++ has no name for, each as one function: asynchronous copies, matrix loads, and the
 // tensor cores' matrix products. csrc/emulator/ptx.h implements the same functions for the host.
 //
-// Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32 / m16n8k64"): a register packs E = 2, 4 or 8 elements
-// along k, lowest bits first, and K = 8 * E. With g = lane / 4 and t = lane % 4, element i of
+// Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32 / m16n8k64"): a register packs E = 2, 4 or 8
+// elements along k, lowest bits first, and K = 8 * E. With g = lane / 4 and t = lane % 4, element i of
 //     a[r] is A[g + 8 * (r % 2)][4 * E * (r / 2) + E * t + i]        A is 16 x K
 //     b[r] is B[4 * E * r + E * t + i][g]                            B is K x 8
 //     d[r] is D[g + 8 * (r / 2)][2 * t + r % 2]                      D is 16 x 8, one element per register
@@ -45,9 +45,9 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// Loads 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * m + i gives the address of row i of matrix m, 16
-// bytes, a multiple of 16 (lanes beyond the last matrix give any address). Lane 4 * i + j receives, in r[m], elements 2 * j
-// and 2 * j + 1 of row i, or of column i with ldmatrix_trans.
+// Loads 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * m + i gives the address of row i of matrix m: 16
+// bytes, the address a multiple of 16 (lanes beyond the last matrix give any address). Lane 4 * i + j receives in r[m]
+// the elements 2 * j and 2 * j + 1 of row i, or with ldmatrix_trans of column i.
 __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -76,12 +76,12 @@ __device__ inline void ldmatrix_trans(uint32_t (&r)[2], const void* row) {
                : "memory");
 }
 
-// D += A * B. The integer sums wrap around in 32 bits; at 127 * 127 * K they do so only beyond K = 133,000.
-#define SANA_MMA(name, instruction, Accumulator, c)                                                       \
-  __device__ inline void name(Accumulator(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {         \
+// D += A * B. Integer sums wrap around in 32 bits: of int8 products not before K = 131,072.
+#define SANA_MMA(name, instruction, Accumulator, c)                                                                 \
+  __device__ inline void name(Accumulator(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                 \
     asm volatile("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-                 : c(d[0]), c(d[1]), c(d[2]), c(d[3])                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                     \
+                 : c(d[0]), c(d[1]), c(d[2]), c(d[3])                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
   }
 SANA_MMA(mma_m16n8k16_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "+f")
 SANA_MMA(mma_m16n8k16_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "+f")

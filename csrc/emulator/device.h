@@ -80,17 +80,24 @@ T reduce(const char* what, unsigned mask, T value, Where where) {
 }
 
 template <class T>
-T join_add(T a, T b) { return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b)); }
+T join_add(T a, T b) {
+  return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b));
+}
 template <class T>
-T join_min(T a, T b) { return b < a ? b : a; }
+T join_min(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-T join_max(T a, T b) { return a < b ? b : a; }
+T join_max(T a, T b) {
+  return a < b ? b : a;
+}
 inline unsigned join_or(unsigned a, unsigned b) { return a | b; }
 
 template <class T>
 constexpr void check_atomic() {
-  static_assert(std::is_integral_v<T>, "no atomics on floats: their sum depends on who comes first, and the same seed has "
-                                       "to give the same picture. Write partial sums and add them in a fixed order");
+  static_assert(std::is_integral_v<T>,
+                "no atomics on floats: their sum depends on who comes first, and the same seed has "
+                "to give the same picture. Write partial sums and add them in a fixed order");
 }
 
 }  // namespace emulator
@@ -192,9 +199,10 @@ namespace sana {
 namespace emulator {
 // As in CUDA, two integers have to be of one size.
 template <class A, class B>
-using CommonArithmetic = std::enable_if_t<(std::is_floating_point_v<A> && std::is_floating_point_v<B>) ||
-                                              (std::is_integral_v<A> && std::is_integral_v<B> && sizeof(A) == sizeof(B)),
-                                          std::common_type_t<A, B>>;
+using CommonArithmetic =
+    std::enable_if_t<(std::is_floating_point_v<A> && std::is_floating_point_v<B>) ||
+                         (std::is_integral_v<A> && std::is_integral_v<B> && sizeof(A) == sizeof(B)),
+                     std::common_type_t<A, B>>;
 }  // namespace emulator
 }  // namespace sana
 
@@ -234,7 +242,7 @@ inline int __float_as_int(float x) { return sana::emulator::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return sana::emulator::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return sana::emulator::bit_cast<unsigned>(x); }
 
-// Byte i of the result is the byte of (b, a) that bits 4i ... 4i+2 of `selector` name, or with bit 4i+3 its sign, 8 times.
+// Byte i of the result is the byte of (b, a) that bits 4i ... 4i+2 of `selector` name; with bit 4i+3 its sign, 8 times.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   unsigned result = 0;

@@ -19,7 +19,7 @@ namespace emulator {
 
 #if SANA_FIBER_UCONTEXT
 
-// POSIX's switch also saves the signal mask, a system call each time: 30 times slower than the few moves below.
+// POSIX's switch also saves the signal mask, a system call each time: a kernel with many barriers takes thrice as long.
 class Context {
  public:
   void prepare(void* stack, size_t size, void (*entry)()) {
@@ -50,7 +50,7 @@ class Context {
  public:
   void prepare(void* stack, size_t size, void (*entry)()) {
     auto top = reinterpret_cast<uintptr_t>(stack) + size;  // a multiple of 16
-    auto slots = reinterpret_cast<uintptr_t*>(top) - 8;    // six registers, the address to go to, entry's return address
+    auto slots = reinterpret_cast<uintptr_t*>(top) - 8;  // six registers, the address to go to, entry's return address
     for (int i = 0; i < 8; ++i) slots[i] = 0;
     slots[6] = reinterpret_cast<uintptr_t>(entry);
     stack_pointer_ = slots;

@@ -1,13 +1,14 @@
 // The SIMT machine: blocks one after the other, their threads as fibers, barriers, and warp operations.
 //
-// A thread runs until it has to wait for others. Between two barriers the warps run one after the other, each as far as it
-// can; within a warp, between two warp operations, so do the lanes. SANA_EMULATOR_SEED in the environment chooses the order
-// of blocks, warps and lanes: 0 forward, 1 backward, else shuffled anew each time. So under the seeds 0 and 1 every two
-// lanes, every two warps and every two blocks have met in both orders in every stretch without a barrier between them: a
-// result that depends on who comes first differs from the right one under at least one of them.
+// A thread runs until it has to wait for others. Between two barriers the warps run one after the other, each as far as
+// it can; within a warp, between two warp operations, so do the lanes. SANA_EMULATOR_SEED in the environment chooses
+// the order of blocks, warps and lanes: 0 forward, 1 backward, else shuffled anew each time. So under the seeds 0 and 1
+// every two lanes, every two warps and every two blocks have met in both orders in every stretch without a barrier
+// between them: a result that depends on who comes first differs from the right one under at least one of them. (Blocks
+// do not overlap: one that waits for another, as cooperative kernels do, would wait for ever.)
 //
-// Shared memory is poisoned before every block: with NaN (0xff) under even seeds, and under odd ones with a large finite
-// pattern (0x4d), which max(x, 0) does not swallow.
+// Shared memory is poisoned before every block: with NaN (0xff) under even seeds, and under odd ones with a large
+// finite pattern (0x4d), which max(x, 0) does not swallow.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +23,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -40,7 +42,7 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr size_t kMaxShared = 99 * 1024;  // what a block can have on every target (sm_86, sm_89 and sm_120 set the limit)
+constexpr size_t kMaxShared = 99 * 1024;  // what a block can have on every target; sm_86, sm_89 and sm_120 set it
 
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -115,6 +117,7 @@ class Machine {
  public:
   // Runs kernel() in every thread. Throws Failure.
   void run(dim3 grid, dim3 block, size_t shared, std::function<void()> kernel) {
+    const std::lock_guard<std::mutex> one_launch_at_a_time(mutex_);
     const size_t threads = size_t{block.x} * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.z > 64) throw Failure("a block has 1 to 1024 threads, 64 along z");
     const size_t blocks = size_t{grid.x} * grid.y * grid.z;
@@ -244,7 +247,8 @@ class Machine {
   // Nobody can run: lets the block through the barrier at which all its threads wait.
   bool open_barrier() {
     const Wait& first = pool_[0]->wait;
-    if (first.mask != 0 || !all([&](const Thread& thread) { return thread.wait.same(first); })) throw Failure(deadlock());
+    if (first.mask != 0 || !all([&](const Thread& thread) { return thread.wait.same(first); }))
+      throw Failure(deadlock());
     for (size_t i = 0; i < count_; ++i) pool_[i]->wait = {};
     return true;
   }
@@ -284,9 +288,9 @@ class Machine {
       mine.ss_sp = stack;
       mine.ss_size = sizeof stack;
       sigaltstack(&mine, &old_stack_);
-      struct sigaction action {};
+      struct sigaction action{};
       action.sa_sigaction = on_fault;
-      action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler does not return, so nothing would unblock it
+      action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // a handler that does not return cannot unblock it
       for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &old_[i]);
     }
     SignalHandlers(const SignalHandlers&) = delete;
@@ -304,6 +308,7 @@ class Machine {
 
   static void on_fault(int signal, siginfo_t* info, void*);
 
+  std::mutex mutex_;
   std::function<void()> kernel_;
   std::vector<std::unique_ptr<Thread>> pool_;
   size_t count_ = 0;  // threads of a block

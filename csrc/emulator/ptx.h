@@ -8,7 +8,8 @@ namespace sana {
 namespace emulator {
 
 inline void check_shared(const char* what, const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) machine().fail(std::string(what) + ": unaligned shared address");
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    machine().fail(std::string(what) + ": unaligned shared address");
   if (!machine().in_shared(address, bytes)) machine().fail(std::string(what) + ": not an address in shared memory");
 }
 
@@ -80,7 +81,9 @@ struct Half {
 struct Bfloat16 {
   using Sum = float;
   static constexpr int bits = 16;
-  static double value(uint32_t x) { return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{static_cast<unsigned short>(x)})); }
+  static double value(uint32_t x) {
+    return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{static_cast<unsigned short>(x)}));
+  }
 };
 template <int Bits>
 struct Int {
@@ -98,7 +101,9 @@ struct Mma {
   const uint32_t* a;
   const uint32_t* b;
 
-  static auto element(uint32_t packed, int i) { return Element::value(packed >> (i * Element::bits) & ((1u << Element::bits) - 1)); }
+  static auto element(uint32_t packed, int i) {
+    return Element::value(packed >> (i * Element::bits) & ((1u << Element::bits) - 1));
+  }
 
   static void combine(Mma* const* lanes, unsigned) {
     decltype(element(0, 0)) A[16][K], B[K][8];
@@ -137,16 +142,20 @@ void ldmatrix_trans(uint32_t (&r)[Count], const void* row, emulator::Where where
   emulator::load_matrix<true>(r, row, where);
 }
 
-inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Where where = emulator::Where::here()) {
+inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             emulator::Where where = emulator::Where::here()) {
   emulator::mma<emulator::Half>(d, a, b, where);
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Where where = emulator::Where::here()) {
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              emulator::Where where = emulator::Where::here()) {
   emulator::mma<emulator::Bfloat16>(d, a, b, where);
 }
-inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Where where = emulator::Where::here()) {
+inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                            emulator::Where where = emulator::Where::here()) {
   emulator::mma<emulator::Int<8>>(d, a, b, where);
 }
-inline void mma_m16n8k64_s4(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Where where = emulator::Where::here()) {
+inline void mma_m16n8k64_s4(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                            emulator::Where where = emulator::Where::here()) {
   emulator::mma<emulator::Int<4>>(d, a, b, where);
 }
 

@@ -7,9 +7,7 @@ from sana_kernels.backend import register, resolve
 from sana_kernels.cross_attention import reference
 
 
-def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """softmax(q kᵀ / √D) v per image and head, over the first lengths[b] of L text tokens.
 
     q: (B, N, H, D); k, v: (B, L, H, D); one floating dtype and device, any strides. lengths: (B,) integers from 1 to L, best
@@ -27,7 +25,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
             f" got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"cross_attention needs at least one token on both sides; got {tuple(q.shape)}, {tuple(k.shape)}")
+        raise ValueError(
+            f"cross_attention needs at least one token on both sides; got {tuple(q.shape)}, {tuple(k.shape)}"
+        )
     if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
         raise TypeError(f"cross_attention takes q, k and v of one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:

@@ -44,7 +44,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tenso
     if not q.device == k.device == v.device:
         raise ValueError(f"linear_attention takes tensors on one device; got {q.device}, {k.device} and {v.device}")
     if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
-        raise ValueError("linear_attention takes q, k and v with contiguous channels (last stride 1); call .contiguous()")
+        raise ValueError(
+            "linear_attention takes q, k and v with contiguous channels (last stride 1); call .contiguous()"
+        )
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is None:
             continue

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     for file in [*files, *([args.json] if args.json else [])]:
         check_writable(file)
 
-    pipe, load_ms = _load(args, options)
+    pipe, load_ms = _load(args, options, picture)
     with closing(Bars()) as bars:
         result = pipe(**picture, progress=bars)
     wanted = range(result.settings.count) if keep is None else [keep]
@@ -82,8 +82,6 @@ class Bars:
             self._open(stage)
         self._bar.total = of
         self._bar.update(done - self._bar.n)
-        if stage == "text_encode" and done == of:
-            self._open("denoise")  # now, not after its first step: the bar's clock starts here
 
     def close(self) -> None:
         """Leave the terminal as it is."""
@@ -140,11 +138,11 @@ def _with_recorded(metadata: Metadata, options: dict, file: Path) -> dict:
     return recorded | options
 
 
-def _load(args: argparse.Namespace, options: dict) -> tuple[Pipeline, float]:
+def _load(args: argparse.Namespace, options: dict, picture: dict | None = None) -> tuple[Pipeline, float]:
     """The pipeline, introduced on the terminal, and how many ms it took to load."""
     options.setdefault("model", "sana-tiny")
     start = time.perf_counter()
-    pipe = load(**options, low_memory=args.low_memory)
+    pipe = load(**options, low_memory=args.low_memory, picture=picture)
     load_ms = (time.perf_counter() - start) * 1e3
     label = " (random weights: timing only)" if pipe.model.random else ""
     dit, text, decoder = (dtype_name(pipe.dtypes[part]) for part in ("dit", "text_encoder", "autoencoder"))

@@ -1,0 +1,95 @@
+"""Everything that determines a picture, given a model; checked before anything is loaded or computed."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sana_model.config import ModelConfig
+from sana_model.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call of the pipeline can choose. Stored in every PNG."""
+
+    prompt: str | tuple[str, ...]
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+    seed: int = 0  # image i of the batch is drawn from seed + i
+    num_images: int = 1  # per prompt
+    sampler: str = "flow_dpm"  # flow_dpm | flow_euler, or scm for Sprint models
+    instruction: str = "default"  # default | none | a text of one's own
+    pag_scale: float = 0.0  # perturbed-attention guidance; 0 is off
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # classifier-free guidance only where lo ≤ sigma ≤ hi
+    binning: bool = False  # paint in the nearest trained aspect-ratio bin, then resize and crop
+    tiled: bool = False  # decode in blended tiles: less memory, not the same pixels
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+
+    @property
+    def count(self) -> int:
+        """How many pictures this makes."""
+        return len(self.prompts) * self.num_images
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def settings_for(
+    config: ModelConfig, prompt: str | list[str] | tuple[str, ...], *, low_memory: bool = False, **overrides
+) -> Settings:
+    """The defaults of a model with `overrides` (None: not given) applied. Raises UserError naming what is wrong."""
+    unknown = set(overrides) - set(Settings.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise UserError(f"{', '.join(sorted(unknown))}: no such setting; the settings are {known}")
+    values = {
+        "prompt": prompt if isinstance(prompt, str) else tuple(prompt),
+        "width": config.size, "height": config.size, "steps": config.steps, "guidance": config.guidance,
+        "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": low_memory,
+    }  # fmt: skip
+    settings = Settings(**values | {key: value for key, value in overrides.items() if value is not None})
+    _check(settings, config)
+    return settings
+
+
+def dtypes_for(precision: str, text: str | None = None, decoder: str | None = None) -> dict[str, torch.dtype]:
+    """The dtype of every part. `precision` is the DiT's; the others default to bf16, or fp32 beside an fp32 DiT."""
+    others = "fp32" if precision == "fp32" else "bf16"
+    names = {"dit": precision, "text_encoder": text or others, "autoencoder": decoder or others}
+    for name in names.values():
+        if name not in PRECISIONS:
+            raise UserError(f"precision {name!r} is not known; choose one of {', '.join(PRECISIONS)}")
+    return {part: PRECISIONS[name] for part, name in names.items()}
+
+
+def _check(settings: Settings, config: ModelConfig) -> None:
+    step = config.autoencoder.spatial_compression
+    if not settings.prompts:
+        raise UserError("there is no prompt")
+    for name in ("width", "height"):
+        value = getattr(settings, name)
+        if value <= 0 or (value % step and not settings.binning):
+            below, above = max(step, value // step * step), max(step, -(-value // step) * step)
+            raise UserError(f"{name} {value} is not a positive multiple of {step}; the nearest are {below} and {above}")
+    if settings.steps < 1:
+        raise UserError(f"steps must be at least 1, not {settings.steps}")
+    if settings.num_images < 1:
+        raise UserError(f"the number of images must be at least 1, not {settings.num_images}")
+    if not 0 <= settings.seed < 2**63:
+        raise UserError(f"the seed must lie in [0, 2^63), not {settings.seed}")
+    sprint = config.scheduler.kind == "scm"
+    if sprint != (settings.sampler == "scm"):
+        allowed = "scm" if sprint else "flow_dpm or flow_euler"
+        raise UserError(f"{config.name} is sampled with {allowed}, not {settings.sampler}")
+    if settings.sampler not in ("flow_dpm", "flow_euler", "scm"):
+        raise UserError(f"sampler {settings.sampler!r} is not known; choose flow_dpm or flow_euler (scm for Sprint)")
+    if settings.pag_scale < 0:
+        raise UserError(f"the PAG scale must be 0 (off) or positive, not {settings.pag_scale}")

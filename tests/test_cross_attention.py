@@ -1,0 +1,123 @@
+"""cross_attention against fp64, and against diffusers' attention with its -10000 mask."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compare import assert_close, assert_kernel
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from variants import DTYPES, device_of, double, run, signed, variants
+
+import sana_kernels
+from sana_kernels.cross_attention.reference import cross_attention as reference
+
+
+@dataclass(frozen=True)
+class Case:
+    N: int
+    L: int
+    H: int
+    D: int
+    lengths: tuple[int, ...] | None
+    B: int = 2
+
+    def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
+        """q strided as in a fused projection, k and v packed."""
+        q = signed(self.B, self.N, 2, self.H, self.D, dtype=dtype).to(device)[:, :, 0]
+        # Outliers in the keys, too, would make every softmax a single 1, and then neither scale nor values would matter.
+        kv = torch.stack((0.3 * torch.randn(self.B, self.L, self.H, self.D), signed(self.B, self.L, self.H, self.D)), 2)
+        k, v = kv.to(device, dtype).unbind(2)
+        return q, k, v, None if self.lengths is None else torch.tensor(self.lengths)
+
+
+CASES = [
+    Case(1, 1, 20, 112, (1, 1)),
+    Case(1008, 60, 16, 72, (1, 60)),
+    Case(63, 300, 4, 72, (300, 300)),
+    Case(45, 37, 3, 112, (5, 5)),
+    Case(70, 11, 5, 64, None),
+    Case(133, 19, 6, 32, (19, 7, 1), B=3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", variants("cross_attention"))
+def test_error_against_fp64(variant, dtype, case):
+    q, k, v, lengths = args = case.make(dtype, device_of(variant))
+    y = run(variant, "cross_attention", *args)
+    assert y.is_contiguous()
+    assert_kernel(y, plain(*args), plain(*double(*args)), f"{variant} {case}")
+    if lengths is not None:
+        k, v = k.clone(), v.clone()
+        for b, length in enumerate(lengths.tolist()):
+            k[b, length:], v[b, length:] = 100, -1000
+        assert torch.equal(y, run(variant, "cross_attention", q, k, v, lengths)), "padding must not matter"
+
+
+def plain(q, k, v, lengths):
+    """The formula, one image at a time."""
+    images = []
+    for b in range(q.shape[0]):
+        kept = slice(None) if lengths is None else slice(int(lengths[b]))
+        scores = torch.einsum("nhd,lhd->hnl", q[b], k[b, kept]) * q.shape[-1] ** -0.5
+        images.append(torch.einsum("hnl,lhd->nhd", scores.softmax(-1), v[b, kept]))
+    return torch.stack(images)
+
+
+MISTAKES = {
+    "lengths ignored": lambda q, k, v, lengths: (q, k, v, None),
+    "lengths of the other image": lambda q, k, v, lengths: (q, k, v, lengths.flip(0)),
+    "one token too many": lambda q, k, v, lengths: (q, k, v, lengths + 1),
+    "no scale": lambda q, k, v, lengths: (q * q.shape[-1] ** 0.5, k, v, lengths),
+    "k and v swapped": lambda q, k, v, lengths: (q, v, k, lengths),
+    "heads out of step": lambda q, k, v, lengths: (q.roll(1, 2), k, v, lengths),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_comparison_notices(dtype, mistake):
+    args = Case(40, 37, 3, 72, (5, 21)).make(dtype)
+    with pytest.raises(AssertionError):
+        assert_kernel(reference(*MISTAKES[mistake](*args)), reference(*args), plain(*double(*args)))
+
+
+@pytest.mark.parametrize("lengths", [(9, 21), (21, 21)])
+def test_against_the_dit_of_diffusers(lengths):
+    q, k, v, lengths = Case(50, 21, 3, 72, lengths).make(torch.float32)
+    mask = (torch.arange(21) >= lengths[:, None])[:, None] * -10000.0  # as SanaTransformer2DModel makes it: (B, 1, L)
+    attn = SimpleNamespace(
+        to_q=lambda _: q.flatten(2), to_k=lambda _: k.flatten(2), to_v=lambda _: v.flatten(2), heads=3, norm_q=None,
+        norm_k=None, to_out=[lambda x: x, lambda x: x], rescale_output_factor=1.0,
+        prepare_attention_mask=lambda mask, length, batch: mask.repeat_interleave(3, 0),
+    )  # fmt: skip
+    theirs = SanaAttnProcessor2_0()(attn, q.flatten(2), k.flatten(2), mask)
+    assert_close(reference(q, k, v, lengths).flatten(2), theirs, of_rms=2e-6)
+
+
+def test_lengths_may_lie_with_the_model():
+    """On a GPU they are never looked at; the same path serves a compiler."""
+    args = Case(45, 37, 3, 72, (5, 5)).make(torch.float32)
+    compiled = torch.compile(sana_kernels.cross_attention, backend="eager", fullgraph=True)
+    assert_close(compiled(*args), reference(*args), of_rms=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "lengths", "error", "message"),
+    [
+        ((2, 3, 4, 8), (2, 5, 4, 8), (2, 6, 4, 8), None, ValueError, r"q \(B, N, H, D\) and k, v \(B, L, H, D\)"),
+        ((2, 3, 4, 8), (2, 5, 3, 8), (2, 5, 3, 8), None, ValueError, r"q \(B, N, H, D\) and k, v \(B, L, H, D\)"),
+        ((2, 3, 4, 8), (2, 0, 4, 8), (2, 0, 4, 8), None, ValueError, "at least one token"),
+        ((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), [0, 5], ValueError, r"lengths from 1 to L = 5; got \[0, 5\]"),
+        ((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), [6, 5], ValueError, r"lengths from 1 to L = 5; got \[6, 5\]"),
+        ((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), [5], ValueError, r"lengths as \(2,\) integers; got \(1,\)"),
+        ((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), [1.0, 2.0], ValueError, "integers; got .* of torch.float32"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence(q, k, v, lengths, error, message):
+    tensors = [torch.randn(shape) for shape in (q, k, v)]
+    with pytest.raises(error, match=message) as raised:
+        sana_kernels.cross_attention(*tensors, None if lengths is None else torch.tensor(lengths))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,105 @@
+"""mix_ffn against fp64 and against diffusers' GLUMBConv."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from compare import assert_close, assert_kernel
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+from variants import DTYPES, device_of, double, run, signed, variants
+
+import sana_kernels
+from sana_kernels.mix_ffn.reference import mix_ffn as reference
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int
+    height: int
+    width: int
+    C: int
+    F: int
+
+    def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
+        C, F = self.C, self.F
+        weights = (
+            torch.randn(2 * F, C) * C**-0.5, torch.randn(2 * F), torch.randn(2 * F, 1, 3, 3) / 3, torch.randn(2 * F),
+            torch.randn(C, F) * F**-0.5,
+        )  # fmt: skip
+        x = signed(self.B, self.height * self.width, C, dtype=dtype)
+        return x.to(device), self.height, self.width, *(w.to(device, dtype) for w in weights)
+
+
+CASES = [
+    Case(2, 9, 5, 64, 160),
+    Case(2, 1, 23, 128, 320),
+    Case(3, 1, 1, 640, 1600),
+    Case(1, 4, 3, 1152, 2880),
+    Case(1, 3, 2, 2240, 5600),
+]
+
+
+def diffusers(x, height, width, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight):
+    """GLUMBConv as SanaTransformerBlock calls it."""
+    C, F = project_weight.shape
+    with torch.device("meta"):
+        module = GLUMBConv(C, C, F / C, norm_type=None, residual_connection=False)
+    weights = {
+        "conv_inverted.weight": expand_weight[:, :, None, None], "conv_inverted.bias": expand_bias,
+        "conv_depth.weight": depthwise_weight, "conv_depth.bias": depthwise_bias,
+        "conv_point.weight": project_weight[:, :, None, None],
+    }  # fmt: skip
+    module.load_state_dict(weights, assign=True)
+    y = module(x.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+    return y.flatten(2, 3).permute(0, 2, 1).detach()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", variants("mix_ffn"))
+def test_error_against_fp64_and_diffusers(variant, dtype, case):
+    args = case.make(dtype, device_of(variant))
+    y = run(variant, "mix_ffn", *args)
+    assert y.is_contiguous()
+    assert_kernel(y, diffusers(*args), diffusers(*double(*args)), f"{variant} {case}")
+
+
+def test_reference_in_fp64_is_the_same_function():
+    args = double(*Case(2, 5, 3, 64, 160).make(torch.float32))
+    assert_close(reference(*args), diffusers(*args), of_rms=1e-13)
+
+
+MISTAKES = {
+    "height and width swapped": lambda x, h, w, *rest: (x, w, h, *rest),
+    "value and gate swapped": lambda x, h, w, we, be, wd, bd, wp: (
+        x, h, w, *(t.roll(wp.shape[1], 0) for t in (we, be, wd, bd)), wp,
+    ),
+    "a kernel upside down": lambda x, h, w, we, be, wd, bd, wp: (x, h, w, we, be, wd.flip(2), bd, wp),
+    "a kernel transposed": lambda x, h, w, we, be, wd, bd, wp: (x, h, w, we, be, wd.mT, bd, wp),
+    "no bias of the depthwise convolution": lambda x, h, w, we, be, wd, bd, wp: (x, h, w, we, be, wd, 0 * bd, wp),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_comparison_notices(dtype, mistake):
+    args = Case(2, 3, 5, 64, 160).make(dtype)
+    with pytest.raises(AssertionError):
+        assert_kernel(reference(*MISTAKES[mistake](*args)), diffusers(*args), diffusers(*double(*args)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a: [a[0], 3, 4, *a[3:]], ValueError, r"height · width.*\(1, 15, 16\) with a grid of 3 × 4"),
+        (lambda a: [a[0], -3, -5, *a[3:]], ValueError, "grid of -3 × -5"),
+        (lambda a: [*a[:-1], a[-1].T], ValueError, r"weights of shapes \(2F, C\)"),
+        (lambda a: [*a[:5], a[5].flatten(1), *a[6:]], ValueError, r"\(80, 1, 3, 3\)"),
+        (lambda a: [a[0].half(), *a[1:]], TypeError, "one floating dtype; got torch.float16"),
+        (lambda a: [a[0].to("meta"), *a[1:]], ValueError, "one device; got meta, cpu"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence(change, error, message):
+    with pytest.raises(error, match=message) as raised:
+        sana_kernels.mix_ffn(*change(list(Case(1, 3, 5, 16, 40).make(torch.float32))))
+    assert "\n" not in str(raised.value)
