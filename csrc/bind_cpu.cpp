@@ -1,5 +1,5 @@
-// The module sana_kernels._cpu: addresses and sizes from Python to the CPU kernels. Shapes, dtypes and strides were checked in
-// Python; here the GIL is released and a status becomes an exception.
+// The module sana_kernels._cpu: addresses and sizes from Python to the CPU kernels. Shapes, dtypes and strides were
+// checked in Python; here the GIL is released and a status becomes an exception.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -181,16 +181,7 @@ def _autoencoder_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
     q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
     return {
         "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
-        "mix_ffn": (
-            like(1, side**2, C),
-            side,
-            side,
-            like(2 * F, C),
-            like(2 * F),
-            like(2 * F, 1, 3, 3),
-            like(2 * F),
-            like(C, F),
-        ),
+        "mix_ffn": (like(1, side**2, C), side, side, *_mix_ffn_weights(like, C, 4 * C)),
     }
 
 

@@ -50,9 +50,9 @@ def test_reasons_are_sentences():
     assert why_not("linear_attention", "cpu", *args, device="cuda") == "it runs on cpu tensors, and these are on cuda"
     assert why_not("mix_ffn", "cpu", *arguments("mix_ffn")) == "there is no cpu kernel of mix_ffn"
     assert "not torch.float64" in why_not("modulate", "cpu", *(a.double() for a in arguments("modulate")[:3]), 1e-6)
-    with pytest.raises(BackendUnavailable, match=r"'cpu' cannot run mix_ffn: there is no cpu kernel .*python -m sana_kernels"):
+    with pytest.raises(BackendUnavailable, match=r"'cpu' cannot run mix_ffn: there is no .*python -m sana_kernels"):
         sana_kernels.mix_ffn(*arguments("mix_ffn"), backend="cpu")
-    with pytest.raises(ValueError, match="backend 'gpu' is not known; choose one of auto, cuda, triton, cpu, reference"):
+    with pytest.raises(ValueError, match="'gpu' is not known; choose one of auto, cuda, triton, cpu, reference"):
         sana_kernels.gate_residual(*arguments("gate_residual"), backend="gpu")
 
 
@@ -93,7 +93,8 @@ def test_torch_library(op):
     schema = str(getattr(torch.ops.sana, op).default._schema).partition("::")[2]
     control.define(schema)
     control.impl(op, getattr(torch.ops.sana, op), "CPU")
-    torch.library.register_fake(f"sana_test::{op}", lambda x, *rest: x.new_empty(x.shape, dtype=torch.half), lib=control)
+    wrong_dtype = lambda x, *rest: x.new_empty(x.shape, dtype=torch.half)  # noqa: E731
+    torch.library.register_fake(f"sana_test::{op}", wrong_dtype, lib=control)
     with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
         torch.library.opcheck(getattr(torch.ops.sana_test, op).default, args)
 
@@ -101,16 +102,15 @@ def test_torch_library(op):
 @pytest.mark.parametrize("op", OPS)
 def test_compile_and_export_see_the_op(op):
     class Module(torch.nn.Module):
-        def forward(self, *tensors):
-            return EAGER_OPS[op](*[tensors.pop(0) if isinstance(a, torch.Tensor) else a for tensors in [list(tensors)] for a in args])
+        def forward(self, *args):
+            return EAGER_OPS[op](*args)
 
     args = arguments(op)
-    tensors = tuple(a for a in args if isinstance(a, torch.Tensor))
     with torch.no_grad():
         expected = EAGER_OPS[op](*args)
-        compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)(*tensors)
-        program = torch.export.export(Module(), tensors)
-        exported = program.module()(*tensors)
+        compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)(*args)
+        program = torch.export.export(Module(), args)
+        exported = program.module()(*args)
     if op in WITH_KERNELS:
         assert f"torch.ops.sana.{op}" in program.graph_module.code
         assert torch.equal(compiled, expected) and torch.equal(exported, expected)

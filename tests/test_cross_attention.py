@@ -101,7 +101,7 @@ def test_lengths_may_lie_with_the_model():
     """On a GPU they are never looked at; the same path serves a compiler."""
     args = Case(45, 37, 3, 72, (5, 5)).make(torch.float32)
     compiled = torch.compile(sana_kernels.cross_attention, backend="eager", fullgraph=True)
-    assert_close(compiled(*args), reference(*args), of_rms=2e-6)
+    assert_close(compiled(*args), reference(*args), of_rms=2e-5)
 
 
 @pytest.mark.parametrize(

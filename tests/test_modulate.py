@@ -119,22 +119,26 @@ def test_same_bytes_on_any_number_of_threads(isa, dtype):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+ROW, TOKENS = (2, 8), (2, 3, 8)
+DOUBLE = dict.fromkeys(range(3), torch.Tensor.double)
+
+
 @pytest.mark.parametrize(
     ("op", "shapes", "changes", "error", "message"),
     [
-        ("modulate", [(2, 3, 8), (2, 8), (2, 9)], {}, ValueError, r"\(2, 8\) on cpu; got \(2, 9\)"),
-        ("modulate", [(2, 3, 8), (1, 8), (2, 8)], {}, ValueError, r"\(2, 8\) on cpu; got \(1, 8\)"),
-        ("modulate", [(3, 8), (2, 8), (2, 8)], {}, ValueError, r"x of shape \(B, N, C\)"),
-        ("modulate", [(2, 0, 8), (2, 8), (2, 8)], {}, ValueError, "none of them 0"),
-        ("gate_residual", [(2, 3, 8), (2, 4, 8), (2, 8)], {}, ValueError, r"\(2, 3, 8\) on cpu; got \(2, 4, 8\)"),
-        ("modulate", [(2, 3, 8)] + [(2, 8)] * 2, {0: torch.Tensor.int}, TypeError, "floating dtypes; got torch.int32"),
-        ("modulate", [(2, 3, 8)] + [(2, 8)] * 2, {1: torch.Tensor.half}, TypeError, "modulation in it or in float32; got .*16"),
-        ("gate_residual", [(2, 3, 8)] * 2 + [(2, 8)], {1: torch.Tensor.half}, TypeError, "tokens of one dtype"),
-        ("modulate", [(2, 3, 8)] + [(2, 8)] * 2, {0: lambda x: x.mT.contiguous().mT}, ValueError, r"call \.contiguous\(\)"),
-        ("modulate", [(2, 3, 8)] + [(2, 8)] * 2, {2: lambda x: x.to("meta")}, ValueError, "one device.*on meta"),
-        ("modulate", [(2, 3, 8)] + [(2, 8)] * 2, dict.fromkeys(range(3), torch.Tensor.double), BackendUnavailable, "not torch.float64"),
+        ("modulate", [TOKENS, ROW, (2, 9)], {}, ValueError, r"\(2, 8\) on cpu; got \(2, 9\)"),
+        ("modulate", [TOKENS, (1, 8), ROW], {}, ValueError, r"\(2, 8\) on cpu; got \(1, 8\)"),
+        ("modulate", [(3, 8), ROW, ROW], {}, ValueError, r"x of shape \(B, N, C\)"),
+        ("modulate", [(2, 0, 8), ROW, ROW], {}, ValueError, "none of them 0"),
+        ("gate_residual", [TOKENS, (2, 4, 8), ROW], {}, ValueError, r"\(2, 3, 8\) on cpu; got \(2, 4, 8\)"),
+        ("modulate", [TOKENS, ROW, ROW], {0: torch.Tensor.int}, TypeError, "floating dtypes; got torch.int32"),
+        ("modulate", [TOKENS, ROW, ROW], {1: torch.Tensor.half}, TypeError, "in it or in float32; got .*16"),
+        ("gate_residual", [TOKENS, TOKENS, ROW], {1: torch.Tensor.half}, TypeError, "tokens of one dtype"),
+        ("modulate", [TOKENS, ROW, ROW], {0: lambda x: x.mT.contiguous().mT}, ValueError, r"call \.contiguous\(\)"),
+        ("modulate", [TOKENS, ROW, ROW], {2: lambda x: x.to("meta")}, ValueError, "one device.*on meta"),
+        ("modulate", [TOKENS, ROW, ROW], DOUBLE, BackendUnavailable, "not torch.float64"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_get_one_sentence(op, shapes, changes, error, message):
     args = [changes.get(i, lambda x: x)(torch.randn(shape)) for i, shape in enumerate(shapes)]
     with pytest.raises(error, match=message) as raised:

@@ -1,6 +1,7 @@
 // Vectors of 16 floats from and to tensors of each dtype, for the files compiled for AVX-512 (and nobody else).
 //
-// No C++ standard header here or there: the linker might keep their AVX-512 copy of a shared inline function for everybody.
+// No C++ standard header here or there: the linker might keep their AVX-512 copy of a shared inline function for
+// everybody.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,11 +1,11 @@
-// Which instruction set the kernels use: the best one that the processor, the operating system, the compiler that built this
-// module and the cap (SANA_KERNELS_ISA, or set_isa_cap) allow.
+// Which instruction set the kernels use: the best one that the processor, the operating system, the compiler that built
+// this module and the cap (SANA_KERNELS_ISA, or set_isa_cap) allow.
 #pragma once
 
 namespace sana {
 
-// In order: each tier includes those before it. avx2 stands for AVX2 + FMA + F16C; avx512 for F, BW, DQ, VL, VNNI and BF16;
-// amx for tiles of int8 and bf16.
+// In order: each tier includes those before it. avx2 stands for AVX2 + FMA + F16C; avx512 for F, BW, DQ, VL, VNNI and
+// BF16; amx for tiles of int8 and bf16.
 enum class Isa : int { portable, avx2, avx512, amx };
 constexpr int kIsas = 4;
 

@@ -1,7 +1,7 @@
 // The element types of tensors, and rows of them to and from float in portable C++.
 //
-// Everything here is `static`: files compiled for different instruction sets include it, and an ordinary inline function
-// would be merged by the linker into one copy, possibly one that the running processor cannot execute.
+// Everything here is `static`: files compiled for different instruction sets include it, and an ordinary inline
+// function would be merged by the linker into one copy, possibly one that the running processor cannot execute.
 #pragma once
 
 #include <stdint.h>

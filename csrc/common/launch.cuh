@@ -23,7 +23,7 @@ cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t str
     const cudaError_t error = cudaFuncSetAttribute(kernel, limit, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared, stream> > >(args...);
+  kernel<<<grid, block, shared, stream>>>(args...);
   return cudaGetLastError();
 }
 

@@ -36,8 +36,8 @@ void spin_until(Condition condition) {
     for (int i = 0; i < 16 && !condition(); ++i) pause();
 }
 
-// One job at a time. A worker that wakes up late finds the job closed and is not waited for, so a core that is busy with
-// something else costs its share of the work but no delay.
+// One job at a time. A worker that wakes up late finds the job closed and is not waited for, so a core that is busy
+// with something else costs its share of the work but no delay.
 class Pool {
  public:
   // False: another thread has the pool.

@@ -4,22 +4,23 @@
 //   1. state   per image and chunk of tokens: S[e][d] = sum_n relu(k[n][e]) v[n][d] and z[e] = sum_n relu(k[n][e])
 //   2. reduce  per image and head: the chunks' states are added, in order
 //   3. apply   per image and block of tokens: out[n][d] = (relu(q[n]) . S[:][d]) / (relu(q[n]) . z + eps)
-// With qk-norm, a pass first takes the mean square of each of its tokens over all heads; weights are widened to float once.
+// With qk-norm, a pass first takes the mean square of each of its tokens over all heads; weights are widened to float
+// once.
 //
-// Layouts: q, k, v (B, N, H, D) with any strides but the last, so a packed QKV projection is read in place; out contiguous;
-// states as linear_attention_cpu.h says. Everything is summed in float.
+// Layouts: q, k, v (B, N, H, D) with any strides but the last, so a packed QKV projection is read in place; out
+// contiguous; states as linear_attention_cpu.h says. Everything is summed in float.
 //
-// Tiling: a task covers all heads of its tokens, because a token's heads lie side by side in memory: rows are read from front
-// to back, and the norm finds its row in the cache. Within a task the kernels go through 32 tokens at a time, head by head:
-// 32 tokens of one head are widened into a small buffer (L1), the head's state (4 KB at D = 32) passes through registers.
-// All heads of an image are 290 KB of state at C = 2240: they stay in L2.
+// Tiling: a task covers all heads of its tokens, because a token's heads lie side by side in memory: rows are read from
+// front to back, and the norm finds its row in the cache. Within a task the kernels go through 32 tokens at a time,
+// head by head: 32 tokens of one head are widened into a small buffer (L1), the head's state (4 KB at D = 32) passes
+// through registers. All heads of an image are 290 KB of state at C = 2240: they stay in L2.
 //
 // The split depends on the shape alone (chunks of at least 128 tokens, at most 64 per call), never on the number of
 // threads: the result has the same bytes on any number of them.
 //
-// Bytes: 4 B N H D elements (q, k, v read once, out written once) + 2 chunks B H (D + 1) D floats of state.
-// FLOPs: 4 B N H D (D + 1). At D = 32 in bf16 that is 16.5 per byte, where a core with AVX-512 has some 10 to 20 per byte of
-// its share of the memory bandwidth: the two bounds lie close together, so neither side may waste anything.
+// Bytes: 4 B N H D elements (q, k, v read once, out written once) + 2 chunks B H (D + 1) D floats of state. FLOPs: 4 B
+// N H D (D + 1). At D = 32 in bf16 that is 16.5 per byte, where a core with AVX-512 has some 10 to 20 per byte of its
+// share of the memory bandwidth: the two bounds lie close together, so neither side may waste anything.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>

@@ -1,17 +1,17 @@
 // The inner loops of ReLU linear attention for AVX-512. linear_attention.cpp has the algorithm.
 //
-// Both are small matrix products whose result stays in registers: R rows times V vectors of 16 lanes, 14 to 28 accumulators,
-// enough to cover the latency of two multiply-adds per cycle. Each step loads V vectors, broadcasts R scalars, and does R * V
-// multiply-adds.
+// Both are small matrix products whose result stays in registers: R rows times V vectors of 16 lanes, 14 to 28
+// accumulators, enough to cover the latency of two multiply-adds per cycle. Each step loads V vectors, broadcasts R
+// scalars, and does R * V multiply-adds.
 //   state   S[e][:] += k[t][e] * v[t][:]    rows e; the 32 tokens t of a block are summed before S returns to memory
 //   apply   y[t][:] += q[t][e] * S[e][:]    rows t; then divided by relu(q) . z + eps
-// bf16 keys and values enter the first product as pairs of neighbouring tokens through VDPBF16PS, which does twice the work
-// per instruction; relu(k) and v are bf16 numbers already (after a bf16 norm k is rounded to one, as in the reference), the
-// products are exact and the sums float. The state is never rounded, so the second product is in float.
+// bf16 keys and values enter the first product as pairs of neighbouring tokens through VDPBF16PS, which does twice the
+// work per instruction; relu(k) and v are bf16 numbers already (after a bf16 norm k is rounded to one, as in the
+// reference), the products are exact and the sums float. The state is never rounded, so the second product is in float.
 //
-// The buffers (32 tokens of one head as floats, or as pairs) are padded to whole vectors with zeros and lie in L1. Rows of
-// different tokens are thousands of bytes apart, too many streams for the hardware's prefetcher: a load of head h also
-// prefetches head h + 2 of its token (half the time, at 1024 tokens and C = 2240).
+// The buffers (32 tokens of one head as floats, or as pairs) are padded to whole vectors with zeros and lie in L1. Rows
+// of different tokens are thousands of bytes apart, too many streams for the hardware's prefetcher: a load of head h
+// also prefetches head h + 2 of its token (half the time, at 1024 tokens and C = 2240).
 #include <math.h>
 #include <string.h>
 
@@ -100,7 +100,8 @@ struct Tokens {
   }
 };
 
-// S[e][:] += sum over `steps` of k[step][e] * v[step][:], for one head. Summed apart first: that rounds less than one long chain.
+// S[e][:] += sum over `steps` of k[step][e] * v[step][:], for one head. Summed apart first: that rounds less than one
+// long chain.
 template <class Step, int V>
 void add_to_state(const int32_t (*k)[V * kLanes], const int32_t (*v)[V * kLanes], int steps, int64_t D, float* S) {
   constexpr int R = rows_in_registers(V), kPitch = V * kLanes;

@@ -1,13 +1,13 @@
-// What one instruction set contributes to the CPU kernel: the two inner loops. linear_attention.cpp splits the work, owns the
-// memory and calls them; see there for the algorithm.
+// What one instruction set contributes to the CPU kernel: the two inner loops. linear_attention.cpp splits the work,
+// owns the memory and calls them; see there for the algorithm.
 #pragma once
 
 #include "linear_attention/linear_attention.h"
 
 namespace sana {
 
-// A head's state: D + 1 rows of `pitch` floats, pitch = D rounded up to 16. Row e < D holds sum_n relu(k[n][e]) * v[n][:],
-// row D holds sum_n relu(k[n][:]). Lanes beyond D are zero. An image's state: its H heads one after another.
+// A head's state: D + 1 rows of `pitch` floats, pitch = D rounded up to 16. Row e < D holds sum_n relu(k[n][e]) *
+// v[n][:], row D holds sum_n relu(k[n][:]). Lanes beyond D are zero. An image's state: its H heads one after another.
 static inline int64_t state_pitch(const LinearAttention& p) { return (p.D + 15) / 16 * 16; }
 static inline int64_t head_state_floats(const LinearAttention& p) { return (p.D + 1) * state_pitch(p); }
 

@@ -6,10 +6,11 @@
 // The variance is the mean of (x - mean)^2, taken after the mean is known: activations with outliers would cancel in
 // E[x^2] - mean^2. A row of C elements (4.5 KB at C = 2240 in bf16) stays in the L1 cache for its three passes.
 //
-// Layouts: x, y (B, N, C) with any strides of B and N; shift, scale, gate (B, C), the same for all tokens of an image, are
-// widened to float once per call, with 1 added to scale; out (B, N, C) contiguous.
+// Layouts: x, y (B, N, C) with any strides of B and N; shift, scale, gate (B, C), the same for all tokens of an image,
+// are widened to float once per call, with 1 added to scale; out (B, N, C) contiguous.
 //
-// Tiling: a task is 16 tokens of one image. Rows are independent, so the bytes of the result do not depend on the threads.
+// Tiling: a task is 16 tokens of one image. Rows are independent, so the bytes of the result do not depend on the
+// threads.
 //
 // Bytes: modulate 2 B N C elements, gate_residual 3 B N C. FLOPs: 7 and 2 per element. Both are bound by memory.
 #include <algorithm>

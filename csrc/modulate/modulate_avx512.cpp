@@ -1,4 +1,5 @@
-// Adaptive layer norm and gated residual for AVX-512: 16 elements at a time, four sums at once to cover the adders' latency.
+// Adaptive layer norm and gated residual for AVX-512: 16 elements at a time, four sums at once to cover the adders'
+// latency.
 #include <math.h>
 
 #include "common/avx512.h"

@@ -1,5 +1,5 @@
-// What one instruction set contributes to the CPU kernels: a loop over consecutive tokens of one image. modulate.cpp splits the
-// work and widens the modulation to float.
+// What one instruction set contributes to the CPU kernels: a loop over consecutive tokens of one image. modulate.cpp
+// splits the work and widens the modulation to float.
 #pragma once
 
 #include "modulate/modulate.h"

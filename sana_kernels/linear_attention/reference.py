@@ -20,8 +20,9 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / RMS(x) · weight over the last dimension (arXiv 1910.07467), rounded where diffusers rounds.
 
-    The mean square and the quotient are fp32. A 16-bit weight rounds the quotient to its dtype first, and the product again;
-    a kernel may leave these two roundings out, which brings it closer to the exact result. The result has the weight's dtype.
+    The mean square and the quotient are fp32. A 16-bit weight rounds the quotient to its dtype first, and the product
+    again; a kernel may leave either rounding out, which brings it closer to the exact result. The result has the
+    weight's dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
