@@ -81,7 +81,7 @@ def test_denoising_stays_below_the_estimate_and_near_it(dtype):
 
 def test_a_picture_that_is_too_large_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(pipeline, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
-    with pytest.raises(MissingError, match="65536x65536 need .* what would fit: .*--size"):
+    with pytest.raises(MissingError, match=r"65536x65536 need .* what would fit: .*--size"):
         pipeline.load("sana-tiny", picture={"prompt": "a fox", "width": 65536, "height": 65536})
 
 
