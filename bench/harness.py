@@ -20,7 +20,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -187,19 +186,22 @@ class PeakMemory:
 
 
 class Clock:
-    """Wall time of named stages in ms; on a GPU, a stage is over when its work is."""
+    """Wall time of stages in ms; each begins where the one before ended, so none is lost between them.
+
+    On a GPU, a stage is over when its work is.
+    """
 
     def __init__(self, device: torch.device):
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._synchronize()
+        self._last = time.perf_counter()
         self.ms: dict[str, float] = {}
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def lap(self, stage: str) -> None:
+        """The stage of that name is over."""
         self._synchronize()
-        start = time.perf_counter()
-        yield
-        self._synchronize()
-        self.ms[name] = (time.perf_counter() - start) * 1e3
+        now = time.perf_counter()
+        self.ms[stage], self._last = (now - self._last) * 1e3, now
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -306,8 +308,10 @@ def _git() -> tuple[str | None, bool | None]:
 
 
 def _command() -> str:
-    """How to run this again, without the folder that the program lies in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """How to run this again, wherever the results go."""
+    arguments = iter(sys.argv[1:])
+    kept = [a for a in arguments if not a.startswith("--json=") and not (a == "--json" and next(arguments, True))]
+    return shlex.join(["sana", *kept])
 
 
 def free_memory() -> None:

@@ -36,8 +36,8 @@ void raise_unless_ok(const char* op, Status status) {
 }
 
 void py_linear_attention(const std::array<Address, 4>& qkv_out, const std::array<int64_t, 4>& shape,
-                         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<Norm, 2>& norms,
-                         float norm_eps, float eps, int threads) {
+                         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype,
+                         const std::array<Norm, 2>& norms, float norm_eps, float eps, int threads) {
   LinearAttention p = {};
   p.q = pointer(qkv_out[0]);
   p.k = pointer(qkv_out[1]);
@@ -81,16 +81,19 @@ void py_gate_residual(Address x, Address y, Address out, const std::array<int64_
   raise_unless_ok("gate_residual", gate_residual_cpu(p, threads));
 }
 
+std::string unknown_isa(const std::string& what) {
+  return what + " is not known; choose portable, avx2, avx512 or amx";
+}
+
 void py_set_isa_cap(const std::string& name) {
-  if (!set_isa_cap(name.c_str()))
-    throw std::invalid_argument("instruction set " + name + " is not known; choose portable, avx2, avx512 or amx");
+  if (!set_isa_cap(name.c_str())) throw std::invalid_argument(unknown_isa("instruction set " + name));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
   if (const char* name = std::getenv("SANA_KERNELS_ISA"); name != nullptr && *name != 0 && !set_isa_cap(name))
-    throw py::import_error(std::string("SANA_KERNELS_ISA=") + name + " is not known; choose portable, avx2, avx512 or amx");
+    throw py::import_error(unknown_isa(std::string("SANA_KERNELS_ISA=") + name));
   module.def("build_info", [] { return py::module_::import("json").attr("loads")(sana_build_info()); },
              "Versions, flags and targets of this build, as a dict.");
   module.def("isa", [] { return isa_name(active_isa()); }, "The instruction set that kernels use now.");

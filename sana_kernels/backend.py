@@ -1,8 +1,8 @@
 """The one table of kernels: which backend computes which op, on which device, and why not.
 
-Dispatch, the pipeline's plan, the tests, the benchmarks and `python -m sana_kernels` all read it. A kernel enters it with
-`register` in the `__init__.py` of its op. `resolve` picks one: a backend asked for by name runs or raises, "auto" takes the
-fastest that can run, and `explain` says what speaks against the others.
+Dispatch, the pipeline's plan, the tests, the benchmarks and `python -m sana_kernels` all read it. A kernel enters it
+with `register` in the `__init__.py` of its op. `resolve` picks one: a backend asked for by name runs or raises, "auto"
+takes the fastest that can run, and `explain` says what speaks against the others.
 """
 
 import importlib
@@ -106,9 +106,10 @@ def why_not(op: str, backend: str, *args, device: torch.device | str | None = No
 
 
 def resolve(op: str, backend: str, *args, device: torch.device | str | None = None) -> Kernel:
-    """The kernel that computes op(*args): of the backend named, or with "auto" the fastest that can. Arguments as `why_not`.
+    """The kernel that computes op(*args): of the backend named, or with "auto" the fastest that can.
 
-    Raises BackendUnavailable with the reason. Called by every eager op call, so it only compares; it never allocates.
+    Arguments as `why_not`. Raises BackendUnavailable with the reason. Every eager call of an op comes through here, so
+    it only compares.
     """
     device_type = args[0].device.type if device is None else torch.device(device).type
     if backend == "auto":

@@ -314,6 +314,12 @@ def test_compare_tells_apart_what_does_not_overlap(ms, verdict):
     assert verdict in compare.render([entry], example(), new)
 
 
+def test_the_command_to_run_it_again_names_no_file_of_this_machine(tmp_path, monkeypatch):
+    for flags in (["--json", f"{tmp_path}/a.json"], [f"--json={tmp_path}/a.json"]):
+        monkeypatch.setattr("sys.argv", [f"{tmp_path}/sana", "bench", "image", *flags, "--size", "64"])
+        assert harness.Results(None, seed=0).document["run"]["command"] == "sana bench image --size 64"
+
+
 def test_compare_gives_no_ratio_where_there_is_none():
     failed = example(status="FAIL")
     assert compare.compare(example(), failed)[0]["verdict"] == "FAIL"

@@ -106,7 +106,7 @@ def test_a_comparison_from_beginning_to_end(paint):
             "first_image", "image", "decode",
         }  # fmt: skip
         found = row(document, "image", name)
-        assert found["status"] == "ok"
+        assert found["status"] == "ok", found["check"]
         assert found["workload"] == {
             "batch": 1,
             "height": 64,

@@ -19,7 +19,9 @@ namespace {
 constexpr int kLanes = 16;
 
 // The mask of the first `count` lanes; all of them for 16 and more.
-inline __mmask16 first_lanes(int64_t count) { return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << count) - 1); }
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
+}
 
 struct F32 {
   using Type = float;

@@ -235,14 +235,16 @@ struct State {
     if (p.dtype == DType::f32) return state<F32, Single, V>(p, weight, b, first, last, out);
     if (p.dtype == DType::f16) return state<F16, Single, V>(p, weight, b, first, last, out);
     // A norm with float weights leaves k in float, and rounding it to bf16 would be a rounding too many.
-    if (weight != nullptr && p.k_norm_dtype == DType::f32) return state<BF16, Single, V>(p, weight, b, first, last, out);
+    const bool float_keys = weight != nullptr && p.k_norm_dtype == DType::f32;
+    if (float_keys) return state<BF16, Single, V>(p, weight, b, first, last, out);
     state<BF16, Pair, V>(p, weight, b, first, last, out);
   }
 };
 
 template <int V>
 struct Apply {
-  static void run(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* in) {
+  static void run(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last,
+                  const float* in) {
     if (p.dtype == DType::f32) return apply<F32, V>(p, weight, b, first, last, in);
     if (p.dtype == DType::f16) return apply<F16, V>(p, weight, b, first, last, in);
     apply<BF16, V>(p, weight, b, first, last, in);

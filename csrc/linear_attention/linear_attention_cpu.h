@@ -6,8 +6,10 @@
 
 namespace sana {
 
-// A head's state: D + 1 rows of `pitch` floats, pitch = D rounded up to 16. Row e < D holds sum_n relu(k[n][e]) *
-// v[n][:], row D holds sum_n relu(k[n][:]). Lanes beyond D are zero. An image's state: its H heads one after another.
+// A head's state: D + 1 rows of `pitch` floats, pitch = D rounded up to 16; lanes beyond D are zero.
+//     row e < D   sum_n relu(k[n][e]) * v[n][:]
+//     row D       sum_n relu(k[n][:])
+// An image's state: its H heads one after another.
 static inline int64_t state_pitch(const LinearAttention& p) { return (p.D + 15) / 16 * 16; }
 static inline int64_t head_state_floats(const LinearAttention& p) { return (p.D + 1) * state_pitch(p); }
 
@@ -15,7 +17,8 @@ struct LinearAttentionKernels {
   // state = the state of tokens first ... last - 1 of image b. `weight`: k's norm as (H, pitch) floats, or null.
   void (*state)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, float* state);
   // Writes out for these tokens. `weight`: q's norm, likewise.
-  void (*apply)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state);
+  void (*apply)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last,
+                const float* state);
 };
 
 extern const LinearAttentionKernels linear_attention_portable;

@@ -49,8 +49,8 @@ typedef float Float4 __attribute__((vector_size(16)));
 // Y[i][j] += sum over `steps` of A[i, step] * B[step][j], for D columns and rows i < rows: the product behind both
 // passes. A 4 x 8 tile of the sum stays in registers; it joins Y at the end, which rounds less than one long chain of
 // sums. A has a stride for i and one for step, so that it can be read transposed.
-void add_product(const float* A, int64_t A_row, int64_t A_step, const float* B, int64_t B_step, int64_t steps, int64_t rows,
-                 int64_t D, float* Y, int64_t Y_row) {
+void add_product(const float* A, int64_t A_row, int64_t A_step, const float* B, int64_t B_step, int64_t steps,
+                 int64_t rows, int64_t D, float* Y, int64_t Y_row) {
   constexpr int kRows = 4, kColumns = 8, kVectors = kColumns / 4;
   for (int64_t i = 0; i < rows; i += kRows) {
     for (int64_t j = 0; j < D; j += kColumns) {
