@@ -36,10 +36,16 @@ install: $(VENV)/run
 paint: $(VENV)/run
 	$(BIN)/sana generate "$(PROMPT)" --model sana-tiny -o $(OUT)
 
+# A worker per core, one torch thread in each: OpenMP threads that wait for one another crawl on a shared machine.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=20 $(PYTEST_ARGS)
 
+# Where nvcc is found: every CUDA kernel for every target, and none may spill.
 ci: lint test
+	if command -v $${NVCC:-nvcc} >/dev/null; then $(BIN)/python -m sana_bench.resources; fi
+	$(BIN)/sana bench kernels --quick
+	$(BIN)/sana bench image --quick
+	$(BIN)/python -m sana_bench.report README.md --check
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ def _add_common(parser: argparse.ArgumentParser, repeat: str, quick: str) -> Non
 def _setup(args: argparse.Namespace):
     """(device, empty results): what both benchmarks begin with."""
     import torch
+
     from sana_bench.harness import Results
 
     if args.threads is not None:
@@ -86,7 +87,6 @@ def _image(args: argparse.Namespace) -> int:
     from sana_bench.harness import peaks
     from sana_bench.image import ImageBench, Workload
     from sana_bench.runs import PARTS, RunName
-
     from sana_model import memory
     from sana_model.plan import choose_backend
     from sana_model.settings import PRECISIONS

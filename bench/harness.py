@@ -24,8 +24,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from sana_bench import schema
 
+from sana_bench import schema
 from sana_kernels import diagnostics
 from sana_kernels.backend import extension
 from sana_model import files

@@ -8,13 +8,13 @@ import statistics
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from sana_bench import check, work
 from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
 from sana_bench.prompts import Prompts
 from sana_bench.runs import BASELINES, Moment, RunName, Weights, make
 from sana_bench.schema import STAGES
-from torch import Tensor
-
 from sana_model import scheduler
 from sana_model.errors import MissingError, UserError
 from sana_model.loaded import LoadedModel

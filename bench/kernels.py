@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from sana_bench import check
 from sana_bench.cases import Case, cases
 from sana_bench.harness import Peaks, Results, interleave, statistics_ms
-from torch import Tensor
-
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
 from sana_model.errors import MissingError, UserError
 from sana_model.settings import PRECISIONS

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sana_bench import schema
-
 from sana_kernels import diagnostics
 from sana_model.errors import UserError
 from sana_model.files import write_text

@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
+
 from sana_bench import check
 from sana_bench.cases import CASES
 from sana_bench.kernels import cold_inputs, runner, wide
-
 from sana_kernels.backend import BACKENDS, why_not
 
 

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sana_bench.cli import add_parser as add_bench_parser
-
 from sana_model.config import BUILT_IN, DIALECTS
 from sana_model.errors import UserError
 

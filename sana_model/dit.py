@@ -250,11 +250,8 @@ class DiT(nn.Module):
         """(B, in channels, H, W) → tokens (B, N, C), row-major, with the position embedding of the 2K and 4K models."""
         x = self.patch_embed(latents.to(self.dtype).flatten(2).transpose(1, 2))
         if self.config.pos_embed_scale is not None:
-            height, width = latents.shape[-2:]
-            base = self.config.sample_size
-            x = (
-                x + position_embedding(self.config.hidden, height, width, base, self.config.pos_embed_scale, x.device)
-            ).to(x)
+            grid, scale = latents.shape[-2:], self.config.pos_embed_scale
+            x = (x + position_embedding(self.config.hidden, *grid, self.config.sample_size, scale, x.device)).to(x)
         return x
 
     def unembed(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:

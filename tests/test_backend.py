@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from sana_bench.cases import cases
 from variants import isas
 
 import sana_kernels
+from sana_bench.cases import cases
 from sana_kernels import _cpu, backend
 from sana_kernels.backend import BACKENDS, OPS, BackendUnavailable, explain, resolve, why_not
 

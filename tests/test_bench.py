@@ -5,10 +5,10 @@ import json
 import diffusers
 import pytest
 import torch
-from sana_bench import check, compare, harness, image, kernels, report, schema, work
-from sana_bench.cases import CASES
 from torch.utils.flop_counter import FlopCounterMode
 
+from sana_bench import check, compare, harness, image, kernels, report, schema, work
+from sana_bench.cases import CASES
 from sana_model import checkpoint_config
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sana_bench import check, cli, harness, image, report, runs, schema
-from sana_bench.prompts import Prompts
 from test_bench import fake_peaks
 
+from sana_bench import check, cli, harness, image, report, runs, schema
+from sana_bench.prompts import Prompts
 from sana_model import memory
 from sana_model.config import SchedulerConfig
 from sana_model.errors import UserError

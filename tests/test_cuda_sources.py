@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from sana_bench import resources
 
+from sana_bench import resources
 from sana_kernels.linear_attention import cuda, reference
 from tests import emulated
 from tests.compare import assert_kernel, relative_rms

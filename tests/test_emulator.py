@@ -6,8 +6,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from sana_bench.resources import find_nvcc
 
+from sana_bench.resources import find_nvcc
 from tests import emulated
 from tests.compare import assert_close
 
