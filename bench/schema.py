@@ -11,7 +11,7 @@ that run), `software`, and `results`, a list of rows. Every row has
 
 and, where it was measured (ok, FAIL),
 
-    timing      method, warmup, n, rejected, unsteady, ms {median, p10, p90, min, mean}, raw_ms
+    timing      method, warmup, n, rejected, unsteady, ms {median, p10, p90, min, mean}, raw_ms (kernels: 200 at most)
     check       against, value, limit, passed: parity with fp32 (kernels: fp64); failures: what else speaks against it
     work        gmac, gib and the percentages of the measured peaks
     workload    of pictures: batch, height, width, steps, guidance, text_tokens

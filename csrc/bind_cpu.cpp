@@ -6,15 +6,13 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <utility>
 
 #include "common/build_info.h"
 #include "common/cpu_features.h"
-#include "linear_attention/linear_attention.h"
+#include "linear_attention/bind_linear_attention.h"
 #include "modulate/modulate.h"
 
 namespace py = pybind11;
@@ -24,9 +22,7 @@ void bind_peak(py::module_& module);  // csrc/peak
 
 namespace {
 
-using Address = uintptr_t;
-using Norm = std::optional<std::pair<Address, int>>;     // weight, dtype
-using Row = std::tuple<Address, int64_t, int>;           // (B, C): address, stride of B, dtype
+using Row = std::tuple<Address, int64_t, int>;  // (B, C): address, stride of B, dtype
 using Strides2 = std::array<int64_t, 2>;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
@@ -37,26 +33,8 @@ void raise_unless_ok(const char* op, Status status) {
 
 void py_linear_attention(const std::array<Address, 4>& qkv_out, const std::array<int64_t, 4>& shape,
                          const std::array<std::array<int64_t, 3>, 3>& strides, int dtype,
-                         const std::array<Norm, 2>& norms, float norm_eps, float eps, int threads) {
-  LinearAttention p = {};
-  p.q = pointer(qkv_out[0]);
-  p.k = pointer(qkv_out[1]);
-  p.v = pointer(qkv_out[2]);
-  p.out = pointer(qkv_out[3]);
-  p.B = shape[0];
-  p.N = shape[1];
-  p.H = shape[2];
-  p.D = shape[3];
-  for (int i = 0; i < 3; ++i) {
-    p.q_stride[i] = strides[0][i];
-    p.k_stride[i] = strides[1][i];
-    p.v_stride[i] = strides[2][i];
-  }
-  p.dtype = DType(dtype);
-  if (norms[0]) p.q_norm = pointer(norms[0]->first), p.q_norm_dtype = DType(norms[0]->second);
-  if (norms[1]) p.k_norm = pointer(norms[1]->first), p.k_norm_dtype = DType(norms[1]->second);
-  p.norm_eps = norm_eps;
-  p.eps = eps;
+                         const std::array<NormWeight, 2>& norms, float norm_eps, float eps, int threads) {
+  const LinearAttention p = linear_attention_args(qkv_out, shape, strides, dtype, norms, norm_eps, eps);
   py::gil_scoped_release release;
   raise_unless_ok("linear_attention", linear_attention_cpu(p, threads));
 }

@@ -5,55 +5,21 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "common/build_info.h"
 #include "common/cuda_status.h"
-#include "linear_attention/linear_attention.h"
+#include "linear_attention/bind_linear_attention.h"
 
 namespace py = pybind11;
 using namespace sana;
 
 namespace {
 
-using Weight = std::optional<std::pair<uintptr_t, int>>;  // address and dtype, or None
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void raise_unless_ok(Status status) {
   if (status == Status::cuda_error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_text());
   if (status != Status::ok) throw std::invalid_argument(status_text(status));
-}
-
-LinearAttention linear_attention_args(const std::array<uintptr_t, 4>& pointers, const std::array<int64_t, 4>& shape,
-                                      const std::array<std::array<int64_t, 3>, 3>& strides, int dtype,
-                                      const std::array<Weight, 2>& norms, float norm_eps, float eps) {
-  LinearAttention p = {};
-  p.q = pointer(pointers[0]);
-  p.k = pointer(pointers[1]);
-  p.v = pointer(pointers[2]);
-  p.out = pointer(pointers[3]);
-  p.B = shape[0];
-  p.N = shape[1];
-  p.H = shape[2];
-  p.D = shape[3];
-  for (int i = 0; i < 3; ++i) {
-    p.q_stride[i] = strides[0][i];
-    p.k_stride[i] = strides[1][i];
-    p.v_stride[i] = strides[2][i];
-  }
-  p.dtype = static_cast<DType>(dtype);
-  if (norms[0]) p.q_norm = pointer(norms[0]->first), p.q_norm_dtype = static_cast<DType>(norms[0]->second);
-  if (norms[1]) p.k_norm = pointer(norms[1]->first), p.k_norm_dtype = static_cast<DType>(norms[1]->second);
-  p.norm_eps = norm_eps;
-  p.eps = eps;
-  return p;
 }
 
 }  // namespace
@@ -74,14 +40,14 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
 
   module.def(
       "linear_attention",
-      [](const std::array<uintptr_t, 4>& pointers, const std::array<int64_t, 4>& shape,
-         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<Weight, 2>& norms,
-         float norm_eps, float eps, uintptr_t scratch, uintptr_t stream) {
+      [](const std::array<Address, 4>& pointers, const std::array<int64_t, 4>& shape,
+         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<NormWeight, 2>& norms,
+         float norm_eps, float eps, Address scratch, Address stream) {
         const LinearAttention p = linear_attention_args(pointers, shape, strides, dtype, norms, norm_eps, eps);
         Status status;
         {
           const py::gil_scoped_release release;
-          status = linear_attention_cuda(p, pointer<float>(scratch), pointer(stream));
+          status = linear_attention_cuda(p, reinterpret_cast<float*>(scratch), reinterpret_cast<void*>(stream));
         }
         raise_unless_ok(status);
       },

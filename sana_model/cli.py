@@ -33,6 +33,9 @@ _HELP = argparse.RawDescriptionHelpFormatter
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. (argparse itself exits: 0 after --help, 2 after a wrong flag.)"""
+    # PyTorch's threads busy-wait for one another. When another process has one of the cores, that makes every small op
+    # take a scheduler slice (30 ms instead of 0.1): wait briefly, then sleep. Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"

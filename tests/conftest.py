@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +39,29 @@ def _same_start():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small random model (`models.SMALL`). Imported here: the settings above come before any import of ours."""
+    from models import SMALL
+
+    from sana_model.random_weights import random_model
+
+    return random_model(SMALL, seed=2)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    """That model as a diffusers folder, not to be changed."""
+    from sana_model.weights import save_diffusers
+
+    folder = tmp_path_factory.mktemp("saved") / "small"
+    save_diffusers(folder, model)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))

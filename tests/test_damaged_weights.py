@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,31 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sana_model import weights
-from sana_model.config import BUILT_IN
 from sana_model.errors import UserError
-from sana_model.random_weights import random_model
-from sana_model.weights import load_model, save_diffusers, save_original
-
-TINY = BUILT_IN["sana-tiny"]
-SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model(SMALL, seed=2)
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "small"
-    save_diffusers(folder, model)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
+from sana_model.weights import load_model, save_original
 
 
 def edit(folder: Path, file: str, **fields) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
+from models import SMALL
 
 from sana_model import checkpoint_config as configs
 from sana_model import defaults, keys
@@ -15,14 +16,6 @@ from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.dit import DiT
 from sana_model.random_weights import random_dit
 
-TINY = BUILT_IN["sana-tiny"]
-SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,))
-SPRINT = replace(
-    SMALL,
-    dit=replace(SMALL.dit, qk_norm=True, guidance_embeds=True),
-    scheduler=SchedulerConfig(kind="scm"),
-    steps=2,
-)
 PUBLISHED = {name: config.dit for name, config in BUILT_IN.items() if name != "sana-tiny"}
 VARIANTS = PUBLISHED | {
     "2K": replace(PUBLISHED["sana-1.6b"], sample_size=64, pos_embed_scale=1.0),

@@ -2,24 +2,17 @@
 
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 
 import sana_model.pipeline
 from sana_model import verify as module
-from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.random_weights import random_model
 from sana_model.verify import verify
 from sana_model.weights import load_model, save_diffusers
 
-TINY = BUILT_IN["sana-tiny"]
-SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,), instruction="default")
-SPRINT = replace(
-    SMALL,
-    dit=replace(SMALL.dit, qk_norm=True, guidance_embeds=True),
-    scheduler=SchedulerConfig(kind="scm"),
-    steps=2,
-)
+SMALL, SPRINT = (replace(config, instruction="default") for config in (models.SMALL, models.SPRINT))
 
 
 @pytest.fixture(scope="module")

@@ -15,42 +15,15 @@ import pytest
 import torch
 from compare import assert_close
 from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
+from models import SMALL, SPRINT
 from safetensors.torch import load_file, save_file
 
 from sana_model import keys, weights
 from sana_model.checkpoint import choose_weights
-from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.errors import MissingError, UserError
 from sana_model.interop import diffusers_autoencoder, diffusers_transformer
 from sana_model.random_weights import random_model
 from sana_model.weights import convert, find, load_model, save_diffusers, save_original
-
-TINY = BUILT_IN["sana-tiny"]
-SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,))
-SPRINT = replace(
-    SMALL,
-    dit=replace(SMALL.dit, qk_norm=True, guidance_embeds=True),
-    scheduler=SchedulerConfig(kind="scm"),
-    steps=2,
-)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model(SMALL, seed=2)
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "small"
-    save_diffusers(folder, model)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 def assert_same_values(a, b) -> None:

@@ -1,0 +1,14 @@
+"""Small models that several test files save, load and compare; random weights, the structure of the real ones."""
+
+from dataclasses import replace
+
+from sana_model.config import BUILT_IN, SchedulerConfig
+
+TINY = BUILT_IN["sana-tiny"]
+SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,))
+SPRINT = replace(
+    SMALL,
+    dit=replace(SMALL.dit, qk_norm=True, guidance_embeds=True),
+    scheduler=SchedulerConfig(kind="scm"),
+    steps=2,
+)
