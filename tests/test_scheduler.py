@@ -82,6 +82,13 @@ def test_published_schedule():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 4.0, 6.0])
+def test_dpm_in_twenty_steps_is_within_2e_6(shift):
+    x = starting_noise()
+    error = ours(SchedulerConfig("flow_dpm", shift), 20, x) - diffusers_flow(diffusers_dpm(shift), 20, x)
+    assert error.abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 4.0, 6.0])
 def test_dpm_schedule_is_bit_exact(shift):
     """Truncated times hang by the last bit of a σ, so every number of steps is tried, those with repeated times too."""
     public = diffusers_dpm(shift)
