@@ -1,0 +1,167 @@
+"""Trains the autoencoder of `sana-tiny`: a DC-AE, 32 × 32 pixels to a latent of 32 numbers.
+
+    python -m recipes.train_autoencoder --data DATA --out RUN [--size 128] [--preset larger] [--minutes 90]
+
+The loss is L1 plus the perceptual distance of recipes.perceptual. RUN gets state.pt (give the same command again to
+continue), loss.png, samples.png (held-out pictures: original, then reconstruction) and vae/, the average of the weights
+as a part of a diffusers folder.
+
+The last step makes latents easy to denoise. A channel that hardly varies would drown in the noise of a diffusion model,
+so every channel is brought to the same spread. That costs nothing: it is folded into the two convolutions at the latent.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from recipes import perceptual, run
+from recipes.captions import COLOURS
+from recipes.images import Images, Placement
+from recipes.training import Training, arguments, chart, check, generator, psnr, sheet, to_pil
+from sana_model.autoencoder import Autoencoder
+from sana_model.checkpoint_config import write_autoencoder
+from sana_model.config import BUILT_IN, AutoencoderConfig
+from sana_model.files import atomic, write_text
+
+EMBEDDED = BUILT_IN["sana-tiny"].autoencoder
+PRESETS = {"embedded": EMBEDDED, "larger": replace(EMBEDDED, widths=(32, 64, 128, 128, 256, 256))}  # 5.4 M, 20.4 M
+SHOWN = 16  # held-out pictures on the sample sheet
+EVALUATED = 64  # held-out pictures in the PSNR
+MEASURED = 512  # pictures whose latents give the scaling factor
+
+
+class Reconstruction(nn.Module):
+    """Images (B, 3, H, W) → the same, through the latent."""
+
+    def __init__(self, autoencoder: Autoencoder):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.autoencoder.decode(self.autoencoder.encode(images))
+
+
+def new_autoencoder(config: AutoencoderConfig, seed: int) -> Autoencoder:
+    """Every block starts small beside its shortcut: the network begins as the parameter-free path that it corrects."""
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(config)
+    for name, parameter in autoencoder.named_parameters():
+        if name.endswith(("norm.weight", "norm_out.weight")) and "decoder.norm_out" not in name:
+            nn.init.constant_(parameter, 0.1)
+    return autoencoder.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """L1 + weight · perceptual distance; without features, L1 alone."""
+
+    features: perceptual.Features | None
+    weight: float
+
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        images = images.float()
+        loss = (images - originals).abs().mean()
+        return loss if self.features is None else loss + self.weight * self.features.distance(images, originals)
+
+
+def train(training: Training, images: Images, loss: Loss, args) -> None:
+    """Train until the end, the time or an interruption, with a save and a look at held-out pictures every now and then."""
+    rows = torch.tensor(images.train)
+    held_out = held_out_images(images)
+    for step in training.numbers(args.minutes):
+        random = generator(args.seed, step)
+        chosen = rows[torch.randint(len(rows), (args.batch,), generator=random)]
+        originals = images.compose(chosen, Placement.sample(args.batch, random))
+        training.update(loss(training(originals), originals))
+        if training.step % args.every == 0:
+            training.record(psnr=look(training, held_out, args.out))
+            training.save()
+    training.save()
+    look(training, held_out, args.out)
+    export(training, images, args)
+
+
+def held_out_images(images: Images) -> Tensor:
+    """Pictures of pairs that training never sees, on every background in turn; the same ones in every run."""
+    rows = images.held_out[:: max(1, len(images.held_out) // EVALUATED)][:EVALUATED]
+    names = list(COLOURS)
+    return images.compose(rows, Placement.centred([names[i % len(names)] for i in range(len(rows))]))
+
+
+@torch.no_grad()
+def look(training: Training, originals: Tensor, out: Path) -> float:
+    """PSNR of the averaged network; writes the sample sheet and the loss curve."""
+    results = [torch.func.functional_call(training.network, training.average, (part,)) for part in originals.split(8)]
+    reconstructed = torch.cat(results).float()
+    pairs = zip(originals[:SHOWN], reconstructed[:SHOWN], strict=True)
+    sheet(out / "samples.png", [to_pil(image) for pair in pairs for image in pair], columns=8)
+    if training.history:
+        chart(out / "loss.png", training.history)
+    return psnr(reconstructed, originals)
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+@torch.no_grad()
+def export(training: Training, images: Images, args) -> None:
+    """Write the averaged network to vae/, with latents of equal spread and their scaling factor."""
+    network = copy.deepcopy(training.network)
+    network.load_state_dict(training.average)
+    autoencoder = network.autoencoder
+    random = generator(args.seed, 0)
+    rows = torch.tensor(images.train)[torch.randint(len(images.train), (MEASURED,), generator=random)]
+    batches = [images.compose(part, Placement.sample(len(part), random)) for part in rows.split(32)]
+    equalise(autoencoder, torch.cat([autoencoder.encode(batch) for batch in batches]).std(dim=(0, 2, 3)))
+    latents = torch.cat([autoencoder.encode(batch) for batch in batches])
+    config = replace(autoencoder.config, scaling_factor=round(1 / latents.std().item(), 5))
+    save_autoencoder(args.out / "vae", autoencoder, config)
+
+
+def equalise(autoencoder: Autoencoder, spread: Tensor) -> None:
+    """Divide latent channel c by spread[c] in the encoder, and multiply it back in the decoder: images stay the same.
+
+    Both convolutions stand beside a shortcut without parameters, which goes on unscaled. What it lacks is itself a
+    1 × 1 convolution, and so goes into the centre of the 3 × 3.
+    """
+    last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
+    channels, wide = last.out_channels, last.in_channels
+    group = wide // channels
+    repeat = torch.eye(channels, device=spread.device).repeat_interleave(group, dim=0)  # (wide, channels)
+    gain = 1 / spread
+    last.weight.mul_(gain[:, None, None, None])
+    last.weight[:, :, 1, 1] += (gain - 1)[:, None] * repeat.T / group
+    last.bias.mul_(gain)
+    first.weight.mul_(spread[None, :, None, None])
+    first.weight[:, :, 1, 1] += repeat * (spread - 1)
+
+
+def save_autoencoder(folder: Path, autoencoder: Autoencoder, config: AutoencoderConfig) -> None:
+    """Write the vae/ of a diffusers folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / "diffusion_pytorch_model.safetensors") as temporary:
+        save_file({name: t.contiguous() for name, t in autoencoder.state_dict().items()}, temporary, {"format": "pt"})
+    write_text(folder / "config.json", json.dumps(write_autoencoder(config), indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__, steps=20000, batch=16, lr=1e-3, every=500)
+    parser.add_argument("--perceptual", type=float, default=0.5, help="weight of that loss (default: %(default)s)")
+    args = parser.parse_args(argv)
+    check(args)
+    images = Images(args.data, args.size, args.device)
+    network = Reconstruction(new_autoencoder(PRESETS[args.preset], args.seed)).to(args.device)
+    fixed = {name: getattr(args, name) for name in ("preset", "size", "batch", "seed", "perceptual")}
+    training = Training(network, args.out, args, fixed)
+    training.resume()
+    features = perceptual.load(args.device, training.dtype) if args.perceptual else None
+    train(training, images, Loss(features, args.perceptual), args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,219 @@
+"""What both training scripts share: one optimiser step, exact resumption, and pictures of how it goes.
+
+Master weights are fp32; a network computes with a copy of them in the dtype of the run, which is what inference does with
+the same modules. A batch is a function of (seed, step), so parameters, their running average, the optimiser's moments and
+the step are all that a run has to remember: one resumed is bit for bit one that was never interrupted.
+"""
+
+import argparse
+import math
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from sana_model.errors import MissingError, UserError
+from sana_model.files import atomic
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Training:
+    """One run of AdamW on one network, kept in `folder`/state.pt.
+
+    `fixed` holds the settings that cannot change between the start of a run and its continuation.
+    """
+
+    def __init__(self, network: nn.Module, folder: Path, args: argparse.Namespace, fixed: dict[str, str | int | float]):
+        self.network, self.file, self.fixed = network, folder / "state.pt", fixed
+        self.steps, self.peak, self.warmup, self.decay = args.steps, args.lr, args.warmup, args.ema
+        self.dtype = DTYPES[args.precision]
+        self.parameters = dict(network.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        others = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.99))
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._losses: list[float] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The network's output, computed in the dtype of the run; gradients reach the fp32 parameters."""
+        return functional_call(self.network, {name: p.to(self.dtype) for name, p in self.parameters.items()}, inputs)
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss`: warm-up and cosine decay, gradients clipped to norm 1, running average."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak * schedule(self.step, self.steps, self.warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))  # the first steps are forgotten soon
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                self.average[name].lerp_(p, 1 - keep)
+        self._losses.append(loss.item())
+
+    def record(self, **metrics: float) -> None:
+        """Add the mean loss since the last record, and other figures, to the history."""
+        mean = sum(self._losses) / max(1, len(self._losses))
+        self.history.append({"step": self.step, "loss": mean, **metrics})
+        self._losses.clear()
+
+    def numbers(self, minutes: float | None) -> Iterator[int]:
+        """The steps that are left, with a progress bar; ends early after `minutes`, or at Ctrl-C and SIGTERM."""
+        deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        stopped = []
+        before = {
+            kind: signal.signal(kind, lambda *_: stopped.append(True)) for kind in (signal.SIGINT, signal.SIGTERM)
+        }
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        try:
+            with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=interval) as bar:
+                while self.step < self.steps and time.monotonic() < deadline and not stopped:
+                    yield self.step
+                    latest = " ".join(f"{k} {v:.4g}" for k, v in self.history[-1].items()) if self.history else ""
+                    bar.set_postfix_str(latest, refresh=False)
+                    bar.update(self.step - bar.n)
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def save(self) -> None:
+        """Write everything that `resume` needs, in place of the state before."""
+        state = {
+            "fixed": self.fixed, "step": self.step, "history": self.history, "losses": self._losses, "average": self.average,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        with atomic(self.file) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self) -> None:
+        """Continue the run of this folder where it was saved last, if there is one."""
+        if not self.file.exists():
+            return
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self.file} cannot be read ({error}); delete it to start again") from error
+        for name, value in self.fixed.items():
+            if state["fixed"].get(name) != value:
+                raise UserError(
+                    f"{self.file.parent} holds a run with {name} {state['fixed'].get(name)}, this one has {value};"
+                    " use the same settings or another --out"
+                )
+        self.step, self.history, self._losses = state["step"], state["history"], state["losses"]
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state["parameters"][name])
+                self.average[name].copy_(state["average"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then half a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The randomness of one step."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def arguments(description: str, *, steps: int, batch: int, lr: float, every: int) -> argparse.ArgumentParser:
+    """The flags of both scripts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that recipes.data wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; one that exists is continued")
+    parser.add_argument("--preset", choices=("embedded", "larger"), default="embedded", help="default: %(default)s")
+    parser.add_argument("--size", type=int, choices=(128, 256), default=256, help="pixels (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes, saved and ready to be continued")
+    parser.add_argument("--batch", type=int, default=batch, help="images in a step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate (default: %(default)s)")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the running average (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=every, help="steps between saves and sheets (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="default: %(default)s")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError or MissingError for flags that no run can start with; make the folder of the run."""
+    if min(args.steps, args.batch, args.every) < 1:
+        raise UserError("--steps, --batch and --every must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingError("torch sees no NVIDIA GPU; use --device cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def psnr(images: Tensor, originals: Tensor) -> float:
+    """Mean over a batch of the PSNR of each image in dB; values in [-1, 1], the images clamped to that."""
+    error = (images.float().clamp(-1, 1) - originals).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / error.clamp_min(1e-10))).mean().item()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] → 8-bit RGB."""
+    return Image.fromarray(((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def sheet(file: Path, images: Sequence[Image.Image], columns: int, captions: Sequence[str] = ()) -> None:
+    """A contact sheet of images of one size, with a line of text below each where there are captions."""
+    width, height = images[0].size
+    line = 14 if captions else 0
+    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + line)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, image in enumerate(images):
+        x, y = i % columns * width, i // columns * (height + line)
+        page.paste(image, (x, y))
+        if captions:
+            pen.text((x + 2, y + height), captions[i][: width // 6], "black")
+    with atomic(file) as temporary:
+        page.save(temporary, format="PNG")
+
+
+def chart(file: Path, history: Sequence[dict[str, float]]) -> None:
+    """One panel for each figure of a history, over the steps; a scale that starts at 0 hides what happens late."""
+    names = [name for name in history[0] if name != "step"]
+    width, height, margin = 720, 200, 56
+    page = Image.new("RGB", (width, height * len(names)), "white")
+    pen = ImageDraw.Draw(page)
+    last = history[-1]["step"]
+    for panel, name in enumerate(names):
+        values = [row[name] for row in history]
+        low, high = min(values), max(values)
+        top, bottom = panel * height + 24, (panel + 1) * height - 24
+
+        def place(step: float, value: float, low=low, high=high, top=top, bottom=bottom) -> tuple[float, float]:
+            up = (value - low) / (high - low) if high > low else 0.5
+            return margin + (width - 2 * margin) * step / max(1, last), bottom - (bottom - top) * up
+
+        pen.rectangle((margin, top, width - margin, bottom), outline="silver")
+        pen.line([place(row["step"], row[name]) for row in history], fill="navy", width=2)
+        pen.text((margin, top - 16), f"{name}: {values[-1]:.4g} at step {last}", "black")
+        pen.text((2, top), f"{high:.4g}", "black")
+        pen.text((2, bottom - 10), f"{low:.4g}", "black")
+    with atomic(file) as temporary:
+        page.save(temporary, format="PNG")
