@@ -80,6 +80,7 @@ def train(training: Training, images: Images, loss: Loss, args) -> None:
         training.update(loss(training(originals), originals))
         if training.step % args.every == 0:
             training.record(psnr=look(training, held_out, args.out))
+            chart(args.out / "loss.png", training.history)
             training.save()
     training.save()
     look(training, held_out, args.out)
@@ -95,13 +96,11 @@ def held_out_images(images: Images) -> Tensor:
 
 @torch.no_grad()
 def look(training: Training, originals: Tensor, out: Path) -> float:
-    """PSNR of the averaged network; writes the sample sheet and the loss curve."""
+    """PSNR of the averaged network; writes the sample sheet."""
     results = [torch.func.functional_call(training.network, training.average, (part,)) for part in originals.split(8)]
     reconstructed = torch.cat(results).float()
     pairs = zip(originals[:SHOWN], reconstructed[:SHOWN], strict=True)
     sheet(out / "samples.png", [to_pil(image) for pair in pairs for image in pair], columns=8)
-    if training.history:
-        chart(out / "loss.png", training.history)
     return psnr(reconstructed, originals)
 
 

@@ -172,6 +172,7 @@ def train(training: Training, batches: Batches, config: ModelConfig, finish, arg
         training.update(flow_loss(training, *inputs))
         if training.step % args.every == 0:
             training.record()
+            chart(args.out / "loss.png", training.history)
             training.save()
             finish()
     training.save()
@@ -237,8 +238,6 @@ def main(argv: list[str] | None = None) -> None:
     def finish() -> None:
         save_model(training, config, autoencoder, tokenizer, args.out / "model")
         paint(args.out / "model", prompts(images), args.device, args.out / "samples.png")
-        if training.history:
-            chart(args.out / "loss.png", training.history)
 
     train(training, Batches(data, images, load_tokenizer(tokenizer), args), config, finish, args)
 
