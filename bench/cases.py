@@ -6,7 +6,7 @@ is 2.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ def _modulate(name: str, B: int, N: int, C: int) -> Case:
     return Case("modulate", name, {"B": B, "N": N, "C": C}, 2 * B * N * C, make)
 
 
+def _modulate_quantized(name: str, B: int, N: int, C: int) -> Case:
+    plain = _modulate(name, B, N, C)
+    return replace(plain, op="modulate_quantized", make=lambda inputs: (*plain.make(inputs), torch.int8))
+
+
 def _gate_residual(name: str, B: int, N: int, C: int) -> Case:
     def make(inputs: Inputs) -> tuple:
         return inputs(B, N, C), inputs(B, N, C), inputs(B, 6, C, scale=0.3)[:, 2]
@@ -95,15 +100,48 @@ def _cross_attention(name: str, N: int, C: int, H: int, L: int, lengths: tuple[i
     return Case("cross_attention", name, {"B": B, "N": N, "L": L, "H": H, "D": C // H}, 2 * N * C * sum(lengths), make)
 
 
+def _gemm(name: str, B: int, M: int, K: int, N: int, silu: bool = False, gated: bool = False) -> Case:
+    """A 1 × 1 convolution or linear layer of the DiT: bias and SiLU as in the Mix-FFN's expansion, or gate and residual."""
+
+    def make(inputs: Inputs) -> tuple:
+        bias = inputs(N, scale=0.1) if silu else None
+        gate, residual = (inputs(B, 6, N)[:, 5], inputs(B, M, N)) if gated else (None, None)
+        weight = inputs(N, K, scale=K**-0.5)
+        return inputs(B, M, K), None, weight, None, bias, silu, gate, residual, inputs.dtype
+
+    return Case("gemm", name, {"B": B, "M": M, "K": K, "N": N}, B * M * K * N, make)
+
+
+def _quantize(name: str, B: int, N: int, C: int) -> Case:
+    def make(inputs: Inputs) -> tuple:
+        return inputs(B, N, C), torch.int8
+
+    return Case("quantize", name, {"B": B, "N": N, "C": C}, B * N * C, make)
+
+
+def _depthwise_glu(name: str, B: int, height: int, width: int, F: int) -> Case:
+    N = height * width
+
+    def make(inputs: Inputs) -> tuple:
+        weights = inputs(2 * F, 1, 3, 3, scale=1 / 3), inputs(2 * F, scale=0.1)
+        return inputs(B, N, 2 * F), height, width, *weights
+
+    return Case("depthwise_glu", name, {"B": B, "N": N, "F": F}, B * N * 2 * F * 9, make)
+
+
+def _depthwise_glu_quantized(name: str, B: int, height: int, width: int, F: int) -> Case:
+    plain = _depthwise_glu(name, B, height, width, F)
+    return replace(plain, op="depthwise_glu_quantized", make=lambda inputs: (*plain.make(inputs), torch.int8))
+
+
 def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case:
     N = height * width
 
     def make(inputs: Inputs) -> tuple:
-        weights = (
-            inputs(2 * F, C, scale=C**-0.5), inputs(2 * F, scale=0.1), inputs(2 * F, 1, 3, 3, scale=1 / 3),
-            inputs(2 * F, scale=0.1), inputs(C, F, scale=F**-0.5),
+        return (
+            inputs(B, N, C), None, height, width, inputs(2 * F, C, scale=C**-0.5), None, inputs(2 * F, scale=0.1),
+            inputs(2 * F, 1, 3, 3, scale=1 / 3), inputs(2 * F, scale=0.1), inputs(C, F, scale=F**-0.5), None, None, None,
         )  # fmt: skip
-        return inputs(B, N, C), height, width, *weights
 
     macs = B * N * (C * 2 * F + 2 * F * 9 + F * C)
     return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make)
@@ -118,8 +156,16 @@ def _published() -> list[Case]:
         cases += [
             _dit_attention(label, B, N, C),
             _modulate(label, B, N, C),
+            _modulate_quantized(label, B, N, C),
+            _quantize(label, B, N, C),
             _gate_residual(label, B, N, C),
             _cross_attention(label, N, C, dit.cross_heads, 60, (1, 60)),
+            _gemm(f"{label}_qkv", B, N, C, 3 * C),
+            _gemm(f"{label}_out", B, N, C, C, gated=True),
+            _gemm(f"{label}_expand", B, N, C, 2 * F, silu=True),
+            _gemm(f"{label}_project", B, N, F, C, gated=True),
+            _depthwise_glu(label, B, *grid, F),
+            _depthwise_glu_quantized(label, B, *grid, F),
             _mix_ffn(label, B, *grid, C, F),
         ]
     small = BUILT_IN["sana-0.6b"].dit

@@ -10,8 +10,12 @@
 # The functions take the names of their packages; import what lies inside a package as
 # `from sana_kernels.linear_attention import reference`.
 from sana_kernels.cross_attention import cross_attention
+from sana_kernels.gemm import Quantized, gemm, quantize
 from sana_kernels.linear_attention import linear_attention
-from sana_kernels.mix_ffn import mix_ffn
+from sana_kernels.mix_ffn import depthwise_glu, mix_ffn
 from sana_kernels.modulate import gate_residual, modulate
 
-__all__ = ["cross_attention", "gate_residual", "linear_attention", "mix_ffn", "modulate"]
+__all__ = [
+    "Quantized", "cross_attention", "depthwise_glu", "gate_residual", "gemm", "linear_attention", "mix_ffn", "modulate",
+    "quantize",
+]  # fmt: skip

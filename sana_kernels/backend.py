@@ -14,7 +14,10 @@ from types import ModuleType
 
 import torch
 
-OPS = ("linear_attention", "modulate", "gate_residual", "cross_attention", "mix_ffn")
+OPS = (
+    "linear_attention", "modulate", "modulate_quantized", "gate_residual", "cross_attention", "mix_ffn", "depthwise_glu",
+    "depthwise_glu_quantized", "gemm", "quantize",
+)  # fmt: skip
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType of csrc/common/dtype.h
 
@@ -29,7 +32,7 @@ class Kernel:
 
     op: str
     backend: str
-    run: Callable[..., torch.Tensor]  # trusts arguments that the op's public function has checked
+    run: Callable  # → a tensor, or a pair for quantised rows; trusts what the op's public function has checked
     device: str  # cpu | cuda | any
     accepts: Callable[..., str | None]  # None, or a sentence that says what is supported; also for meta tensors
 
@@ -134,7 +137,7 @@ def explain(op: str, *args, device: torch.device | str | None = None) -> dict[st
 _library = torch.library.Library("sana", "DEF")
 
 
-def define(op: str, schema: str, fake: Callable[..., torch.Tensor]) -> None:
+def define(op: str, schema: str, fake: Callable, returns: str = "Tensor") -> None:
     """Make torch.ops.sana.<op>, which torch.compile and torch.export see as one opaque op.
 
     `schema`: its arguments, those of `Kernel.run` and then `str backend`; `fake`: the same arguments → an empty result.
@@ -145,13 +148,13 @@ def define(op: str, schema: str, fake: Callable[..., torch.Tensor]) -> None:
         *args, backend = args
         return resolve(op, backend, *args).run(*args)
 
-    _library.define(f"{op}({schema}, str backend) -> Tensor")
+    _library.define(f"{op}({schema}, str backend) -> {returns}")
     for key in ("CPU", "CUDA"):
         _library.impl(op, run, key)
     torch.library.register_fake(f"sana::{op}", fake, lib=_library)
 
 
-def call(op: str, backend: str, *args) -> torch.Tensor:
+def call(op: str, backend: str, *args):
     """Compute op(*args): straight through the kernel, or as torch.ops.sana.<op> where a compiler is watching.
 
     The compiler looks into the reference, which it may fuse and differentiate, and not into the others.

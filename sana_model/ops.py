@@ -5,12 +5,10 @@ it before the first step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
-from sana_kernels.cross_attention.reference import cross_attention
-from sana_kernels.linear_attention.reference import linear_attention
-from sana_kernels.mix_ffn.reference import mix_ffn
-from sana_kernels.modulate.reference import gate_residual, modulate
+import sana_kernels
 
 
 @dataclass(frozen=True)
@@ -24,4 +22,4 @@ class Ops:
     mix_ffn: Callable
 
 
-REFERENCE_OPS = Ops(linear_attention, modulate, gate_residual, cross_attention, mix_ffn)
+REFERENCE_OPS = Ops(**{f.name: partial(getattr(sana_kernels, f.name), backend="reference") for f in fields(Ops)})

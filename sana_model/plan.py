@@ -170,7 +170,7 @@ def _dit_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple]:
         "linear_attention": (q, k, v, norm, norm, dit.qk_norm_eps, dit.attention_eps),
         "gate_residual": (x, x, row),
         "cross_attention": (cross_q, cross_kv, cross_kv, lengths),
-        "mix_ffn": (x, dit.sample_size, dit.sample_size, *_mix_ffn_weights(like, C, dit.ffn)),
+        "mix_ffn": _mix_ffn_example(like, 2, dit.sample_size, C, dit.ffn),
     }  # fmt: skip
 
 
@@ -181,12 +181,13 @@ def _autoencoder_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
     q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
     return {
         "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
-        "mix_ffn": (like(1, side**2, C), side, side, *_mix_ffn_weights(like, C, 4 * C)),
+        "mix_ffn": _mix_ffn_example(like, 1, side, C, 4 * C),
     }
 
 
-def _mix_ffn_weights(like: Callable[..., torch.Tensor], C: int, F: int) -> tuple[torch.Tensor, ...]:
-    return like(2 * F, C), like(2 * F), like(2 * F, 1, 3, 3), like(2 * F), like(C, F)
+def _mix_ffn_example(like: Callable[..., torch.Tensor], B: int, side: int, C: int, F: int) -> tuple:
+    x, depthwise = like(B, side**2, C), (like(2 * F, 1, 3, 3), like(2 * F))
+    return x, None, side, side, like(2 * F, C), None, like(2 * F), *depthwise, like(C, F), None, None, None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

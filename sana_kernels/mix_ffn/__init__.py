@@ -1,50 +1,156 @@
 """SANA's Mix-FFN: a gated feed-forward network with a depthwise 3×3 convolution in the middle."""
 
+import torch
 from torch import Tensor
 
-from sana_kernels.backend import register, resolve
+from sana_kernels.backend import call, define, register
+from sana_kernels.gemm import Quantized, fake_quantize, inputs, outputs, parts
+from sana_kernels.gemm.reference import MOST, STEP
 from sana_kernels.mix_ffn import reference
 
 
 def mix_ffn(
-    x: Tensor,
+    x: Tensor | Quantized,
     height: int,
     width: int,
-    expand_weight: Tensor,
+    expand_weight: Tensor | Quantized,
     expand_bias: Tensor,
     depthwise_weight: Tensor,
     depthwise_bias: Tensor,
-    project_weight: Tensor,
+    project_weight: Tensor | Quantized,
     *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """(a · SiLU(g)) W₂ᵀ with [a, g] = depthwise3×3(SiLU(x W₁ᵀ + b₁)) (arXiv 2410.10629, section 2.2).
+    """residual + gate · (a · SiLU(g)) W₂ᵀ with [a, g] = depthwise3×3(SiLU(x W₁ᵀ + b₁)) (arXiv 2410.10629, section 2.2).
 
     x: (B, N, C), N = height · width tokens in row-major order. expand_weight (2F, C), expand_bias (2F,), depthwise_weight
-    (2F, 1, 3, 3), depthwise_bias (2F,), project_weight (C, F). One floating dtype and device. Returns (B, N, C).
+    (2F, 1, 3, 3), depthwise_bias (2F,), project_weight (C, F). One floating dtype and device; or x and both matrices
+    `Quantized` in one dtype, and the rest in bf16 or fp32. The matrices may be packed (`pack`). gate (B, C) and residual
+    (B, N, C): both or neither. Returns (B, N, C) in residual's dtype, else x's, else bf16.
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
-    args = (x, height, width, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight)
+    (x, x_scale), (expand_weight, expand_scale) = parts(x), parts(expand_weight)
+    project_weight, project_scale = parts(project_weight)
+    args = (
+        x, x_scale, height, width, expand_weight, expand_scale, expand_bias, depthwise_weight, depthwise_bias,
+        project_weight, project_scale, gate, residual,
+    )  # fmt: skip
     _check(*args)
-    return resolve("mix_ffn", backend, *args).run(*args)
+    return call("mix_ffn", backend, *args)
 
 
-def _check(x: Tensor, height: int, width: int, *weights: Tensor) -> None:
-    if x.ndim != 3 or x.shape[0] == 0 or x.shape[1] != height * width or height < 1 or width < 1:
+def depthwise_glu(
+    h: Tensor,
+    height: int,
+    width: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    quantize: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | Quantized:
+    """a · SiLU(g) with [a, g] = depthwise3×3(h) + bias: what lies between the two matrix products of `mix_ffn`.
+
+    h: (B, N = height · width, 2F), contiguous; weight (2F, 1, 3, 3) and bias (2F,) in h's dtype or fp32. Returns (B, N, F)
+    in h's dtype; with `quantize` (torch.int8 or torch.float8_e4m3fn) the same rows `Quantized`. Errors as `mix_ffn`.
+    """
+    _check_grid("depthwise_glu", h, height, width)
+    channels = h.shape[2]
+    if channels % 2 or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
         raise ValueError(
-            f"mix_ffn takes x of shape (B, height · width, C); got {tuple(x.shape)} with a grid of {height} × {width}"
+            f"depthwise_glu takes h (B, N, 2F), weight (2F, 1, 3, 3) and bias (2F,); got {tuple(h.shape)},"
+            f" {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    C, F = x.shape[2], weights[-1].shape[-1]
-    expected = ((2 * F, C), (2 * F,), (2 * F, 1, 3, 3), (2 * F,), (C, F))
-    if tuple(tuple(w.shape) for w in weights) != expected:
-        raise ValueError(
-            "mix_ffn takes weights of shapes (2F, C), (2F,), (2F, 1, 3, 3), (2F,), (C, F), here"
-            f" {', '.join(map(str, expected))}; got {', '.join(str(tuple(w.shape)) for w in weights)}"
+    if not h.is_floating_point() or any(w.dtype not in (h.dtype, torch.float32) for w in (weight, bias)):
+        raise TypeError(
+            f"depthwise_glu takes h of a floating dtype, weight and bias in it or in float32; got {h.dtype},"
+            f" {weight.dtype} and {bias.dtype}"
         )
-    if not x.is_floating_point() or any(w.dtype != x.dtype for w in weights):
-        raise TypeError(f"mix_ffn takes one floating dtype; got {', '.join(str(t.dtype) for t in (x, *weights))}")
-    if any(w.device != x.device for w in weights):
-        raise ValueError(f"mix_ffn takes tensors on one device; got {', '.join(str(t.device) for t in (x, *weights))}")
+    if not (h.device == weight.device == bias.device and h.is_contiguous()):
+        raise ValueError("depthwise_glu takes a contiguous h, and all tensors on one device")
+    if quantize is None:
+        return call("depthwise_glu", backend, h, height, width, weight, bias)
+    if quantize not in MOST:
+        raise TypeError(f"depthwise_glu quantises to {' or '.join(map(str, MOST))}, not {quantize}")
+    return Quantized(*call("depthwise_glu_quantized", backend, h, height, width, weight, bias, quantize))
 
+
+def _check_grid(op: str, x: Tensor, height: int, width: int) -> None:
+    if x.ndim != 3 or 0 in x.shape or x.shape[1] != height * width or height < 1 or width < 1:
+        raise ValueError(
+            f"{op} takes rows of shape (B, height · width, C); got {tuple(x.shape)} with a grid of {height} × {width}"
+        )
+
+
+def _check(
+    x, x_scale, height, width, expand_weight, expand_scale, expand_bias, depthwise_weight, depthwise_bias,
+    project_weight, project_scale, gate, residual,
+) -> None:  # fmt: skip
+    _check_grid("mix_ffn", x, height, width)
+    B, N = x.shape[:2]
+    C, F = outputs(project_weight), outputs(expand_weight) // 2
+    padded = [C, F] if x_scale is None else [-(-size // STEP) * STEP for size in (C, F)]
+    given = {
+        "x": (x.shape, (B, N, padded[0])),
+        "expand_weight": ((outputs(expand_weight), inputs(expand_weight)), (2 * F, padded[0])),
+        "expand_bias": (expand_bias.shape, (2 * F,)),
+        "depthwise_weight": (depthwise_weight.shape, (2 * F, 1, 3, 3)),
+        "depthwise_bias": (depthwise_bias.shape, (2 * F,)),
+        "project_weight": ((outputs(project_weight), inputs(project_weight)), (C, padded[1])),
+        "gate": ((B, C) if gate is None else gate.shape, (B, C)),
+        "residual": ((B, N, C) if residual is None else residual.shape, (B, N, C)),
+    }
+    for name, (shape, expected) in given.items():
+        if tuple(shape) != expected:
+            raise ValueError(f"mix_ffn with C = {C} and F = {F} takes {name} as {expected}; got {tuple(shape)}")
+    if (gate is None) != (residual is None):
+        raise ValueError("mix_ffn takes gate and residual together")
+    eight_bit = x_scale is not None
+    if eight_bit != (expand_scale is not None) or eight_bit != (project_scale is not None):
+        raise TypeError("mix_ffn takes x, expand_weight and project_weight all quantised or none of them")
+    matrices, others = (x, expand_weight, project_weight), (expand_bias, depthwise_weight, depthwise_bias)
+    allowed = (torch.bfloat16, torch.float32) if eight_bit else (x.dtype,)
+    if any(t.dtype != x.dtype for t in matrices) or any(t.dtype not in allowed for t in others):
+        raise TypeError(
+            "mix_ffn takes one floating dtype, or one of 8 bits beside bf16 or float32;"
+            f" got {', '.join(str(t.dtype) for t in (*matrices, *others))}"
+        )
+    if any(t is not None and t.device != x.device for t in (*matrices, *others, gate, residual)):
+        raise ValueError("mix_ffn takes tensors on one device")
+
+
+def _fake(x, x_scale, height, width, *rest):
+    *_, project_weight, _, _, residual, _ = rest
+    dtype = residual.dtype if residual is not None else x.dtype if x_scale is None else torch.bfloat16
+    return x.new_empty((*x.shape[:2], outputs(project_weight)), dtype=dtype)
+
+
+def _fake_glu(h, *args):
+    return h.new_empty((*h.shape[:2], h.shape[2] // 2))
+
+
+def _fake_glu_quantized(h, height, width, weight, bias, dtype, backend):
+    return fake_quantize(_fake_glu(h), dtype, backend)
+
+
+register("depthwise_glu", "reference", reference.depthwise_glu)
+define("depthwise_glu", "Tensor h, int height, int width, Tensor weight, Tensor bias", _fake_glu)
+
+register("depthwise_glu_quantized", "reference", reference.depthwise_glu_quantized)
+define(
+    "depthwise_glu_quantized",
+    "Tensor h, int height, int width, Tensor weight, Tensor bias, ScalarType dtype",
+    _fake_glu_quantized,
+    returns="(Tensor, Tensor)",
+)
 
 register("mix_ffn", "reference", reference.mix_ffn)
+define(
+    "mix_ffn",
+    "Tensor x, Tensor? x_scale, int height, int width, Tensor expand_weight, Tensor? expand_scale, Tensor expand_bias,"
+    " Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, Tensor? project_scale, Tensor? gate,"
+    " Tensor? residual",
+    _fake,
+)

@@ -4,18 +4,33 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, call, define, register
+from sana_kernels.gemm import Quantized, fake_quantize
+from sana_kernels.gemm.reference import MOST
 from sana_kernels.modulate import cpu, reference
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+def modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    quantize: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | Quantized:
     """LayerNorm(x) · (1 + scale) + shift, without affine parameters (arXiv 2212.09748, adaLN).
 
     x: (B, N, C); shift, scale: (B, C), in x's dtype or fp32. All with any strides but the last, which is 1: slices of a
-    (B, 6, C) modulation table will do. Returns (B, N, C), contiguous, in x's dtype. `reference.py` states the arithmetic.
+    (B, 6, C) modulation table will do. Returns (B, N, C), contiguous, in x's dtype; with `quantize` (torch.int8 or
+    torch.float8_e4m3fn) the same rows `Quantized`, for the next matrix product. `reference.py` states the arithmetic.
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check("modulate", (x,), (shift, scale))
-    return call("modulate", backend, x, shift, scale, eps)
+    if quantize is None:
+        return call("modulate", backend, x, shift, scale, eps)
+    if quantize not in MOST:
+        raise TypeError(f"modulate quantises to {' or '.join(map(str, MOST))}, not {quantize}")
+    return Quantized(*call("modulate_quantized", backend, x, shift, scale, eps, quantize))
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -53,6 +68,14 @@ def _accepts(x, *args) -> str | None:
 register("modulate", "reference", reference.modulate)
 register("modulate", "cpu", cpu.modulate, device="cpu", accepts=_accepts)
 define("modulate", "Tensor x, Tensor shift, Tensor scale, float eps", lambda x, *args: x.new_empty(x.shape))
+
+register("modulate_quantized", "reference", reference.modulate_quantized)
+define(
+    "modulate_quantized",
+    "Tensor x, Tensor shift, Tensor scale, float eps, ScalarType dtype",
+    lambda x, shift, scale, eps, dtype, backend: fake_quantize(x, dtype, backend),
+    returns="(Tensor, Tensor)",
+)
 
 register("gate_residual", "reference", reference.gate_residual)
 register("gate_residual", "cpu", cpu.gate_residual, device="cpu", accepts=_accepts)

@@ -1,0 +1,122 @@
+"""Matrix products with fused epilogues, and the 8-bit rows that they take."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sana_kernels.backend import call, define, register
+from sana_kernels.gemm import reference
+
+
+class Quantized(NamedTuple):
+    """Rows of 8-bit values with one scale each: what `quantize` returns. A weight may be packed (`pack`)."""
+
+    values: Tensor  # (..., K rounded up to a multiple of 64), int8 or float8_e4m3fn
+    scale: Tensor  # (...,) fp32
+
+
+def quantize(x: Tensor, dtype: torch.dtype = torch.int8, *, backend: str = "auto") -> Quantized:
+    """One symmetric scale per row of x (..., K): per token of an activation, per output channel of a weight (N, K).
+
+    dtype: torch.int8 or torch.float8_e4m3fn. x is floating, finite and contiguous in its last dimension.
+    `reference.py` states the arithmetic to the bit. Raises ValueError or TypeError for arguments that no backend takes,
+    BackendUnavailable where `backend` cannot run.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"quantize takes floating dtypes; got {x.dtype}")
+    if dtype not in reference.MOST:
+        raise TypeError(f"quantize makes {' or '.join(map(str, reference.MOST))}, not {dtype}")
+    if x.ndim < 1 or 0 in x.shape or x.stride(-1) != 1:
+        raise ValueError(f"quantize takes rows of at least one value, with last stride 1; got {tuple(x.shape)}")
+    return Quantized(*call("quantize", backend, x, dtype))
+
+
+def gemm(
+    x: Tensor | Quantized,
+    weight: Tensor | Quantized,
+    bias: Tensor | None = None,
+    *,
+    silu: bool = False,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """residual + gate · SiLU(x weightᵀ + bias), each part where asked for.
+
+    x: (B, M, K), weight: (N, K) or what `pack` made of it; both of one floating dtype, or both `Quantized` in one dtype.
+    bias: (N,). gate (B, N) and residual (B, M, N): both or neither, gate in residual's dtype or fp32. Floating tensors have
+    last stride 1. Returns (B, M, N), contiguous, in `dtype`: by default residual's, else x's, else bf16.
+    `reference.py` states the arithmetic. Raises ValueError or TypeError for arguments that no backend takes,
+    BackendUnavailable where `backend` cannot run.
+    """
+    (x, x_scale), (weight, weight_scale) = parts(x), parts(weight)
+    if dtype is None:
+        dtype = residual.dtype if residual is not None else x.dtype if x_scale is None else torch.bfloat16
+    args = (x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype)
+    _check(*args)
+    return call("gemm", backend, *args)
+
+
+def parts(rows: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+    return (rows, None) if isinstance(rows, Tensor) else (rows.values, rows.scale)
+
+
+def outputs(weight: Tensor) -> int:
+    """N of a weight, of rows (N, K) or packed (N / 16, K / n, 16, n)."""
+    return weight.shape[0] if weight.ndim == 2 else 16 * weight.shape[0]
+
+
+def inputs(weight: Tensor) -> int:
+    return weight.shape[1] if weight.ndim == 2 else weight.shape[1] * weight.shape[3]
+
+
+def _check(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> None:
+    if x.ndim != 3 or 0 in x.shape or weight.ndim not in (2, 4) or x.shape[2] != inputs(weight):
+        raise ValueError(
+            f"gemm takes x (B, M, K) and weight (N, K), none of them 0; got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if x.dtype != weight.dtype or (x_scale is None) != (weight_scale is None):
+        raise TypeError(f"gemm takes x and weight in one dtype, both quantised or neither; got {x.dtype}, {weight.dtype}")
+    if x_scale is None and not x.is_floating_point():
+        raise TypeError(f"gemm takes floating or quantised operands; got {x.dtype} without scales")
+    if (gate is None) != (residual is None):
+        raise ValueError("gemm takes gate and residual together")
+    B, M, N = *x.shape[:2], outputs(weight)
+    rest = {"x's scale": x_scale, "weight's scale": weight_scale, "bias": bias, "gate": gate, "residual": residual}
+    shapes = ((B, M), (N,), (N,), (B, N), (B, M, N))
+    for (name, tensor), shape in zip(rest.items(), shapes, strict=True):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.device != x.device:
+            raise ValueError(
+                f"gemm takes {name} of shape {shape} on {x.device}; got {tuple(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"gemm takes {name} in a floating dtype; got {tensor.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"gemm takes tensors on one device; got {x.device} and {weight.device}")
+    if any(t is not None and t.stride(-1) != 1 for t in (x, residual, gate, bias)):
+        raise ValueError("gemm takes tensors with contiguous channels (last stride 1); call .contiguous()")
+
+
+def fake_quantize(x, dtype, backend):
+    padded = -(-x.shape[-1] // reference.STEP) * reference.STEP
+    return x.new_empty((*x.shape[:-1], padded), dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype, backend):
+    return x.new_empty((*x.shape[:2], outputs(weight)), dtype=dtype)
+
+
+register("quantize", "reference", reference.quantize)
+define("quantize", "Tensor x, ScalarType dtype", fake_quantize, returns="(Tensor, Tensor)")
+
+register("gemm", "reference", reference.gemm)
+define(
+    "gemm",
+    "Tensor x, Tensor? x_scale, Tensor weight, Tensor? weight_scale, Tensor? bias, bool silu, Tensor? gate,"
+    " Tensor? residual, ScalarType dtype",
+    _fake,
+)
