@@ -45,6 +45,7 @@ ci: lint test
 	if command -v $${NVCC:-nvcc} >/dev/null; then $(BIN)/python -m sana_bench.resources; fi
 	$(BIN)/sana bench kernels --quick
 	$(BIN)/sana bench image --quick
+	$(BIN)/sana bench quality --quick
 	$(BIN)/python -m sana_bench.report README.md --check
 
 lint: $(VENV)/dev

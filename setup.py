@@ -11,6 +11,7 @@ Environment:
     SANA_CUDA        auto (default: a failing nvcc costs _cuda, not the installation) | 0 (no) | 1 (yes, or stop)
     SANA_CUDA_ARCHS  auto (default: this machine's GPU, else 90a;compute_80) | all | a list like "80;90a;compute_80"
                      (80 is a cubin for sm_80; compute_80 is PTX that newer GPUs compile when the module loads)
+    SANA_BUILD       asan | tiles: a build for tests, in a folder of its own
     MAX_JOBS         compile jobs at once (default: one per core, and per 2 GB of memory)
     CXX, NVCC        the compilers
 """
@@ -30,16 +31,20 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-OUT = Path("build") / sysconfig.get_config_var("SOABI")
+
+# Builds for tests, besides the plain one: with AddressSanitizer, and with AMX tiles emulated (csrc/emulator/tiles.h).
+VARIANTS = {"": "", "asan": "-fsanitize=address -fno-omit-frame-pointer -g", "tiles": "-DSANA_EMULATE_TILES"}
+VARIANT = os.environ.get("SANA_BUILD", "")
+OUT = Path("build") / f"{sysconfig.get_config_var('SOABI')}{VARIANT and '-'}{VARIANT}"
 
 CXX = os.environ.get("CXX", "c++")
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc"
+CXX_FLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc {VARIANTS[VARIANT]}".strip()
 NVCC_FLAGS = f"-std=c++17 -O3 -Icsrc -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden -ccbin {CXX.split()[-1]}"
 
 # A file's suffix names its instruction set. Never -march=native: the module must run on any machine of the same family.
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mprefer-vector-width=512"
-AMX = f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16"
+AMX = f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16" if VARIANT != "tiles" else AVX512
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "amx": AMX}
 
 ALL_ARCHS = ["80", "86", "89", "90a", "100f", "120f", "compute_80"]
@@ -137,7 +142,7 @@ class NinjaBuild(build_ext):
         compiler = (output_of(*CXX.split(), "--version") or CXX).splitlines()[0]
         info = {"cxx": compiler, "cxx_flags": CXX_FLAGS, "isa": isa, "cuda_off": self.cuda_off}
         files = [path for path in sources(".cpp") if path.name != "bind_cuda.cpp" and isa_of(path) in ("", *self.tiers)]
-        self.ninja(extension, files, info, link=f"{CXX} -shared -pthread")
+        self.ninja(extension, files, info, link=f"{CXX} -shared -pthread {VARIANTS[VARIANT]}".strip())
 
     def build_cuda(self, extension: Extension) -> str | None:
         """Builds _cuda; or says why not."""
@@ -238,7 +243,7 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     include_package_data=False,
-    package_data={"": ["**/*.json", "**/*.txt", "**/*.safetensors"]},
+    package_data={"": ["**/*.json", "**/*.txt", "**/*.safetensors", "checkpoints/**"]},
     exclude_package_data={"sana_bench": ["results/**", "notes/**"]},
     ext_modules=[Extension("sana_kernels._cpu", []), Extension("sana_kernels._cuda", [], optional=True)],
     cmdclass={"build": CleanBuild, "build_ext": NinjaBuild},

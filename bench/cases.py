@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sana_kernels.quant.formats import quantize_int4
 from sana_model.config import BUILT_IN
 
 OUTLIER, OUTLIER_SHARE = 30.0, 0.001
@@ -112,6 +113,36 @@ def _gemm(name: str, B: int, M: int, K: int, N: int, silu: bool = False, gated: 
     return Case("gemm", name, {"B": B, "M": M, "K": K, "N": N}, B * M * K * N, make)
 
 
+def _quantize_int4(name: str, B: int, N: int, C: int) -> Case:
+    def make(inputs: Inputs) -> tuple:
+        return inputs(B, N, C), 1 + inputs(C).abs()
+
+    return Case("quantize_int4", name, {"B": B, "N": N, "C": C}, B * N * C, make)
+
+
+def _gemm_w4a16(name: str, M: int, K: int, N: int) -> Case:
+    """A linear layer of the text encoder, in groups of 128."""
+
+    def make(inputs: Inputs) -> tuple:
+        weight = quantize_int4(inputs(N, K, scale=K**-0.5), group=128)
+        return inputs(1, M, K), *weight, None, False, None, None, inputs.dtype
+
+    return Case("gemm_w4a16", name, {"B": 1, "M": M, "K": K, "N": N}, M * K * N, make)
+
+
+def _gemm_w4a4(name: str, B: int, M: int, K: int, N: int, rank: int = 32) -> Case:
+    """SVDQuant with its low-rank branch, gate and residual."""
+
+    def make(inputs: Inputs) -> tuple:
+        x, weight = quantize_int4(inputs(B, M, K)), quantize_int4(inputs(N, K, scale=K**-0.5))
+        low, up = inputs(B, M, rank), inputs(N, rank, scale=rank**-0.5)
+        if inputs.dtype not in (torch.float16, torch.bfloat16):
+            low, up = low.bfloat16(), up.bfloat16()
+        return *x, *weight, low, up, None, False, inputs(B, 6, N)[:, 5], inputs(B, M, N), inputs.dtype
+
+    return Case("gemm_w4a4", name, {"B": B, "M": M, "K": K, "N": N}, B * M * (K + rank) * N, make)
+
+
 def _quantize(name: str, B: int, N: int, C: int) -> Case:
     def make(inputs: Inputs) -> tuple:
         return inputs(B, N, C), torch.int8
@@ -147,6 +178,24 @@ def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case
     return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make)
 
 
+def _rms_norm(name: str, side: int, C: int) -> Case:
+    """The end of a decoder block: norm, then the residual."""
+
+    def make(inputs: Inputs) -> tuple:
+        return inputs(1, side, side, C), inputs(C), inputs(C), inputs(1, side, side, C), "none", 1e-5
+
+    return Case("rms_norm", name, {"H": side, "W": side, "C": C}, 2 * side * side * C, make)
+
+
+def _upsample(name: str, side: int, channels: int, C: int) -> Case:
+    """To twice `side`, from `channels` to C; the folded 3 × 3 convolution has 16 taps per pixel and channel."""
+
+    def make(inputs: Inputs) -> tuple:
+        return inputs(1, side, side, channels), inputs(4 * C, channels, 2, 2, scale=0.5 * channels**-0.5), inputs(C)
+
+    return Case("upsample", name, {"H": side, "W": side, "C": C}, (side + 1) ** 2 * 16 * C * channels, make)
+
+
 def _published() -> list[Case]:
     """Every op of the DiTs at their native size, some in a wide bin or at 4096 px, and the decoder's at 1024 px."""
     cases = []
@@ -164,6 +213,9 @@ def _published() -> list[Case]:
             _gemm(f"{label}_out", B, N, C, C, gated=True),
             _gemm(f"{label}_expand", B, N, C, 2 * F, silu=True),
             _gemm(f"{label}_project", B, N, F, C, gated=True),
+            _quantize_int4(label, B, N, C),
+            _gemm_w4a4(f"{label}_out", B, N, C, C),
+            _gemm_w4a4(f"{label}_project", B, N, F, C),
             _depthwise_glu(label, B, *grid, F),
             _depthwise_glu_quantized(label, B, *grid, F),
             _mix_ffn(label, B, *grid, C, F),
@@ -175,7 +227,14 @@ def _published() -> list[Case]:
         _dit_attention("0.6b_4096", 2, 128 * 128, small.hidden),
         _mix_ffn("0.6b_768x1344", 2, 24, 42, small.hidden, small.ffn),
     ]
+    for name, M in (("sana-tiny", 16), ("sana-0.6b", 64)):
+        text = BUILT_IN[name].text
+        cases.append(_gemm_w4a16(f"{name.removeprefix('sana-')}_text_up", M, text.hidden, text.ffn))
+    tiny = BUILT_IN["sana-tiny"].autoencoder.widths
+    cases += [_rms_norm("tiny_decoder_stage0", 256, tiny[0]), _upsample("tiny_decoder_stage5", 8, tiny[5], tiny[4])]
     widths = BUILT_IN["sana-0.6b"].autoencoder.widths
+    cases += [_rms_norm(f"decoder_stage{i}_1024", 1024 >> i, widths[i]) for i in (2, 5)]
+    cases += [_upsample(f"decoder_stage{i}_1024", 512 >> i, widths[i + 1], widths[i]) for i in (2, 4)]
     cases += [_decoder_attention(f"decoder_stage{i}_1024", (1024 >> i) ** 2, widths[i]) for i in (3, 4, 5)]
     return cases
 

@@ -1,4 +1,4 @@
-"""`sana bench image|kernels|compare`. Imports nothing heavy before a command runs."""
+"""`sana bench image|kernels|quality|compare`. Imports nothing heavy before a command runs."""
 
 import argparse
 import sys
@@ -11,16 +11,12 @@ QUICK_RUNS = "diffusers:bf16,reference:bf16,auto:bf16"
 
 def add_parser(subparsers) -> None:
     """Add `bench` to the subparsers of `sana`; each command sets run=callable(args) -> exit status."""
-    bench = subparsers.add_parser("bench", help="measure pictures and kernels, with parity, or compare two results")
-    commands = bench.add_subparsers(metavar="image|kernels|compare", required=True)
+    bench = subparsers.add_parser("bench", help="measure speed and quality, with parity, or compare two results")
+    commands = bench.add_subparsers(metavar="image|kernels|quality|compare", required=True)
 
     image = commands.add_parser("image", help="whole pictures, stage by stage, by several runs that take turns")
     image.set_defaults(run=_image)
-    image.add_argument("--model", default="sana-tiny", help="as for `sana generate` (default: sana-tiny)")
-    image.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
-    image.add_argument("--size", metavar="WIDTHxHEIGHT", help="or one number for a square (default: the model's)")
-    image.add_argument("--steps", type=int, metavar="N", help="default: the model's")
-    image.add_argument("--guidance", type=float, metavar="G", help="default: the model's")
+    _add_picture(image)
     image.add_argument("--batch", type=int, default=1, metavar="B", help="prompts per picture batch")
     image.add_argument("--text-tokens", type=int, default=60, metavar="L", help="length of every prompt (default: 60)")
     image.add_argument(
@@ -28,9 +24,8 @@ def add_parser(subparsers) -> None:
         help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision "
         f"that ends in + holds for text encoder and decoder, too (default: {QUICK_RUNS})",
     )  # fmt: skip
-    _add_common(
-        image, "repetitions of each run (default: 3)", "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny"
-    )
+    _add_repeat(image, "repetitions of each run (default: 3)")
+    _add_common(image, "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny")
 
     kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
     kernels.set_defaults(run=_kernels)
@@ -40,7 +35,24 @@ def add_parser(subparsers) -> None:
     kernels.add_argument(
         "--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16 (default: bf16,fp32)"
     )
-    _add_common(kernels, "rounds (default: 3)", "the smallest case of each op, in bf16")
+    _add_repeat(kernels, "rounds (default: 3)")
+    _add_common(kernels, "the smallest case of each op, in bf16")
+
+    quality = commands.add_parser(
+        "quality", help="what a precision costs in pictures, and whether they show what was asked",
+        description="With --json q.json, the table goes to q.md, and a contact sheet of all runs to q.png.",
+    )  # fmt: skip
+    quality.set_defaults(run=_quality, repeat=None)
+    _add_picture(quality)
+    quality.add_argument("--images", type=int, metavar="N", help="pictures of each run (default: 512)")
+    quality.add_argument("--batch", type=int, default=8, metavar="B", help="pictures at a time (default: 8)")
+    quality.add_argument(
+        "--runs", default="auto:bf16", metavar="BACKEND:PRECISION,...",
+        help="as for `sana bench image`; fp32 and reference:bf16, the noise floor, are always there (default: auto:bf16)",
+    )  # fmt: skip
+    quality.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line (default: a fixed list)")
+    quality.add_argument("--reference", type=Path, metavar="FOLDER", help="pictures for FID (from 5000 on) and KID")
+    _add_common(quality, "8 pictures of 2 steps: seconds with sana-tiny")
 
     compare = commands.add_parser("compare", help="what became faster or slower between two result files")
     compare.set_defaults(run=_compare)
@@ -48,8 +60,19 @@ def add_parser(subparsers) -> None:
     compare.add_argument("new", type=Path, metavar="B.json")
 
 
-def _add_common(parser: argparse.ArgumentParser, repeat: str, quick: str) -> None:
-    parser.add_argument("--repeat", type=int, metavar="N", help=repeat)
+def _add_picture(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="sana-tiny", help="as for `sana generate` (default: sana-tiny)")
+    parser.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="or one number for a square (default: the model's)")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: the model's")
+    parser.add_argument("--guidance", type=float, metavar="G", help="default: the model's")
+
+
+def _add_repeat(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--repeat", type=int, metavar="N", help=help)
+
+
+def _add_common(parser: argparse.ArgumentParser, quick: str) -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--device", help="cpu | cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -60,7 +83,7 @@ def _add_common(parser: argparse.ArgumentParser, repeat: str, quick: str) -> Non
 
 
 def _setup(args: argparse.Namespace):
-    """(device, empty results): what both benchmarks begin with."""
+    """(device, empty results): what every benchmark begins with."""
     import torch
 
     from sana_bench.harness import Results
@@ -86,18 +109,12 @@ def _image(args: argparse.Namespace) -> int:
     from sana_bench import report
     from sana_bench.harness import peaks
     from sana_bench.image import ImageBench, Workload
-    from sana_bench.runs import PARTS, RunName
+    from sana_bench.runs import PARTS
     from sana_model import memory
-    from sana_model.plan import choose_backend
     from sana_model.settings import PRECISIONS
     from sana_model.weights import find, load_model
 
-    auto = choose_backend("auto", device)
-    texts = [text.strip() for text in args.runs.split(",") if text.strip()]
-    names = [RunName.parse(auto + text[4:] if text.split(":")[0] == "auto" else text) for text in texts]
-    names = list(dict.fromkeys(names))
-    if not names:
-        raise UserError("--runs names no run")
+    names = _run_names(args.runs, device)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, not {args.batch}")
     source = find(args.model, args.base)
@@ -146,7 +163,75 @@ def _finish(bench, repeat: int, results, table) -> int:
         results.save(bench.peaks, complete)
         if results.document["results"]:
             print(table(results.document))
+    return _status(results)
+
+
+def _status(results) -> int:
     return 1 if any(row["status"] == "FAIL" for row in results.document["results"]) else 0
+
+
+def _quality(args: argparse.Namespace) -> int:
+    device, results = _setup(args)
+    from sana_bench import reference, report
+    from sana_bench.quality import Judges, QualityBench, Workload, read_prompts, trained_on
+    from sana_model import files, memory
+    from sana_model.settings import PRECISIONS
+    from sana_model.weights import find, load_model
+
+    names = _run_names(args.runs, device)
+    table, sheet = (args.json.with_suffix(suffix) if args.json else None for suffix in (".md", ".png"))
+    for path in filter(None, (table, sheet)):
+        files.check_writable(path)
+    source = find(args.model, args.base)
+    config = source.config
+    width, height = _size(args.size) if args.size else (config.size, config.size)
+    steps = args.steps or (min(2, config.steps) if args.quick else config.steps)
+    images = (8 if args.quick else 512) if args.images is None else args.images
+    if args.reference and images < 2:
+        raise UserError("--reference compares sets: paint at least 2 --images")
+    if min(images, args.batch) < 1:
+        raise UserError(f"--images and --batch must be at least 1, not {images} and {args.batch}")
+    guidance = config.guidance if args.guidance is None else args.guidance
+    workload = Workload(height, width, steps, guidance, images, min(args.batch, images))
+    prompts = read_prompts(args.prompts)
+    judges = Judges.load(device, random=source.random, sets=args.reference is not None)
+    folder = reference.features(args.reference, judges.networks(), _say) if args.reference else {}
+
+    # As it was saved, so that "in fp32" means the checkpoint itself; random weights are as good in half the memory.
+    stored = PRECISIONS["bf16"] if source.random else None
+    memory.check_load(config, dict.fromkeys(("dit", "text_encoder", "autoencoder"), PRECISIONS["bf16"]), device)
+    _say(f"loading {args.model}")
+    loaded = load_model(source, precision=stored, text_precision=stored, decoder_precision=stored)
+    bench = QualityBench(
+        loaded, names, workload, prompts, device, results, judges=judges, folder=folder,
+        trained_on=trained_on(source.folder), seed=args.seed, say=_say,
+    )  # fmt: skip
+    complete = False
+    try:
+        bench.run()
+        complete = True
+    finally:
+        results.save(complete=complete)
+        if bench.original.painted:
+            text = report.quality_table(results.document)
+            print(text)
+            if args.json:
+                files.write_text(table, text + "\n")
+                bench.write_sheet(sheet)
+    return _status(results)
+
+
+def _run_names(text: str, device) -> list:
+    """The runs that --runs names, each once, with the backend that `auto` stands for."""
+    from sana_bench.runs import RunName
+    from sana_model.plan import choose_backend
+
+    auto = choose_backend("auto", device)
+    texts = [name.strip() for name in text.split(",") if name.strip()]
+    names = [RunName.parse(auto + name[4:] if name.split(":")[0] == "auto" else name) for name in texts]
+    if not names:
+        raise UserError("--runs names no run")
+    return list(dict.fromkeys(names))
 
 
 def _compare(args: argparse.Namespace) -> int:

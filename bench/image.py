@@ -19,7 +19,7 @@ from sana_model import scheduler
 from sana_model.errors import MissingError, UserError
 from sana_model.loaded import LoadedModel
 from sana_model.pipeline import Pipeline
-from sana_model.plan import resolve
+from sana_model.plan import dtype_name, resolve
 from sana_model.prompt import CaptionStates
 from sana_model.settings import Settings
 
@@ -75,7 +75,7 @@ class ImageBench:
         self.measured = {str(name): Measured(make(name, self.weights)) for name in names}
         self.prompts = Prompts(loaded.tokenizer, loaded.config, workload.text_tokens, seed)
         stored = self.weights.stored
-        plan = resolve(loaded.config, "reference", device, stored["dit"], stored["autoencoder"])
+        plan = resolve(loaded.config, "reference", device, {part: dtype_name(dtype) for part, dtype in stored.items()})
         self.oracle = Pipeline(self.weights.model(stored), plan, device, stored, low_memory=False)
         self.settings(-1)  # a wrong size or guidance is refused before anything is timed
 

@@ -21,7 +21,7 @@ from sana_bench.cases import Case, cases
 from sana_bench.harness import Peaks, Results, interleave, statistics_ms
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
 from sana_model.errors import MissingError, UserError
-from sana_model.settings import PRECISIONS
+from sana_model.settings import DTYPES
 
 COMPILED = "torch-compile"
 BASELINES = ("reference", COMPILED)
@@ -50,7 +50,7 @@ def select(
         raise UserError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
     wanted = backends.split(",") if backends else [*BACKENDS, *([] if quick else [COMPILED])]
     precisions = dtypes.split(",")
-    for what, given, known in (("backend", wanted, (*BACKENDS, COMPILED)), ("dtype", precisions, PRECISIONS)):
+    for what, given, known in (("backend", wanted, (*BACKENDS, COMPILED)), ("dtype", precisions, DTYPES)):
         if unknown := [value for value in given if value not in known]:
             raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
     found = [case for case in cases(op) if name in case.name]
@@ -64,7 +64,7 @@ def select(
         precisions = precisions[:1]
     chosen, reasons = [], {}
     for case, precision in itertools.product(found, precisions):
-        meta = case.arguments(PRECISIONS[precision], "meta")
+        meta = case.arguments(DTYPES[precision], "meta")
         why = {b: None if b == COMPILED else why_not(case.op, b, *meta, device=device) for b in wanted}
         reasons |= {b: reason for b, reason in why.items() if reason}
         chosen.append(Chosen(case, precision, tuple(b for b, reason in why.items() if reason is None)))
@@ -109,7 +109,7 @@ class KernelBench:
 
     def measure(self, one: Chosen, repeat: int) -> list[dict]:
         """The rows of one case."""
-        inputs = cold_inputs(one.case, PRECISIONS[one.precision], self.device, self.seed)
+        inputs = cold_inputs(one.case, DTYPES[one.precision], self.device, self.seed)
         oracle = runner(one.case.op, "reference")(*(wide(a) for a in inputs[0]))
         plain = runner(one.case.op, "reference")(*inputs[0])
         measured = {}

@@ -4,6 +4,7 @@ In the Markdown file, a table stands between two markers and is written anew eac
 
     <!-- table:image -->                         pictures, of the newest file in bench/results that has some
     <!-- table:kernels bench/results/x.json -->  ops, of that file
+    <!-- table:quality -->                       what precisions cost in pictures, likewise
     <!-- table:ops -->                           op × backend, from the registry
     <!-- /table -->                              the end of either
 
@@ -102,6 +103,52 @@ def _kernel_cells(by_backend: dict[str, dict], backends: list[str]) -> list[str]
     ]  # fmt: skip
 
 
+QUALITY_COLUMNS = {
+    "step_sqnr_db": ("velocity SQNR dB", 1), "psnr_db": ("PSNR dB", 1), "ssim": ("SSIM", 3),
+    "feature_distance": ("feature distance", 4), "lpips": ("LPIPS", 3), "clip_score": ("CLIP score", 1),
+    "concept_accuracy": ("concept %", 1), "heldout_accuracy": ("held-out pair %", 1), "style_accuracy": ("style %", 1),
+    "background_accuracy": ("background %", 1), "fid_inception": ("FID (Inception)", 1),
+    "kid_inception": ("KID (Inception)", 4), "fid_efficientnet_lite1": ("FID on EfficientNet-Lite1", 1),
+    "kid_efficientnet_lite1": ("KID on EfficientNet-Lite1", 4),
+}  # fmt: skip
+"""Figure → its heading and how many digits are printed."""
+
+
+def quality_table(document: dict) -> str:
+    """A row per run; ranges are 95 % intervals. Figures that no run has are left out."""
+    out = []
+    for group in _groups(document, "quality"):
+        w = group[0]["workload"]
+        keys = [key for key in QUALITY_COLUMNS if any(key in row.get("metrics", ()) for row in group)]
+        title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, {w['images']} pictures"
+        header = [title, *(QUALITY_COLUMNS[key][0] for key in keys)]
+        out += [_markdown(header, [_quality_row(row, keys) for row in group]), ""]
+        ceilings = next((row["metrics"]["ceilings"] for row in group if "ceilings" in row.get("metrics", ())), None)
+        if ceilings:
+            best = ", ".join(f"{factor} {100 * value:.1f} %" for factor, value in ceilings.items())
+            out += [f"The scorer's own accuracy on real pictures, the ceiling: {best}.", ""]
+        out += [_conditions(document, group[0].get("weights", "")), ""]
+    return "\n".join(out).strip()
+
+
+def _quality_row(row: dict, keys: list[str]) -> list[str]:
+    name = _run_name(row) + (" (noise floor)" if row.get("noise_floor") else "")
+    if row["status"] not in schema.MEASURED:
+        return [name, row["status"], *[""] * (len(keys) - 1)]
+    if row["status"] == "FAIL":
+        name += f" **FAIL** ({_why(row['check'])})"
+    return [name, *(_figure(row, key) for key in keys)]
+
+
+def _figure(row: dict, key: str) -> str:
+    if key not in row["metrics"]:
+        return ""
+    scale, digits = 100 if key.endswith("_accuracy") else 1, QUALITY_COLUMNS[key][1]
+    value, interval = row["metrics"][key], row["intervals"].get(key)
+    text = f"{scale * value:.{digits}f}"
+    return text if interval is None else f"{text} [{'–'.join(f'{scale * end:.{digits}f}' for end in interval)}]"
+
+
 def ops_table() -> str:
     """Which backend has a kernel for which op; what a machine can run of it, `sana doctor` tells."""
     matrix = diagnostics.describe()["matrix"]
@@ -118,15 +165,15 @@ def rewrite(text: str, find: Callable[[str, str], dict]) -> str:
         if name == "ops":
             return f"{start}{ops_table()}\n{end}"
         if name not in _TABLES:
-            raise UserError(f"there is no table {name!r}; choose image, kernels or ops")
+            raise UserError(f"there is no table {name!r}; choose {', '.join(_TABLES)} or ops")
         document = find(name, file)
         return f"{start}{_TABLES[name](document)}\n{end}" if document else match.group()
 
     return MARKED.sub(table, text)
 
 
-_TABLES = {"image": image_table, "kernels": kernel_table}
-_ROWS = {"image": "image", "kernels": "kernel"}
+_TABLES = {"image": image_table, "kernels": kernel_table, "quality": quality_table}
+_ROWS = {"image": "image", "kernels": "kernel", "quality": "quality"}
 
 
 def newest(results: Path, table: str) -> dict | None:

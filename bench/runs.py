@@ -29,7 +29,7 @@ from sana_model.ops import REFERENCE_OPS
 from sana_model.pipeline import Pipeline
 from sana_model.plan import PIPELINES, resolve
 from sana_model.prompt import DEFAULT_INSTRUCTION
-from sana_model.settings import PRECISIONS, Settings
+from sana_model.settings import PRECISIONS, QUANTIZED, Settings, dtypes_of
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
@@ -71,8 +71,14 @@ class RunName:
         return self.precision if self.everywhere or self.precision == "fp32" else "bf16"
 
     @property
+    def precisions(self) -> dict[str, str]:
+        """By part. The decoder has no W8A8 form."""
+        decoder = "bf16" if self.others in QUANTIZED else self.others
+        return {"dit": self.precision, "text_encoder": self.others, "autoencoder": decoder}
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {part: PRECISIONS[self.precision if part == "dit" else self.others] for part in PARTS}
+        return dtypes_of(self.precisions)
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,12 @@ class PipelineRun:
         """Everything before the first picture. Raises MemoryError or MissingError where it can't be."""
         loaded = self.weights.reserve(self.name, settings, self.again)
         plan = resolve(
-            loaded.config, self.name.backend.removesuffix("-compile"), self.weights.device, self.name.dtypes["dit"],
-            self.name.dtypes["autoencoder"],
-        )  # fmt: skip
+            loaded.config, self.name.backend.removesuffix("-compile"), self.weights.device, self.name.precisions
+        )
+        for block in loaded.dit.blocks:  # its own modules, of shared weights
+            plan.prepare("dit", block)
+        for layer in loaded.text_encoder.layers:
+            plan.prepare("text_encoder", layer)
         self.pipeline = Pipeline(loaded, plan, self.weights.device, self.name.dtypes, low_memory=False)
 
     def text_encode(self, settings: Settings):

@@ -20,6 +20,10 @@ and, where it was measured (ok, FAIL),
                 the two in the middle), so that they sum to the median
     speedup     {baseline row: ratio of the medians}; only where check.passed
     plan        which kernel computes which op, in which precision
+    metrics     of quality rows, instead of timing and work (docs/quality.md): step_sqnr_db, psnr_db, ssim,
+                feature_distance (against fp32; the fp32 row has none of these), concept_accuracy, heldout_accuracy,
+                style_accuracy, background_accuracy (fractions), ceiling (that of concept_accuracy), ceilings, trained_on
+                (gpu | cpu), fid_… and kid_… (of a network's features); intervals: 95 %, by figure
 """
 
 import json
@@ -79,6 +83,8 @@ def _row(row: dict) -> list[str]:
         problems += [f"workload.{key} is missing" for key in WORKLOAD if not _number(workload.get(key))]
     if row.get("status") in MEASURED and row.get("kind") != "quality":
         problems += _measurement(row)
+    elif row.get("status") in MEASURED:
+        problems += _quality(row)
     elif "speedup" in row:
         problems.append("a row without a measurement has a speedup")
     return problems
@@ -106,9 +112,30 @@ def _measurement(row: dict) -> list[str]:
     return problems
 
 
+def _quality(row: dict) -> list[str]:
+    metrics = row.get("metrics")
+    if not isinstance(metrics, dict):
+        return ["metrics is missing"]
+    numbers = {key: value for key, value in metrics.items() if key not in ("ceilings", "trained_on")}
+    problems = [f"metrics.{key} is not a number" for key, value in numbers.items() if not _finite(value)]
+    fractions = [key for key in numbers if key.endswith("_accuracy") or key == "ceiling"]
+    problems += [
+        f"metrics.{key} is not within 0 and 1"
+        for key in fractions
+        if _finite(numbers[key]) and not 0 <= numbers[key] <= 1
+    ]
+    if metrics.get("trained_on", "cpu") not in ("gpu", "cpu"):
+        problems.append(f"metrics.trained_on is {metrics['trained_on']!r}, not gpu or cpu")
+    return problems
+
+
 def stages_sum_up(stages: dict[str, float], total: float) -> bool:
     return abs(sum(stages[key] for key in STAGES) - total) <= STAGE_SUM_TOLERANCE * total
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return _finite(value) and value >= 0
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,10 +7,15 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "common/build_info.h"
 #include "common/cuda_status.h"
+#include "conv2d/conv2d_cuda.h"
+#include "gemm/gemm_cuda.h"
 #include "linear_attention/bind_linear_attention.h"
+#include "mix_ffn/depthwise_glu_cuda.h"
+#include "modulate/modulate_cuda.h"
 
 namespace py = pybind11;
 using namespace sana;
@@ -20,6 +25,140 @@ namespace {
 void raise_unless_ok(Status status) {
   if (status == Status::cuda_error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_text());
   if (status != Status::ok) throw std::invalid_argument(status_text(status));
+}
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+using Row = std::tuple<Address, int64_t, int>;                // (B, C): address, stride of B, dtype
+using Tokens = std::tuple<Address, int64_t, int64_t>;         // (B, N, C): address, strides of B and N
+using EightBit = std::tuple<Address, Address, int64_t, bool>;  // values, scale, values in a row, fp8
+
+ImageRows image_rows(const Row& row) { return {pointer(std::get<0>(row)), std::get<1>(row), DType(std::get<2>(row))}; }
+
+TokenRows token_rows(const Tokens& x) { return {pointer(std::get<0>(x)), {std::get<1>(x), std::get<2>(x)}}; }
+
+QuantizedRows quantized_rows(const EightBit& rows) {
+  const auto [values, scale, width, fp8] = rows;
+  return {pointer(values), static_cast<float*>(pointer(scale)), width, fp8};
+}
+
+// Calls a kernel's entry point without the GIL.
+template <class... Args>
+void launch(Status (*entry)(Args...), const std::common_type_t<Args>&... args) {
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = entry(args...);
+  }
+  raise_unless_ok(status);
+}
+
+void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address out, const std::optional<EightBit>& quantized,
+                 const std::array<int64_t, 3>& shape, int dtype, float eps, Address stream) {
+  const Modulate p = {token_rows(x), image_rows(shift), image_rows(scale), pointer(out), shape[0], shape[1],
+                      shape[2],      DType(dtype),      eps};
+  launch(modulate_cuda, p, quantized ? quantized_rows(*quantized) : QuantizedRows{}, pointer(stream));
+}
+
+void py_gate_residual(const Tokens& x, const Tokens& y, const Row& gate, Address out,
+                      const std::array<int64_t, 3>& shape, int dtype, Address stream) {
+  const GateResidual p = {token_rows(x), token_rows(y), image_rows(gate), pointer(out),
+                          shape[0],      shape[1],      shape[2],         DType(dtype)};
+  launch(gate_residual_cuda, p, pointer(stream));
+}
+
+void py_quantize(Address x, const std::array<int64_t, 3>& shape, int dtype, const EightBit& out, Address stream) {
+  const Quantize p = {pointer(x), shape[0], shape[1], shape[2], DType(dtype)};
+  launch(quantize_cuda, p, quantized_rows(out), pointer(stream));
+}
+
+void py_depthwise_glu(const std::array<Address, 4>& pointers, const std::array<int64_t, 4>& shape,
+                      const std::array<int, 3>& dtypes, Address stream) {
+  const DepthwiseGluArgs p = {pointer(pointers[0]), pointer(pointers[1]), pointer(pointers[2]), pointer(pointers[3]),
+                              shape[0],             shape[1],             shape[2],             shape[3],
+                              DType(dtypes[0]),     DType(dtypes[1]),     DType(dtypes[2])};
+  launch(depthwise_glu_cuda, p, pointer(stream));
+}
+
+using Typed = std::optional<std::pair<Address, int>>;  // address and dtype, or None
+
+Values values(const Typed& given) { return given ? Values{pointer(given->first), DType(given->second)} : Values{}; }
+
+// What follows a product: scales of x and weight (0: none), bias, gate and its stride, residual and its strides, out,
+// SiLU, `vectors`.
+using EpilogueArgs = std::tuple<Address, Address, Typed, Typed, int64_t, Typed, std::array<int64_t, 2>,
+                                std::pair<Address, int>, bool, bool>;
+
+// shape: M, N, rows of one image.
+Epilogue epilogue(const EpilogueArgs& args, const std::array<int64_t, 3>& shape) {
+  const auto& [x_scale, weight_scale, bias, gate, gate_stride, residual, residual_stride, out, silu, vectors] = args;
+  Epilogue e = {};
+  e.x_scale = static_cast<float*>(pointer(x_scale));
+  e.weight_scale = static_cast<float*>(pointer(weight_scale));
+  e.bias = values(bias);
+  e.gate = values(gate);
+  e.gate_stride = gate_stride;
+  e.residual = values(residual);
+  e.residual_stride[0] = residual_stride[0], e.residual_stride[1] = residual_stride[1];
+  e.out = pointer(out.first);
+  e.dtype = DType(out.second);
+  e.silu = silu;
+  e.vectors = vectors;
+  e.M = shape[0], e.N = shape[1], e.image = shape[2];
+  return e;
+}
+
+void py_gemm_w8a8(Address x, Address weight, int64_t K, const std::array<int64_t, 3>& shape, const EpilogueArgs& args,
+                  int tile, Address stream) {
+  const GemmW8A8 p = {pointer(x), pointer(weight), K, tile, epilogue(args, shape)};
+  launch(gemm_w8a8_cuda, p, pointer(stream));
+}
+
+using Int4Args = std::tuple<Address, Address, int64_t>;                            // values, scale, groups of a row
+using Branch = std::optional<std::tuple<Address, Address, int64_t, int>>;  // low, up, rank, dtype; or None
+
+Int4Rows int4_rows(const Int4Args& rows) {
+  const auto [values, scale, groups] = rows;
+  return {pointer(values), static_cast<float*>(pointer(scale)), groups};
+}
+
+void py_quantize_int4(Address x, const Typed& smooth, const std::array<int64_t, 3>& shape, int dtype, Address out,
+                      Address scale, Address stream) {
+  const QuantizeInt4 p = {pointer(x),    values(smooth), shape[0],
+                          shape[1],      shape[2],       DType(dtype),
+                          pointer(out),  static_cast<float*>(pointer(scale))};
+  launch(quantize_int4_cuda, p, pointer(stream));
+}
+
+void py_gemm_w4a4(const Int4Args& x, const Int4Args& weight, const Branch& branch, const std::array<int64_t, 3>& shape,
+                  const EpilogueArgs& args, bool large, Address stream) {
+  const auto [low, up, rank, dtype] = branch.value_or(std::tuple(Address{0}, Address{0}, int64_t{0}, int(DType::bf16)));
+  const GemmW4A4 p = {int4_rows(x), int4_rows(weight), pointer(low), pointer(up), rank,
+                      DType(dtype), large,             epilogue(args, shape)};
+  launch(gemm_w4a4_cuda, p, pointer(stream));
+}
+
+void py_gemm_w4a16(Address x, int dtype, int64_t K, int64_t group, const Int4Args& weight,
+                   const std::array<int64_t, 3>& shape, const EpilogueArgs& args, Address stream) {
+  const GemmW4A16 p = {pointer(x), DType(dtype), K, group, int4_rows(weight), epilogue(args, shape)};
+  launch(gemm_w4a16_cuda, p, pointer(stream));
+}
+
+void py_rms_norm(const std::array<Address, 5>& pointers, const std::array<int64_t, 2>& shape, int dtype,
+                 int activation, float eps, Address stream) {
+  const RmsNorm p = {pointer(pointers[0]), pointer(pointers[1]), pointer(pointers[2]),
+                     pointer(pointers[3]), pointer(pointers[4]), shape[0],
+                     shape[1],             DType(dtype),         Activation(activation),
+                     eps};
+  launch(rms_norm_cuda, p, pointer(stream));
+}
+
+void py_upsample_shuffle(const std::array<Address, 4>& pointers, const std::array<int64_t, 5>& shape, int dtype,
+                         Address stream) {
+  const UpsampleShuffle p = {pointer(pointers[0]), pointer(pointers[1]), pointer(pointers[2]), pointer(pointers[3]),
+                             shape[0],             shape[1],             shape[2],             shape[3],
+                             shape[4],             DType(dtype)};
+  launch(upsample_shuffle_cuda, p, pointer(stream));
 }
 
 }  // namespace
@@ -54,4 +193,26 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       py::arg("pointers"), py::arg("shape"), py::arg("strides"), py::arg("dtype"), py::arg("norms"),
       py::arg("norm_eps"), py::arg("eps"), py::arg("scratch"), py::arg("stream"),
       "pointers: q, k, v, out; shape: (B, N, H, D); strides: of B, N, H for q, k, v; norms: (address, dtype) or None.");
+
+  module.def("modulate", py_modulate, py::arg("x"), py::arg("shift"), py::arg("scale"), py::arg("out"),
+             py::arg("quantized"), py::arg("shape"), py::arg("dtype"), py::arg("eps"), py::arg("stream"));
+  module.def("gate_residual", py_gate_residual, py::arg("x"), py::arg("y"), py::arg("gate"), py::arg("out"),
+             py::arg("shape"), py::arg("dtype"), py::arg("stream"));
+  module.def("quantize", py_quantize, py::arg("x"), py::arg("shape"), py::arg("dtype"), py::arg("out"),
+             py::arg("stream"), "shape: rows, values in a row, stride of a row.");
+  module.def("gemm_w8a8", py_gemm_w8a8, py::arg("x"), py::arg("weight"), py::arg("K"), py::arg("shape"),
+             py::arg("epilogue"), py::arg("tile"), py::arg("stream"), "shape: M, N, rows of one image.");
+  module.def("quantize_int4", py_quantize_int4, py::arg("x"), py::arg("smooth"), py::arg("shape"), py::arg("dtype"),
+             py::arg("values"), py::arg("scale"), py::arg("stream"), "shape: rows, values in a row, stride of a row.");
+  module.def("gemm_w4a4", py_gemm_w4a4, py::arg("x"), py::arg("weight"), py::arg("branch"), py::arg("shape"),
+             py::arg("epilogue"), py::arg("large"), py::arg("stream"), "shape: M, N, rows of one image.");
+  module.def("gemm_w4a16", py_gemm_w4a16, py::arg("x"), py::arg("dtype"), py::arg("K"), py::arg("group"),
+             py::arg("weight"), py::arg("shape"), py::arg("epilogue"), py::arg("stream"),
+             "shape: M, N, rows of one image.");
+  module.def("rms_norm", py_rms_norm, py::arg("pointers"), py::arg("shape"), py::arg("dtype"), py::arg("activation"),
+             py::arg("eps"), py::arg("stream"), "pointers: x, weight, bias, residual, out; shape: (rows, C).");
+  module.def("upsample_shuffle", py_upsample_shuffle, py::arg("pointers"), py::arg("shape"), py::arg("dtype"),
+             py::arg("stream"), "pointers: phases, x, bias, out; shape: (B, H, W, C, repeats).");
+  module.def("depthwise_glu", py_depthwise_glu, py::arg("pointers"), py::arg("shape"), py::arg("dtypes"),
+             py::arg("stream"), "pointers: h, weight, bias, out; shape: (B, height, width, F); dtypes: h, weight, bias.");
 }

@@ -33,11 +33,15 @@ class Placement:
     scales: Tensor  # (B,)
     shifts: Tensor  # (B, 2), right and down, in units of the image
 
+    def __getitem__(self, part: slice) -> "Placement":
+        return Placement(self.colours[part], self.scales[part], self.shifts[part])
+
     @classmethod
-    def sample(cls, count: int, generator: torch.Generator) -> "Placement":
-        low, high = SCALES
+    def sample(cls, count: int, generator: torch.Generator, centred: bool = False) -> "Placement":
+        """Random colours and, unless `centred`, random sizes and places."""
+        low, high = (CENTRED, CENTRED) if centred else SCALES
         scales = low + (high - low) * torch.rand(count, generator=generator)
-        room = (1 - scales)[:, None] / 2
+        room = 0.0 if centred else (1 - scales)[:, None] / 2
         shifts = room * (2 * torch.rand(count, 2, generator=generator) - 1)
         return cls(torch.randint(len(COLOURS), (count,), generator=generator), scales, shifts)
 

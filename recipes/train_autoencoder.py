@@ -8,9 +8,15 @@ as a part of a diffusers folder.
 
 The last step makes latents easy to denoise. A channel that hardly varies would drown in the noise of a diffusion model,
 so every channel is brought to the same spread. That costs nothing: it is folded into the two convolutions at the latent.
+
+    python -m recipes.train_autoencoder --data DATA --refine RUN/vae --out RUN2
+
+goes on with the decoder alone, for half the price, and teaches it to bear latents that are a little wrong, as those of a
+diffusion model are. The encoder, and so every latent, stays as it is: this can run beside the training of the transformer.
 """
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +30,9 @@ from recipes.captions import COLOURS
 from recipes.images import Images, Placement
 from recipes.training import Training, arguments, chart, check, generator, psnr, sheet, to_pil
 from sana_model.autoencoder import Autoencoder
-from sana_model.checkpoint_config import write_autoencoder
+from sana_model.checkpoint import check as check_shapes
+from sana_model.checkpoint import fill, open_safetensors, same_names
+from sana_model.checkpoint_config import read_autoencoder, read_json, write_autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.files import atomic, write_text
 
@@ -33,6 +41,7 @@ PRESETS = {"embedded": EMBEDDED, "larger": replace(EMBEDDED, widths=(32, 64, 128
 SHOWN = 16  # held-out pictures on the sample sheet
 EVALUATED = 64  # held-out pictures in the PSNR
 MEASURED = 512  # pictures whose latents give the scaling factor
+BLUR = 0.2  # most noise, in standard deviations of the latent, that a refined decoder learns to bear
 
 
 class Reconstruction(nn.Module):
@@ -42,8 +51,9 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.autoencoder.decode(self.autoencoder.encode(images))
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        latents = self.autoencoder.encode(images)
+        return self.autoencoder.decode(latents if noise is None else latents + noise)
 
 
 def new_autoencoder(config: AutoencoderConfig, seed: int) -> Autoencoder:
@@ -76,15 +86,22 @@ def train(training: Training, images: Images, loss: Loss, args) -> None:
     for step in training.numbers(args.minutes):
         random = generator(args.seed, step)
         chosen = rows[torch.randint(len(rows), (args.batch,), generator=random)]
-        originals = images.compose(chosen, Placement.sample(args.batch, random))
-        training.update(loss(training(originals), originals))
-        if training.step % args.every == 0:
+        placement = Placement.sample(args.batch, random, args.centred)
+        originals = images.compose(chosen[training.share], placement[training.share])
+        inputs = [originals]
+        if args.refine:
+            strength = BLUR * torch.rand(args.batch, 1, 1, 1, generator=random)
+            side = args.size // training.network.autoencoder.config.spatial_compression
+            inputs.append(strength * torch.randn(args.batch, 32, side, side, generator=random))
+        training.update(loss(training(*inputs), originals))
+        if (training.step % args.every == 0 or training.step == args.steps) and training.rank == 0:
             training.record(psnr=look(training, held_out, args.out))
             chart(args.out / "loss.png", training.history)
             training.save()
-    training.save()
-    look(training, held_out, args.out)
-    export(training, images, args)
+    if training.rank == 0:
+        training.save()
+        look(training, held_out, args.out)
+        export(training, images, args)
 
 
 def held_out_images(images: Images) -> Tensor:
@@ -111,11 +128,13 @@ def look(training: Training, originals: Tensor, out: Path) -> float:
 def export(training: Training, images: Images, args) -> None:
     """Write the averaged network to vae/, with latents of equal spread and their scaling factor."""
     network = copy.deepcopy(training.network)
-    network.load_state_dict(training.average)
+    network.load_state_dict(training.average, strict=False)  # but for an encoder that stays as it is
     autoencoder = network.autoencoder
+    if args.refine:
+        return save_autoencoder(args.out / "vae", autoencoder, autoencoder.config)
     random = generator(args.seed, 0)
     rows = torch.tensor(images.train)[torch.randint(len(images.train), (MEASURED,), generator=random)]
-    batches = [images.compose(part, Placement.sample(len(part), random)) for part in rows.split(32)]
+    batches = [images.compose(part, Placement.sample(len(part), random, args.centred)) for part in rows.split(32)]
     equalise(autoencoder, torch.cat([autoencoder.encode(batch) for batch in batches]).std(dim=(0, 2, 3)))
     latents = torch.cat([autoencoder.encode(batch) for batch in batches])
     config = replace(autoencoder.config, scaling_factor=round(1 / latents.std().item(), 5))
@@ -148,14 +167,41 @@ def save_autoencoder(folder: Path, autoencoder: Autoencoder, config: Autoencoder
     write_text(folder / "config.json", json.dumps(write_autoencoder(config), indent=2) + "\n")
 
 
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """The vae/ of a diffusers folder, in fp32."""
+    file = folder / "config.json"
+    with torch.device("meta"):
+        autoencoder = Autoencoder(read_autoencoder(read_json(file), file))
+    checkpoint = open_safetensors([folder / "diffusion_pytorch_model.safetensors"])
+    rules = same_names(autoencoder)
+    check_shapes(checkpoint, autoencoder, rules, "diffusers")
+    filled = fill(autoencoder, checkpoint, rules, "diffusers", torch.float32)
+    return filled.to(memory_format=torch.channels_last)
+
+
+def encoder_hash(autoencoder: Autoencoder) -> str:
+    """SHA-256 of the encoder's weights: latents fit a decoder, and a transformer, whose encoder has the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments(__doc__, steps=20000, batch=16, lr=1e-3, every=500)
+    parser = arguments(__doc__, steps=20000, batch=16, lr=2e-3, every=500)
     parser.add_argument("--perceptual", type=float, default=0.5, help="weight of that loss (default: %(default)s)")
+    parser.add_argument("--refine", type=Path, metavar="VAE", help="train the decoder of this vae/ alone")
     args = parser.parse_args(argv)
     check(args)
     images = Images(args.data, args.size, args.device)
-    network = Reconstruction(new_autoencoder(PRESETS[args.preset], args.seed)).to(args.device)
-    fixed = {name: getattr(args, name) for name in ("preset", "size", "batch", "seed", "perceptual")}
+    fixed = {name: getattr(args, name) for name in ("preset", "size", "centred", "batch", "seed", "perceptual")}
+    if args.refine:
+        autoencoder = load_autoencoder(args.refine)
+        autoencoder.requires_grad_(True).encoder.requires_grad_(False)
+        fixed |= {"refine": encoder_hash(autoencoder)}
+    else:
+        autoencoder = new_autoencoder(PRESETS[args.preset], args.seed)
+    network = Reconstruction(autoencoder).to(args.device)
     training = Training(network, args.out, args, fixed)
     training.resume()
     features = perceptual.load(args.device, training.dtype) if args.perceptual else None

@@ -12,7 +12,6 @@ folder, which paints: sana generate "a 3d render of a fox on a teal background" 
 """
 
 import copy
-import hashlib
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,18 +20,27 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import sana_model
 from recipes import run
 from recipes.captions import COLOURS, canonical, sample
 from recipes.images import Images, Placement
-from recipes.training import Training, arguments, chart, check, generator, sheet
+from recipes.train_autoencoder import encoder_hash, load_autoencoder
+from recipes.training import (
+    Training,
+    anywhere,
+    arguments,
+    chart,
+    check,
+    generator,
+    processes,
+    sheet,
+    sum_over_processes,
+)
 from recipes.vocabulary import VOCABULARY, train_tokenizer
 from sana_model.autoencoder import Autoencoder
-from sana_model.checkpoint import check as check_shapes
-from sana_model.checkpoint import fill, open_safetensors, same_names
-from sana_model.checkpoint_config import read_autoencoder, read_json
 from sana_model.config import BUILT_IN, AutoencoderConfig, ModelConfig
 from sana_model.dit import DiT
 from sana_model.files import atomic
@@ -45,6 +53,7 @@ EMBEDDED = BUILT_IN["sana-tiny"].dit
 PRESETS = {"embedded": EMBEDDED, "larger": replace(EMBEDDED, hidden=384, layers=12, cross_heads=6)}  # 9 M, 29 M
 TEXT = replace(BUILT_IN["sana-tiny"].text, vocab=VOCABULARY)  # 3 M
 DROPOUT = 0.1
+BATCH = 64  # pictures that are encoded at once
 GUIDANCE = 3.0
 
 
@@ -89,34 +98,25 @@ class Latents:
 
 
 @torch.no_grad()
-def encode(images: Images, autoencoder: Autoencoder, variants: int, seed: int, file: Path) -> Latents:
-    """The latents of a data set: read from `file`, or made and written there."""
-    if not file.exists():
-        rows = torch.tensor(images.train).repeat(variants)
-        parts, colours = [], []
-        for step, chosen in enumerate(tqdm(rows.split(64), desc="encode", unit="batch")):
-            placement = Placement.sample(len(chosen), generator(seed, step))
-            latents = autoencoder.encode(images.compose(chosen, placement)).float() * autoencoder.config.scaling_factor
-            parts.append(latents.half().cpu())
-            colours.append(placement.colours)
+def encode(images: Images, autoencoder: Autoencoder, args, file: Path) -> None:
+    """Write the latents of a data set to `file`, unless they are there; the processes of a run share the work."""
+    if file.exists():
+        return
+    rank, number = processes()
+    rows = torch.tensor(images.train).repeat(args.variants)
+    config = autoencoder.config
+    side = args.size // config.spatial_compression
+    latents, colours = torch.zeros(len(rows), config.latent_channels, side, side), torch.zeros(len(rows))
+    for start in tqdm(range(rank * BATCH, len(rows), number * BATCH), desc="encode", unit="batch", disable=rank > 0):
+        chosen = rows[start : start + BATCH]
+        placement = Placement.sample(len(chosen), generator(args.seed, start), args.centred)
+        encoded = autoencoder.encode(images.compose(chosen, placement)).float() * config.scaling_factor
+        latents[start : start + BATCH] = encoded.cpu()
+        colours[start : start + BATCH] = placement.colours
+    sum_over_processes([latents, colours])
+    if rank == 0:
         with atomic(file) as temporary:
-            save_file({"latents": torch.cat(parts), "rows": rows, "colours": torch.cat(colours)}, temporary)
-    return Latents(**load_file(file))
-
-
-def load_autoencoder(folder: Path, device: str, dtype: torch.dtype) -> Autoencoder:
-    """The vae/ of a diffusers folder."""
-    file = folder / "config.json"
-    config = read_autoencoder(read_json(file), file)
-    with torch.device("meta"):
-        autoencoder = Autoencoder(config)
-    checkpoint = open_safetensors([folder / "diffusion_pytorch_model.safetensors"])
-    rules = same_names(autoencoder)
-    check_shapes(checkpoint, autoencoder, rules, "diffusers")
-    return fill(autoencoder, checkpoint, rules, "diffusers", dtype).to(device, memory_format=torch.channels_last)
-
-
-# ------------------------------------------------------------------------------------------------ training
+            save_file({"latents": latents.half(), "rows": rows, "colours": colours.long()}, temporary)
 
 
 class Batches:
@@ -130,11 +130,11 @@ class Batches:
         numbers, words = generator(self.args.seed, step), random.Random(f"{self.args.seed}/{step}")
         chosen = torch.randint(len(self.data.rows), (self.args.batch,), generator=numbers)
         latents = self.data.latents[chosen].float()
-        factors = zip(self.data.rows[chosen].tolist(), self.data.colours[chosen].tolist(), strict=True)
-        captions = [
-            "" if words.random() < DROPOUT else sample(words, self.images.factors(row, colour))
-            for row, colour in factors
-        ]
+        pairs = zip(self.data.rows[chosen].tolist(), self.data.colours[chosen].tolist(), strict=True)
+        factors = [self.images.factors(row, colour) for row, colour in pairs]
+        if not self.args.tags:
+            factors = [replace(entry, tags=()) for entry in factors]
+        captions = ["" if words.random() < DROPOUT else sample(words, entry) for entry in factors]
         return latents, torch.randn(latents.shape, generator=numbers), captions, numbers
 
 
@@ -157,7 +157,8 @@ def flow_loss(
     """Mean squared error of the velocity. The network is told ⌊1000·σ⌋, as the sampler will tell it."""
     level = sigma.view(-1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
-    velocity = training(noisy, (1000 * sigma).floor(), ids, lengths)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU and for so few tokens, twice as fast as the fused one
+        velocity = training(noisy, (1000 * sigma).floor(), ids, lengths)
     return F.mse_loss(velocity.float(), noise - latents)
 
 
@@ -168,15 +169,16 @@ def train(training: Training, batches: Batches, config: ModelConfig, finish, arg
         latents, noise, captions, numbers = batches[step]
         sigma = noise_levels(len(latents), shift, numbers)
         ids, lengths = tokenize(batches.tokenizer, captions)
-        inputs = (t.to(args.device) for t in (latents, noise, sigma, ids, lengths))
+        inputs = (t[training.share].to(args.device) for t in (latents, noise, sigma, ids, lengths))
         training.update(flow_loss(training, *inputs))
-        if training.step % args.every == 0:
+        if (training.step % args.every == 0 or training.step == args.steps) and training.rank == 0:
             training.record()
             chart(args.out / "loss.png", training.history)
             training.save()
             finish()
-    training.save()
-    finish()
+    if training.rank == 0:
+        training.save()
+        finish()
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -217,21 +219,28 @@ def model_config(preset: str, size: int, autoencoder: AutoencoderConfig, flow_sh
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments(__doc__, steps=40000, batch=128, lr=1e-3, every=2000)
+    parser = arguments(__doc__, steps=40000, batch=128, lr=2e-3, every=2000)
     parser.add_argument("--vae", type=Path, required=True, help="vae/ that recipes.train_autoencoder wrote")
     parser.add_argument("--variants", type=int, default=32, help="encodings of each picture (default: %(default)s)")
     parser.add_argument("--flow-shift", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--no-tags", dest="tags", action="store_false", help="captions without tags, for a short run")
     args = parser.parse_args(argv)
     check(args)
     images = Images(args.data, args.size, args.device)
-    autoencoder = load_autoencoder(args.vae, args.device, torch.float32)
+    autoencoder = load_autoencoder(args.vae).to(args.device)
     config = model_config(args.preset, args.size, autoencoder.config, args.flow_shift)
-    weights = hashlib.sha256((args.vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    weights = encoder_hash(autoencoder)
     file = args.out / f"latents-{weights[:8]}-{args.size}-{args.variants}.safetensors"
-    data = encode(images, autoencoder, args.variants, args.seed, file)
     tokenizer = args.out / "tokenizer"
-    train_tokenizer(images.rows, tokenizer)
-    fixed = {name: getattr(args, name) for name in ("preset", "size", "batch", "seed", "variants", "flow_shift")}
+    encode(images, autoencoder, args, file)
+    if processes()[0] == 0:
+        train_tokenizer(images.rows, tokenizer)
+    anywhere(False)  # the other processes wait here for the files
+    data = Latents(**load_file(file))
+    fixed = {
+        name: getattr(args, name)
+        for name in ("preset", "size", "centred", "batch", "seed", "variants", "flow_shift", "tags")
+    }
     training = Training(new_network(config, args.seed).to(args.device), args.out, args, fixed | {"vae": weights})
     training.resume()
 

@@ -3,10 +3,14 @@
 Master weights are fp32; a network computes with a copy of them in the dtype of the run, which is what inference does with
 the same modules. A batch is a function of (seed, step), so parameters, their running average, the optimiser's moments and
 the step are all that a run has to remember: one resumed is bit for bit one that was never interrupted.
+
+Under `torchrun --nproc-per-node N -m recipes.train_…` N processes share every batch, each on a GPU of its own or, on a
+CPU, with one thread: two such processes are faster than one with two threads, for they meet once in a step.
 """
 
 import argparse
 import math
+import os
 import pickle
 import signal
 import sys
@@ -15,33 +19,39 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from recipes.muon import Muon, is_matrix
 from sana_model.errors import MissingError, UserError
 from sana_model.files import atomic
 
+DECAY = 0.35
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Training:
-    """One run of AdamW on one network, kept in `folder`/state.pt.
+    """One run on one network, kept in `folder`/state.pt: Muon for the matrices, AdamW for the other parameters.
 
     `fixed` holds the settings that cannot change between the start of a run and its continuation.
     """
 
     def __init__(self, network: nn.Module, folder: Path, args: argparse.Namespace, fixed: dict[str, str | int | float]):
         self.network, self.file, self.fixed = network, folder / "state.pt", fixed
+        self.rank, self.processes = processes()
         self.steps, self.peak, self.warmup, self.decay = args.steps, args.lr, args.warmup, args.ema
         self.dtype = DTYPES[args.precision]
-        self.parameters = dict(network.named_parameters())
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        others = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.99))
+        embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+        matrices = [p for p in self.parameters.values() if is_matrix(p) and id(p) not in embeddings]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.parameters.values() if id(p) not in chosen]
+        adam = torch.optim.AdamW(others, lr=self.peak, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers = (Muon(matrices, lr=self.peak), adam)
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._losses: list[float] = []
@@ -50,14 +60,23 @@ class Training:
         """The network's output, computed in the dtype of the run; gradients reach the fp32 parameters."""
         return functional_call(self.network, {name: p.to(self.dtype) for name, p in self.parameters.items()}, inputs)
 
+    @property
+    def share(self) -> slice:
+        """Which entries of a batch this process computes."""
+        return slice(self.rank, None, self.processes)
+
     def update(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`: warm-up and cosine decay, gradients clipped to norm 1, running average."""
+        """One step down the gradient of `loss`, gradients clipped to norm 1; the running average follows."""
+        loss = loss / self.processes
         loss.backward()
+        loss = loss.detach()
+        sum_over_processes([loss, *(p.grad for p in self.parameters.values())])
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * schedule(self.step, self.steps, self.warmup)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak * schedule(self.step, self.steps, self.warmup)
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         keep = min(self.decay, (1 + self.step) / (10 + self.step))  # the first steps are forgotten soon
         with torch.no_grad():
@@ -80,8 +99,9 @@ class Training:
         }
         interval = 0.1 if sys.stderr.isatty() else 30.0
         try:
-            with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=interval) as bar:
-                while self.step < self.steps and time.monotonic() < deadline and not stopped:
+            off = self.rank > 0
+            with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=interval, disable=off) as bar:
+                while self.step < self.steps and not anywhere(bool(stopped) or time.monotonic() > deadline):
                     yield self.step
                     latest = " ".join(f"{k} {v:.4g}" for k, v in self.history[-1].items()) if self.history else ""
                     bar.set_postfix_str(latest, refresh=False)
@@ -95,7 +115,7 @@ class Training:
         state = {
             "fixed": self.fixed, "step": self.step, "history": self.history, "losses": self._losses, "average": self.average,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }  # fmt: skip
         with atomic(self.file) as temporary:
             torch.save(state, temporary)
@@ -119,14 +139,51 @@ class Training:
             for name, p in self.parameters.items():
                 p.copy_(state["parameters"][name])
                 self.average[name].copy_(state["average"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and how many share the run: (0, 1) unless torchrun started it."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, all of them in one exchange."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view(t.shape))
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether it holds in any process, so that all of them stop after the same step."""
+    if not dist.is_initialized():
+        return condition
+    flag = torch.tensor(float(condition))
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+# ------------------------------------------------------------------------------------------------ settings
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    """Share of the peak learning rate: linear warm-up, constant, and in the last `DECAY` of the steps down to zero.
+
+    Unlike a cosine it leaves a run open: one that is still in the constant part can be given more steps, or fewer.
+    """
+    return min(1.0, (step + 1) / warmup, (steps - step) / (DECAY * steps))
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -141,6 +198,9 @@ def arguments(description: str, *, steps: int, batch: int, lr: float, every: int
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; one that exists is continued")
     parser.add_argument("--preset", choices=("embedded", "larger"), default="embedded", help="default: %(default)s")
     parser.add_argument("--size", type=int, choices=(128, 256), default=256, help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--centred", action="store_true", help="every picture in the middle, in one size: less to learn in a short run"
+    )
     parser.add_argument("--steps", type=int, default=steps, help="of the whole run (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes, saved and ready to be continued")
     parser.add_argument("--batch", type=int, default=batch, help="images in a step (default: %(default)s)")

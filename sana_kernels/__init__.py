@@ -9,13 +9,15 @@
 
 # The functions take the names of their packages; import what lies inside a package as
 # `from sana_kernels.linear_attention import reference`.
+from sana_kernels.conv2d import fold_upsample, rms_norm, upsample
 from sana_kernels.cross_attention import cross_attention
 from sana_kernels.gemm import Quantized, gemm, quantize
+from sana_kernels.gemm.int4 import gemm_w4a4, gemm_w4a16, quantize_int4
 from sana_kernels.linear_attention import linear_attention
 from sana_kernels.mix_ffn import depthwise_glu, mix_ffn
 from sana_kernels.modulate import gate_residual, modulate
 
 __all__ = [
-    "Quantized", "cross_attention", "depthwise_glu", "gate_residual", "gemm", "linear_attention", "mix_ffn", "modulate",
-    "quantize",
+    "Quantized", "cross_attention", "depthwise_glu", "fold_upsample", "gate_residual", "gemm", "gemm_w4a16", "gemm_w4a4",
+    "linear_attention", "mix_ffn", "modulate", "quantize", "quantize_int4", "rms_norm", "upsample",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ nothing half loaded. safetensors files are memory-mapped: a tensor that needs no
 failure is one UserError with the file and the key in it.
 """
 
+import itertools
 import pickle
 import re
 import zipfile
@@ -86,19 +87,25 @@ def variant_of(names: Iterable[str], dtype: torch.dtype | None, where: str) -> s
 
 def open_safetensors(files: list[Path]) -> Checkpoint:
     """One file, or the shards of one checkpoint."""
-    source: dict[str, object] = {}
+    source: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
-            handle = safe_open(file, framework="pt")
-            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                source[name], shapes[name] = handle, tuple(handle.get_slice(name).get_shape())
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                    source[name], shapes[name] = file, tuple(handle.get_slice(name).get_shape())
         except SafetensorError as error:
             raise UserError(f"{file} is damaged or no safetensors file ({error}); download it again") from error
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from error
     where = str(files[0] if len(files) == 1 else files[0].parent)
-    return stored(where, shapes, lambda name: source[name].get_tensor(name))
+
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: the pages of one that is cast or packed leave memory with it.
+        with safe_open(source[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    return stored(where, shapes, read)
 
 
 def open_pth(file: Path) -> Checkpoint:
@@ -144,15 +151,41 @@ def check(
         raise UserError(f"{checkpoint.where}: {problems[0]}{more}; the file does not belong to this configuration")
 
 
-def fill(module: nn.Module, checkpoint: Checkpoint, rules: list[Rule], dialect: str, dtype: torch.dtype) -> nn.Module:
-    """Give `module` (on the meta device) the values of a checked checkpoint, cast one tensor at a time to `dtype`."""
-    state = {}
-    for rule in rules:
+Prepare = Callable[[nn.Module], None]
+"""Changes a block of a network, in place, as soon as it has its values."""
+
+
+def fill(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rules: list[Rule],
+    dialect: str,
+    dtype: torch.dtype,
+    prepare: Prepare | None = None,
+) -> nn.Module:
+    """Give `module` (on the meta device) the values of a checked checkpoint, cast one tensor at a time to `dtype`.
+
+    It is done block by block, each of which is then given to `prepare`: where that packs weights, no more than one block
+    is ever held twice.
+    """
+
+    def read(rule: Rule) -> Tensor:
         names = rule.theirs(dialect)
         try:
             parts = [checkpoint.read(name).to(dtype) for name in names]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{checkpoint.where}: cannot read {' and '.join(names)} ({error})") from error
-        state[rule.ours] = join(parts, rule)
-    module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False).eval()
+        return join(parts, rule)
+
+    for block, members in itertools.groupby(rules, key=lambda rule: block_of(rule.ours)):
+        module.load_state_dict({rule.ours: read(rule) for rule in members}, strict=False, assign=True)
+        module.requires_grad_(False)
+        if block and prepare is not None:
+            prepare(module.get_submodule(block))
+    return module.eval()
+
+
+def block_of(name: str) -> str:
+    """The block of the DiT, or layer of the text encoder, that a parameter is in; "" for those outside."""
+    match = re.match(r"(?:blocks|layers)\.\d+(?=\.)", name)
+    return match[0] if match else ""

@@ -129,7 +129,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="M", help=f"{MODEL_HELP} (default: sana-tiny)")
     model.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
     model.add_argument("--backend", metavar="B", help="auto (default) | reference | cpu | cuda | triton")
-    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 (default) | fp32 | fp16")
+    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 (default) | fp32 | fp16 | w8a8")
     model.add_argument("--text-precision", metavar="P", help="default: bf16, or fp32 when --precision is fp32")
     model.add_argument("--decoder-precision", metavar="P", help="likewise")
     model.add_argument("--dialect", choices=DIALECTS, help="which public implementation to follow where they differ")

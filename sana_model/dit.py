@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_kernels import Quantized
 from sana_kernels.linear_attention.reference import rms_norm
 from sana_model.config import DiTConfig
 from sana_model.ops import REFERENCE_OPS, Ops
+from sana_model.packed import PackedLinear
 
 FP16_MAX = 65504.0
 
@@ -31,11 +33,11 @@ class TimeEmbedding:
     """What a block and the head need to know of the time: one row per image, or per step of a schedule."""
 
     embedding: Tensor  # (B, C), for the head
-    modulation: Tensor  # (B, 6, C), shared by all blocks
+    modulation: Tensor  # (B, blocks, 6, C): shift, scale and gate of the attention, then of the Mix-FFN
 
     def step(self, i: int, batch: int) -> "TimeEmbedding":
         """Row i, for a batch of images that are all at the same time."""
-        return TimeEmbedding(self.embedding[i].expand(batch, -1), self.modulation[i].expand(batch, -1, -1))
+        return TimeEmbedding(self.embedding[i].expand(batch, -1), self.modulation[i].expand(batch, -1, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class TextContext:
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     lengths: Tensor | None  # (B,) int64; None: all L
+
+
+def linear(ops: Ops, x: Tensor | Quantized, layer: nn.Linear | PackedLinear, **epilogue) -> Tensor:
+    """x through a linear layer as the op `gemm`, whose epilogue may add a gated residual. 8-bit layers take 8-bit rows."""
+    if isinstance(layer.weight, Quantized) and not isinstance(x, Quantized):
+        x = ops.quantize(x, layer.weight.values.dtype)
+    return ops.gemm(x, layer.weight, layer.bias, **epilogue)
+
+
+def rows_for(layer: nn.Linear | PackedLinear) -> torch.dtype | None:
+    """What `modulate` should quantise to for this layer; None: nothing."""
+    return layer.weight.values.dtype if isinstance(layer.weight, Quantized) else None
 
 
 class LinearAttention(nn.Module):
@@ -58,11 +72,11 @@ class LinearAttention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(C)) if config.qk_norm else None
         self.out = nn.Linear(C, C)
 
-    def forward(self, x: Tensor, ops: Ops, perturbed: int) -> Tensor:
-        """(B, N, C) → (B, N, C). The last `perturbed` images attend to themselves only (PAG: out(v))."""
+    def forward(self, x: Tensor | Quantized, ops: Ops, gate: Tensor, residual: Tensor, perturbed: int) -> Tensor:
+        """residual + gate · attention(x), (B, N, C). The last `perturbed` images attend to themselves only (PAG: out(v))."""
         config = self.config
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, config.heads, config.head_dim).unbind(2)
+        B, N, C = residual.shape
+        q, k, v = linear(ops, x, self.qkv).view(B, N, 3, config.heads, config.head_dim).unbind(2)
         kept = B - perturbed
         y = ops.linear_attention(
             q[:kept], k[:kept], v[:kept],
@@ -70,10 +84,10 @@ class LinearAttention(nn.Module):
         )  # fmt: skip
         if perturbed:
             y = torch.cat([y, v[kept:]])
-        y = self.out(y.view(B, N, C))
+        y = y.view(B, N, C)
         if config.clamp or y.dtype == torch.float16:  # fp16-trained weights never saw anything beyond fp16's range
-            y = y.clamp(-FP16_MAX, FP16_MAX)
-        return y
+            return ops.gate_residual(residual, linear(ops, y, self.out).clamp(-FP16_MAX, FP16_MAX), gate)
+        return linear(ops, y, self.out, gate=gate, residual=residual)
 
 
 class CrossAttention(nn.Module):
@@ -94,14 +108,15 @@ class CrossAttention(nn.Module):
             x = rms_norm(x, norm, self.config.cross_qk_norm_eps)
         return x.unflatten(-1, (self.config.cross_heads, self.config.cross_head_dim))
 
-    def keys_values(self, caption: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, caption: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
         """(B, L, C) → two of (B, L, heads, D)."""
-        k, v = self.kv(caption).chunk(2, dim=-1)
+        k, v = linear(ops, caption, self.kv).chunk(2, dim=-1)
         return self._heads(k, self.norm_k), self._heads(v, None)
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], lengths: Tensor | None, ops: Ops) -> Tensor:
-        q = self._heads(self.q(x), self.norm_q)
-        return self.out(ops.cross_attention(q, *keys_values, lengths).flatten(2))
+        """x + attention(x), (B, N, C)."""
+        q = self._heads(linear(ops, x, self.q), self.norm_q)
+        return linear(ops, ops.cross_attention(q, *keys_values, lengths).flatten(2), self.out, residual=x)
 
 
 class MixFFN(nn.Module):
@@ -114,10 +129,11 @@ class MixFFN(nn.Module):
         self.depthwise = nn.Conv2d(2 * F_, 2 * F_, 3, padding=1, groups=2 * F_)
         self.project = nn.Linear(F_, C, bias=False)
 
-    def forward(self, x: Tensor, height: int, width: int, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor | Quantized, grid: tuple[int, int], ops: Ops, gate: Tensor, residual: Tensor) -> Tensor:
+        """residual + gate · Mix-FFN(x), (B, N, C)."""
         return ops.mix_ffn(
-            x, height, width, self.expand.weight, self.expand.bias, self.depthwise.weight, self.depthwise.bias,
-            self.project.weight,
+            x, *grid, self.expand.weight, self.expand.bias, self.depthwise.weight, self.depthwise.bias,
+            self.project.weight, gate=gate, residual=residual,
         )  # fmt: skip
 
 
@@ -135,19 +151,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, N, C)
-        modulation: Tensor,  # (B, 6, C)
+        modulation: Tensor,  # (B, 6, C), this block's own table added
         keys_values: tuple[Tensor, Tensor],
         lengths: Tensor | None,
         grid: tuple[int, int],
         ops: Ops,
         perturbed: int = 0,
     ) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.scale_shift_table + modulation).unbind(1)
-        h = ops.modulate(x, shift_1, scale_1, eps=self.eps)
-        x = ops.gate_residual(x, self.attention(h, ops, perturbed), gate_1)
-        x = x + self.cross_attention(x, keys_values, lengths, ops)
-        h = ops.modulate(x, shift_2, scale_2, eps=self.eps)
-        return ops.gate_residual(x, self.mix_ffn(h, *grid, ops), gate_2)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unbind(1)
+        h = ops.modulate(x, shift_1, scale_1, eps=self.eps, quantize=rows_for(self.attention.qkv))
+        x = self.attention(h, ops, gate_1, x, perturbed)
+        x = self.cross_attention(x, keys_values, lengths, ops)
+        h = ops.modulate(x, shift_2, scale_2, eps=self.eps, quantize=rows_for(self.mix_ffn.expand))
+        return self.mix_ffn(h, grid, ops, gate_2, x)
 
 
 class TimestepEmbedder(nn.Module):
@@ -221,15 +237,21 @@ class DiT(nn.Module):
 
     def time(self, timestep: Tensor, guidance: Tensor | None = None) -> TimeEmbedding:
         """Embed times (T,) (and guidance scales (T,) for Sprint): once for a whole schedule."""
+        embedding, shared = self.shared_modulation(timestep, guidance)
+        tables = torch.stack([block.scale_shift_table for block in self.blocks])
+        return TimeEmbedding(embedding, shared[:, None] + tables)
+
+    def shared_modulation(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The embedding (T, C), and the modulation (T, 6, C) to which every block adds a table of its own."""
         embedding = self.time_embed(timestep * self.config.timestep_scale)
         if self.guidance_embed is not None:
             embedding = embedding + self.guidance_embed(guidance * self.config.guidance_embeds_scale)
-        return TimeEmbedding(embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1)))
+        return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
 
     def text(self, caption: Tensor, lengths: Tensor | None = None) -> TextContext:
         """Project a caption (B, L, caption channels) and make the keys and values of every block: once per prompt."""
         y = self.caption_embed(caption.to(self.dtype))
-        return TextContext(tuple(block.cross_attention.keys_values(y) for block in self.blocks), lengths)
+        return TextContext(tuple(block.cross_attention.keys_values(y, self.ops) for block in self.blocks), lengths)
 
     def step(
         self, latents: Tensor, time: TimeEmbedding, text: TextContext, perturbed: int = 0, pag_layers=()
@@ -243,7 +265,7 @@ class DiT(nn.Module):
         x = self.embed(latents)
         for i, block in enumerate(self.blocks):
             rows = perturbed if i in pag_layers else 0
-            x = block(x, time.modulation, text.keys_values[i], text.lengths, grid, self.ops, rows)
+            x = block(x, time.modulation[:, i], text.keys_values[i], text.lengths, grid, self.ops, rows)
         return self.unembed(x, time.embedding, grid)
 
     def embed(self, latents: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import sana_kernels
 class Ops:
     """Signatures as in `sana_kernels`, without `backend`."""
 
+    gemm: Callable
+    quantize: Callable
     linear_attention: Callable
     modulate: Callable
     gate_residual: Callable

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from sana_model.dit import TextContext
 from sana_model.errors import MissingError, UserError
 from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
-from sana_model.settings import Settings, dtypes_for, settings_for
+from sana_model.settings import Settings, dtypes_of, precisions_for, settings_for
 from sana_model.weights import LoadedModel, find, load_model
 
 Progress = Callable[[str, int, int], None]
@@ -223,7 +224,7 @@ def load(
 ) -> Pipeline:
     """Load a model: a built-in name, a diffusers folder, a single file (with `base` for the other parts) or a hub id.
 
-    `precision` (fp32 | bf16 | fp16) is the DiT's, by default what the folder's sana.json asks for, or bf16; text encoder
+    `precision` (fp32 | bf16 | fp16 | w8a8) is the DiT's, by default what the folder's sana.json asks for, or bf16; text encoder
     and decoder default to bf16, or fp32 beside an fp32 DiT. `low_memory` lets the text encoder go after encoding, has only
     one of it and the DiT on a GPU, and decodes in tiles. `picture`: fields of `Settings` that are going to be painted;
     what is wrong with them, or too large for this machine, is refused before anything is loaded.
@@ -231,18 +232,20 @@ def load(
     """
     target = _device(device, backend)
     source = find(model, base)
-    dtypes = dtypes_for(precision or source.precision or "bf16", text_precision, decoder_precision)
+    precisions = precisions_for(precision or source.precision or "bf16", text_precision, decoder_precision)
+    dtypes = dtypes_of(precisions)
     memory.check_load(source.config, dtypes, target, low_memory)
     if picture is not None:
         settings = settings_for(source.config, low_memory=low_memory, **picture)
         memory.check_run(source.config, settings, dtypes, target, loaded=False)
+    plan = resolve(source.config, backend, target, precisions)
     loaded = load_model(
         source, precision=dtypes["dit"], text_precision=dtypes["text_encoder"], decoder_precision=dtypes["autoencoder"],
         dialect=dialect,
+        prepare={"dit": partial(plan.prepare, "dit"), "text": partial(plan.prepare, "text_encoder")},
     )  # fmt: skip
     for part in (loaded.text_encoder, loaded.autoencoder, *([] if low_memory else [loaded.dit])):
         part.to(target)
-    plan = resolve(loaded.config, backend, target, dtypes["dit"], dtypes["autoencoder"])
     return Pipeline(loaded, plan, target, dtypes, low_memory=low_memory)
 
 

@@ -12,12 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
+from torch import nn
 
 import sana_kernels
-from sana_kernels.backend import backend_status, why_not
+from sana_kernels.backend import backend_status, extension, why_not
+from sana_kernels.gemm import fake_quantize
 from sana_model.config import ModelConfig
 from sana_model.errors import MissingError, UserError
 from sana_model.ops import REFERENCE_OPS, Ops
+from sana_model.packed import pack_linear_layers
+from sana_model.settings import PRECISIONS, QUANTIZED
 
 PIPELINES = {
     "reference": ("reference",),
@@ -79,19 +83,27 @@ class OpClock:
 class Plan:
     """The rows, and the `Ops` that carry them out."""
 
-    def __init__(self, backend: str, rows: list[Row], clock: OpClock):
-        self.backend, self.rows, self.clock = backend, rows, clock
+    def __init__(self, backend: str, precisions: dict[str, str], rows: list[Row], clock: OpClock):
+        self.backend, self.precisions, self.rows, self.clock = backend, precisions, rows, clock
 
     def ops(self, part: str) -> Ops:
         """The ops of "dit" or "autoencoder", each bound to its kernel and timed."""
-        chosen = {row.op: row.backend for row in self.rows if row.part == part}
         bound = {}
         for op in (f.name for f in fields(Ops)):
-            run = getattr(REFERENCE_OPS, op)
-            if chosen.get(op, "reference") != "reference":
-                run = partial(getattr(sana_kernels, op), backend=chosen[op])
+            backend, run = self._backend(part, op), getattr(REFERENCE_OPS, op)
+            if backend not in ("reference", "library"):
+                run = partial(getattr(sana_kernels, op), backend=backend)
             bound[op] = self.clock.wrap((part, op), run)
         return Ops(**bound)
+
+    def prepare(self, part: str, module: nn.Module) -> None:
+        """Bring a block of the DiT or a layer of the text encoder, in place, into the form that its kernels read."""
+        backend, precision = self._backend(part, "gemm"), self.precisions[part]
+        if precision in QUANTIZED or backend == "cpu":
+            pack_linear_layers(module, QUANTIZED.get(precision) or PRECISIONS[precision], backend)
+
+    def _backend(self, part: str, op: str) -> str:
+        return next((row.backend for row in self.rows if (row.part, row.op) == (part, op)), "reference")
 
     def outside_share(self, denoise_seconds: float) -> float:
         """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels."""
@@ -127,67 +139,107 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def resolve(
-    config: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype, decoder_dtype: torch.dtype
-) -> Plan:
-    """Choose a kernel for every op of the model. Raises MissingError where the named backend cannot run at all."""
+def resolve(config: ModelConfig, backend: str, device: torch.device, precisions: dict[str, str]) -> Plan:
+    """Choose a kernel for every op of the model. `precisions`: by part, as `settings.precisions_for` gives them.
+
+    Raises MissingError where the named backend cannot run at all.
+    """
     backend = choose_backend(backend, device)
-    rows = [Row("text_encoder", "gemm", "library", "", "")]
-    for part, examples, part_dtype in (
-        ("dit", _dit_examples(config, dtype), dtype),
-        ("autoencoder", _autoencoder_examples(config, decoder_dtype), decoder_dtype),
+    rows = []
+    for part, examples in (
+        ("text_encoder", _text_examples(config, precisions["text_encoder"])),
+        ("dit", _dit_examples(config, precisions["dit"])),
+        ("autoencoder", _autoencoder_examples(config, precisions["autoencoder"])),
     ):
-        precision = dtype_name(part_dtype)
         for op, args in examples.items():
             chosen, reasons = _first_that_can(op, PIPELINES[backend], args, device)
-            rows.append(Row(part, op, chosen, precision, "; ".join(reasons)))
-        rows.append(Row(part, "gemm" if part == "dit" else "conv2d", "library", precision, ""))
-    return Plan(backend, rows, OpClock(device.type == "cuda"))
+            if (op, chosen) == ("gemm", "reference") and precisions[part] not in QUANTIZED:
+                chosen = "library"
+            rows.append(Row(part, op, chosen, _precision_of(args, precisions[part]), "; ".join(reasons)))
+    rows.append(Row("autoencoder", "conv2d", "library", precisions["autoencoder"], ""))
+    return Plan(backend, precisions, rows, OpClock(device.type == "cuda"))
 
 
 def _first_that_can(op: str, order: tuple[str, ...], args: tuple, device: torch.device) -> tuple[str, list[str]]:
     reasons = []
     for name in order:
-        reason = why_not(op, name, *args, device=device)
+        reason = why_not(op, name, *args, device=device) or _library_is_faster(op, name, args[0].dtype)
         if reason is None:
             return name, reasons
         reasons.append(f"{name}: {reason}")
     raise MissingError(f"no backend can run {op}: " + "; ".join(reasons))
 
 
-def _dit_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple]:
+def _precision_of(args: tuple, precision: str) -> str:
+    """What an op with these arguments runs in: in a quantised part, some have no 8-bit operands or results."""
+    dtypes = [arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args]
+    if precision in QUANTIZED and QUANTIZED[precision] not in dtypes:
+        return dtype_name(PRECISIONS[precision])
+    return precision
+
+
+def _library_is_faster(op: str, backend: str, dtype: torch.dtype) -> str | None:
+    """Our matrix products have no tuned form for processors without vector instructions that we know."""
+    if op not in ("gemm", "mix_ffn") or backend != "cpu" or dtype == torch.int8:
+        return None
+    return "PyTorch's product is faster than portable C++" if extension("_cpu")[0].isa() == "portable" else None
+
+
+def _text_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
+    like, C = partial(torch.empty, dtype=PRECISIONS[precision], device="meta"), config.text.hidden
+    return {"gemm": _gemm_example(like, precision, 1, config.max_text_tokens, C, config.text.ffn)}
+
+
+def _dit_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
     """Arguments of every op as the DiT calls it, without memory (device "meta")."""
     dit, N, L = config.dit, config.dit.sample_size**2, config.max_text_tokens
     C = dit.hidden
-    like = partial(torch.empty, dtype=dtype, device="meta")
+    like = partial(torch.empty, dtype=PRECISIONS[precision], device="meta")
     x, row = like(2, N, C), like(2, C)
     norm = like(C) if dit.qk_norm else None
     q, k, v = like(2, N, 3, dit.heads, dit.head_dim).unbind(2)
     cross_q, cross_kv = like(2, N, dit.cross_heads, dit.cross_head_dim), like(2, L, dit.cross_heads, dit.cross_head_dim)
     lengths = torch.empty(2, dtype=torch.int64, device="meta")
-    return {
+    examples = {
         "modulate": (x, row, row, dit.norm_eps),
+        "gemm": _gemm_example(like, precision, 2, N, C, 3 * C),
         "linear_attention": (q, k, v, norm, norm, dit.qk_norm_eps, dit.attention_eps),
         "gate_residual": (x, x, row),
         "cross_attention": (cross_q, cross_kv, cross_kv, lengths),
-        "mix_ffn": _mix_ffn_example(like, 2, dit.sample_size, C, dit.ffn),
-    }  # fmt: skip
+        "mix_ffn": _mix_ffn_example(like, precision, 2, dit.sample_size, C, dit.ffn),
+    }
+    if dtype := QUANTIZED.get(precision):
+        examples |= {"modulate_quantized": (x, row, row, dit.norm_eps, dtype), "quantize": (x, dtype)}
+    return examples
 
 
-def _autoencoder_examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple]:
+def _autoencoder_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
     ae, side = config.autoencoder, config.dit.sample_size
     C = ae.widths[-1]
-    like = partial(torch.empty, dtype=dtype, device="meta")
+    like = partial(torch.empty, dtype=PRECISIONS[precision], device="meta")
     q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
     return {
         "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
-        "mix_ffn": _mix_ffn_example(like, 1, side, C, 4 * C),
+        "mix_ffn": _mix_ffn_example(like, precision, 1, side, C, 4 * C),
     }
 
 
-def _mix_ffn_example(like: Callable[..., torch.Tensor], B: int, side: int, C: int, F: int) -> tuple:
-    x, depthwise = like(B, side**2, C), (like(2 * F, 1, 3, 3), like(2 * F))
-    return x, None, side, side, like(2 * F, C), None, like(2 * F), *depthwise, like(C, F), None, None, None
+def _rows_example(like: Callable[..., torch.Tensor], precision: str, *shape: int) -> tuple:
+    """Rows in the model's dtype, or quantised: values and scales."""
+    if precision not in QUANTIZED:
+        return like(*shape), None
+    return fake_quantize(like(*shape), QUANTIZED[precision], "")
+
+
+def _gemm_example(like: Callable[..., torch.Tensor], precision: str, B: int, M: int, K: int, N: int) -> tuple:
+    x, weight = _rows_example(like, precision, B, M, K), _rows_example(like, precision, N, K)
+    return *x, *weight, None, False, None, None, like(0).dtype
+
+
+def _mix_ffn_example(like: Callable[..., torch.Tensor], precision: str, B: int, side: int, C: int, F: int) -> tuple:
+    x, expand = _rows_example(like, precision, B, side**2, C), _rows_example(like, precision, 2 * F, C)
+    depthwise, project = (like(2 * F, 1, 3, 3), like(2 * F)), _rows_example(like, precision, C, F)
+    return *x, side, side, *expand, like(2 * F), *depthwise, *project, None, None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

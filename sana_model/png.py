@@ -17,7 +17,6 @@ from PIL.PngImagePlugin import PngInfo
 from sana_model.errors import UserError
 from sana_model.files import atomic
 from sana_model.pipeline import Pipeline
-from sana_model.plan import dtype_name
 from sana_model.settings import Settings
 
 SOFTWARE = f"sana_kernels {version('sana-kernels')}"
@@ -46,7 +45,7 @@ class Metadata:
     @classmethod
     def of(cls, pipe: Pipeline, settings: Settings, index: int, *, model: str, base: str | None = None) -> "Metadata":
         """Of picture `index` that `pipe` makes of `settings`; `model` and `base` are what `load` was given."""
-        precisions = (dtype_name(pipe.dtypes[part]) for part in ("dit", "text_encoder", "autoencoder"))
+        precisions = (pipe.plan.precisions[part] for part in ("dit", "text_encoder", "autoencoder"))
         return cls(settings, index, model, pipe.plan.backend, *precisions, pipe.config.dialect, base, pipe.model.random)
 
     @property

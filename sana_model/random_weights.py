@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_model.autoencoder import Autoencoder
+from sana_model.checkpoint import Prepare
 from sana_model.config import AutoencoderConfig, DiTConfig, ModelConfig, TextEncoderConfig
 from sana_model.dit import Block, DiT
 from sana_model.loaded import LoadedModel
@@ -76,11 +77,14 @@ def random_model(
 
 
 @torch.no_grad()
-def random_dit(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DiT:
+def random_dit(
+    config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None
+) -> DiT:
     """A DiT whose every branch adds 0.3 (0.2 in models of more than 40 blocks) of the RMS of the residual stream.
 
     The blocks are drawn and run one after the other in fp32 on a small seeded input, the output layer of each branch is
-    scaled to its target, and the block is then cast to `dtype`: beyond the result, one block is held in fp32.
+    scaled to its target, and the block is then cast to `dtype` and given to `prepare`: beyond the result, one block is
+    held in fp32.
     """
     dit = _empty(DiT, config, dtype)
     outliers = outlier_channels("dit", config.hidden, seed)
@@ -98,7 +102,7 @@ def random_dit(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.floa
     caption = torch.empty(images, words, config.caption_channels)
     for name, tensor in (("latents", latents), ("caption", caption)):
         draw(tensor, 0.0, 1.0, f"dit/calibration/{name}", seed)
-    time = ends.time(times, torch.full_like(times, 4.5))
+    _, modulation = ends.shared_modulation(times, torch.full_like(times, 4.5))
     x, caption = ends.embed(latents), ends.caption_embed(caption)
 
     scratch = _empty(Block, config, torch.float32)
@@ -107,8 +111,10 @@ def random_dit(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.floa
         scratch.scale_shift_table[[2, 5]] += 1  # the gates
         for layer in (scratch.attention.out, scratch.cross_attention.out, scratch.mix_ffn.project):
             _raise_rows(layer, outliers)
-        x = _calibrate(scratch, x, time.modulation, caption, (side, side), share, ordinary)
+        x = _calibrate(scratch, x, modulation, caption, (side, side), share, ordinary)
         _copy(scratch, block)
+        if prepare is not None:
+            prepare(block)
     return dit
 
 
@@ -126,16 +132,18 @@ def _calibrate(
     RMS is over the `ordinary` channels: a few outliers would make it a matter of chance in a narrow model.
     """
     ops, cross = REFERENCE_OPS, block.cross_attention
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (block.scale_shift_table + modulation).unbind(1)
+    modulation = block.scale_shift_table + modulation
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unbind(1)
 
-    def add(branch: Tensor, layer: nn.Linear) -> Tensor:
+    def add(after: Tensor, layer: nn.Linear) -> Tensor:
+        branch = after - x
         factor = _step(share * _rms(x[..., ordinary]) / _rms(branch[..., ordinary]))
         _scale(layer, factor)
         return x + factor * branch
 
-    x = add(gate_1[:, None] * block.attention(ops.modulate(x, shift_1, scale_1), ops, 0), block.attention.out)
+    x = add(block.attention(ops.modulate(x, shift_1, scale_1), ops, gate_1, x, 0), block.attention.out)
 
-    keys, values = cross.keys_values(caption)
+    keys, values = cross.keys_values(caption, ops)
     queries = cross.q(x)
     if cross.norm_q is not None:
         queries = queries * torch.rsqrt(queries.square().mean(-1, keepdim=True)) * cross.norm_q
@@ -147,12 +155,14 @@ def _calibrate(
         cross.norm_q *= factor
     x = add(cross(x, (keys, values), None, ops), cross.out)
 
-    branch = gate_2[:, None] * block.mix_ffn(ops.modulate(x, shift_2, scale_2), *grid, ops)
-    return add(branch, block.mix_ffn.project)
+    after = block.mix_ffn(ops.modulate(x, shift_2, scale_2), grid, ops, gate_2, x)
+    return add(after, block.mix_ffn.project)
 
 
 @torch.no_grad()
-def random_text_encoder(config: TextEncoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> TextEncoder:
+def random_text_encoder(
+    config: TextEncoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None
+) -> TextEncoder:
     """A Gemma-2 whose every branch adds 0.3 of the RMS of the residual stream, which its norms alone can see to."""
     encoder = _empty(TextEncoder, config, dtype)
     outliers = outlier_channels("text_encoder", config.hidden, seed)
@@ -165,6 +175,8 @@ def random_text_encoder(config: TextEncoderConfig, seed: int = 0, dtype: torch.d
             gain[outliers] *= OUTLIER
             norm.weight.copy_(gain - 1)
             stream *= math.sqrt(1 + 0.3**2)
+        if prepare is not None:
+            prepare(layer)
     return encoder
 
 

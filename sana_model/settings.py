@@ -7,7 +7,9 @@ import torch
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED = {"w8a8": torch.int8}  # what matrix products run in, where not in the dtype of the rest, bf16
+PRECISIONS = DTYPES | dict.fromkeys(QUANTIZED, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,20 @@ def settings_for(
     return settings
 
 
-def dtypes_for(precision: str, text: str | None = None, decoder: str | None = None) -> dict[str, torch.dtype]:
-    """The dtype of every part. `precision` is the DiT's; the others default to bf16, or fp32 beside an fp32 DiT."""
+def precisions_for(precision: str, text: str | None = None, decoder: str | None = None) -> dict[str, str]:
+    """The precision of every part. `precision` is the DiT's; the others default to bf16, or fp32 beside an fp32 DiT."""
     others = "fp32" if precision == "fp32" else "bf16"
     names = {"dit": precision, "text_encoder": text or others, "autoencoder": decoder or others}
-    for name in names.values():
-        if name not in PRECISIONS:
-            raise UserError(f"precision {name!r} is not known; choose one of {', '.join(PRECISIONS)}")
-    return {part: PRECISIONS[name] for part, name in names.items()}
+    for part, name in names.items():
+        known = DTYPES if part == "autoencoder" else PRECISIONS
+        if name not in known:
+            raise UserError(f"precision {name!r} of the {part} is not known; choose one of {', '.join(known)}")
+    return names
+
+
+def dtypes_of(precisions: dict[str, str]) -> dict[str, torch.dtype]:
+    """The dtype of every part, as far as it is not quantised."""
+    return {part: PRECISIONS[name] for part, name in precisions.items()}
 
 
 def _check(settings: Settings, config: ModelConfig) -> None:

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from sana_model import checkpoint_config as configs
 from sana_model import defaults, hub, keys
 from sana_model.autoencoder import Autoencoder
-from sana_model.checkpoint import Checkpoint, check, choose_weights, fill, open_pth, open_safetensors, same_names
+from sana_model.checkpoint import (
+    Checkpoint,
+    Prepare,
+    check,
+    choose_weights,
+    fill,
+    open_pth,
+    open_safetensors,
+    same_names,
+)
 from sana_model.config import BUILT_IN, DIALECTS, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import UserError
@@ -35,7 +44,7 @@ PARTS = ("dit", "text", "autoencoder")
 FOLDERS = {"dit": "transformer", "text": "text_encoder", "autoencoder": "vae"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Open = Callable[[ModelConfig, torch.dtype | None], Callable[[], nn.Module]]
+Open = Callable[[ModelConfig, torch.dtype | None], Callable[[Prepare | None], nn.Module]]
 """Opens and checks one part for a configuration and a dtype (None: as stored); what it returns reads the values."""
 
 
@@ -61,6 +70,7 @@ def load_model(
     dialect: str = "diffusers",
     parts: tuple[str, ...] = PARTS,
     base: str | Path | None = None,
+    prepare: dict[str, Prepare] | None = None,
 ) -> LoadedModel:
     """Load `parts` ("dit", "text", "autoencoder") of a model onto the CPU.
 
@@ -68,7 +78,8 @@ def load_model(
     `.pth` file of a DiT in either dialect (the other parts then come from `base`, which is anything but such a file),
     a hub id `org/name`, `hf://org/name/file` for one file on the hub, or a Source that `find` returned. Precisions
     are dtypes; None is what the checkpoint is stored in (fp32 for random weights). `dialect` chooses between the two
-    public implementations where they differ (docs/dialects.md).
+    public implementations where they differ (docs/dialects.md). `prepare`, for "dit" and "text", is called with each block
+    of theirs that has been read, to change it in place.
 
     Raises UserError for a model that cannot be read, naming file and key, before anything is loaded.
     """
@@ -82,7 +93,8 @@ def load_model(
     if "text" in parts:
         tokenizer = load_tokenizer(source.tokenizer_folder) if source.tokenizer_folder else ByteTokenizer()
     open_text = source.open["text"]  # not `source`, which may hold a whole .pth
-    loaded = {part: read() for part, read in opened.items()}
+    prepare = prepare or {}
+    loaded = {part: read(prepare.get(part)) for part, read in opened.items()}
     return LoadedModel(
         config=config,
         dit=loaded.get("dit"),
@@ -92,7 +104,7 @@ def load_model(
         source=source.name,
         random=source.random,
         tokenizer_folder=source.tokenizer_folder,
-        load_text_encoder=lambda: open_text(config, text_precision)(),
+        load_text_encoder=lambda: open_text(config, text_precision)(prepare.get("text")),
     )
 
 
@@ -121,13 +133,11 @@ def find(model: str | Path | ModelConfig, base: str | Path | None = None) -> Sou
 
 
 def _random(config: ModelConfig) -> Source:
-    def opener(make: Callable, field: str) -> Open:
-        return lambda config, dtype: lambda: make(getattr(config, field), dtype=dtype or torch.float32)
-
+    float32 = torch.float32
     parts = {
-        "dit": opener(random_dit, "dit"),
-        "text": opener(random_text_encoder, "text"),
-        "autoencoder": opener(random_autoencoder, "autoencoder"),
+        "dit": lambda c, dtype: lambda prepare: random_dit(c.dit, dtype=dtype or float32, prepare=prepare),
+        "text": lambda c, dtype: lambda prepare: random_text_encoder(c.text, dtype=dtype or float32, prepare=prepare),
+        "autoencoder": lambda c, dtype: lambda prepare: random_autoencoder(c.autoencoder, dtype=dtype or float32),
     }
     return Source(config, f"{config.name} (random weights)", True, parts, None)
 
@@ -240,7 +250,9 @@ def _reader(
         with_head = part == "text" and "model.embed_tokens.weight" in checkpoint.shapes
         rules, dropped = same_names(module, "model." if with_head else ""), ("lm_head.weight",) if with_head else ()
     check(checkpoint, module, rules, dialect, dropped)
-    return lambda: fill(_empty(part, config), checkpoint, rules, dialect, dtype or checkpoint.dtype)
+    return lambda prepare=None: fill(
+        _empty(part, config), checkpoint, rules, dialect, dtype or checkpoint.dtype, prepare
+    )
 
 
 def _empty(part: str, config: ModelConfig) -> nn.Module:

@@ -63,3 +63,22 @@ def assert_kernel(actual: torch.Tensor, same_dtype: torch.Tensor, oracle: torch.
     rmse = error.square().mean().sqrt().item()
     allowed = 1.25 * max(theirs.square().mean().sqrt().item(), rounded.item())
     assert rmse <= allowed, f"{what}: RMSE {rmse:.3e}, allowed {allowed:.3e} (1.25 × PyTorch's)"
+
+
+def assert_quantized(
+    values: torch.Tensor, scale: torch.Tensor, oracle: torch.Tensor, slack: float, what: str = ""
+) -> None:
+    """int8 rows of K values and zeros beside the fp64 rows (..., K) that they stand for.
+
+    Every value is a nearest step, where the kernel's own error may be `slack` steps (so that a value between two steps may
+    go either way), and the scale is largest / 127 up to that error.
+    """
+    K = oracle.shape[-1]
+    values, scale, oracle = values.cpu(), scale.cpu().double(), oracle.cpu()
+    assert not values[..., K:].any(), f"{what}: the padding is not zero"
+    expected = oracle.abs().amax(-1) / 127
+    worst = ((scale - expected).abs() / expected.clamp_min(1e-300)).max().item()
+    assert worst <= slack / 127, f"{what}: scales differ by {worst:.3e}, allowed {slack / 127:.3e}"
+    steps = torch.where(scale[..., None] > 0, oracle / scale[..., None].clamp_min(1e-300), 0)
+    error = (values[..., :K].double() - steps).abs()
+    assert bool((error <= 0.5 + slack).all()), f"{what}: {report(values[..., :K], steps, 0.5 + slack)}"

@@ -19,6 +19,7 @@ import importlib.machinery
 import importlib.util
 import mmap
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -61,11 +62,23 @@ def cuda_include() -> Path:
 
 
 @cache
-def _dependencies() -> bytes:
-    """What every object file depends on, besides its own source."""
+def _toolchain() -> bytes:
+    """What every object file depends on, besides its source and that one's headers."""
     version = subprocess.run([*CXX, "--version"], capture_output=True, check=True).stdout
-    headers = sorted([*CSRC.rglob("*.cuh"), *CSRC.rglob("*.h")])
-    return f"{version} {sys.version} {cuda_include()}".encode() + b"".join(path.read_bytes() for path in headers)
+    return f"{version} {sys.version} {cuda_include()}".encode()
+
+
+@cache
+def _headers(source: Path) -> dict[str, str]:
+    """The headers of csrc that a source includes, itself or through others: name in the repository → text."""
+    found, texts = {CSRC / "emulator" / "device.h", source}, {}  # the compiler's -include adds the first
+    while found:
+        path = found.pop()
+        texts[str(path.relative_to(ROOT))] = text = path.read_text()
+        found |= {CSRC / name for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)}
+        found -= {ROOT / name for name in texts}
+    del texts[str(source.relative_to(ROOT))]
+    return texts
 
 
 def _run(*command: object) -> None:
@@ -76,7 +89,7 @@ def _run(*command: object) -> None:
 
 def _cached(name: str, key: object, make) -> Path:
     """build/emulator/<name with a hash of key for {}>; where it is missing, `make(file, scratch folder)` writes the file."""
-    path = BUILD / name.format(hashlib.sha256(_dependencies() + repr(key).encode()).hexdigest()[:20])
+    path = BUILD / name.format(hashlib.sha256(_toolchain() + repr(key).encode()).hexdigest()[:20])
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
@@ -98,7 +111,8 @@ def _edited(edits: tuple[Edit, ...]) -> dict[str, str]:
 def _object(source: Path, edits: tuple[Edit, ...], flags: tuple[str, ...]) -> Path:
     """`source` compiled for the emulator, as if it and the headers had been edited."""
     name = str(source.relative_to(ROOT))
-    texts = _edited(tuple(edit for edit in edits if edit[0] == name or not edit[0].endswith(".cu")))
+    headers = _headers(source)
+    texts = _edited(tuple(edit for edit in edits if edit[0] == name or edit[0] in headers))
 
     def make(result: Path, folder: Path) -> None:
         for edited, text in texts.items():
@@ -107,7 +121,7 @@ def _object(source: Path, edits: tuple[Edit, ...], flags: tuple[str, ...]) -> Pa
         include = [f"-I{folder / 'csrc'}", f"-I{CSRC}", "-isystem", cuda_include()]
         _run(*FLAGS, *flags, *include, "-xc++", "-c", (folder if name in texts else ROOT) / name, "-o", result)
 
-    return _cached("{}.o", (source.read_text(), texts, FLAGS, flags), make)
+    return _cached("{}.o", (source.read_text(), sorted(headers.items()), texts, FLAGS, flags), make)
 
 
 def _library(sources: list[Path], edits: tuple[Edit, ...], flags: tuple[str, ...] = ()) -> Path:
@@ -138,7 +152,8 @@ def cuda_module(*edits: Edit) -> types.ModuleType:
     The kernels are a library of their own, because their machine poisons all thread_local variables of its library.
     """
     kernels = _library(sorted(CSRC.rglob("*.cu")), edits)
-    binding = _cached("binding_{}.o", (CSRC / "bind_cuda.cpp").read_text(), _make_binding)
+    source = CSRC / "bind_cuda.cpp"
+    binding = _cached("binding_{}.o", (source.read_text(), sorted(_headers(source).items())), _make_binding)
     link = ("-shared", "-fPIC", binding, kernels, "-Wl,-rpath,$ORIGIN")
     path = _cached("_cuda_{}.so", link, lambda result, _: _run(*link, "-o", result))
     name = f"{path.stem}._cuda"  # pybind11 would take modules of one name for the same one
@@ -184,10 +199,11 @@ _buffers = _Buffers()
 
 
 def guarded(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A contiguous copy that faults when it is overrun; to be called within `memory` or `device`."""
+    """A copy with the same strides that faults when it is overrun; to be called within `memory` or `device`."""
     if tensor is None:
         return None
-    return _buffers.empty(tensor.shape, tensor.dtype).copy_(tensor)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return _buffers.empty(extent, tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 @contextlib.contextmanager
@@ -209,6 +225,9 @@ def device(module: types.ModuleType, seed: int):
         mock.patch.dict(sys.modules, {"sana_kernels._cuda": module}),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
         mock.patch.object(torch.cuda, "current_stream", lambda *_: stream),
+        mock.patch.object(
+            torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(multi_processor_count=1)
+        ),
         mock.patch.object(torch, "empty", _buffers.empty),
     ):
         backend.extension.cache_clear()
@@ -216,3 +235,26 @@ def device(module: types.ModuleType, seed: int):
             yield
         finally:
             backend.extension.cache_clear()
+
+
+def run(module: types.ModuleType, function, *args, orders: tuple[int, ...] = ORDERS) -> tuple[torch.Tensor, ...]:
+    """The tensors that function(*args) returns on `module`, which have to be of the same bytes in every order."""
+    results = []
+    for seed in orders:
+        with device(module, seed):
+            out = function(*(guarded(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+            results.append([t.clone() for t in ((out,) if isinstance(out, torch.Tensor) else out)])
+    for other in results[1:]:
+        same = [torch.equal(_bytes(a), _bytes(b)) for a, b in zip(results[0], other, strict=True)]
+        assert all(same), f"{function.__name__}: the result depends on the order in which threads run"
+    return tuple(results[0])
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def defective(defects: dict[str, tuple[Edit, ...]], *smaller: Edit) -> dict[str, types.ModuleType]:
+    """For every planted defect the module that has it; `smaller`: edits of all that leave less to compile."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(defects, pool.map(lambda edits: cuda_module(*edits, *smaller), defects.values()), strict=True))

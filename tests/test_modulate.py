@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from compare import assert_kernel, relative_rms
+from compare import assert_kernel, assert_quantized, relative_rms
 from diffusers.models.transformers.sana_transformer import SanaModulatedNorm
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
 from sana_kernels.backend import BackendUnavailable
+from sana_kernels.gemm.reference import quantize
 from sana_kernels.modulate import reference
 
 
@@ -47,6 +48,20 @@ def test_modulate_against_fp64(variant, dtype, case):
     y = run(variant, "modulate", *args, eps=1e-6)
     assert y.is_contiguous()
     assert_kernel(y, reference.modulate(*args), reference.modulate(*double(*args)), f"{variant} {case}")
+
+
+SLACK = 1e-3  # of a step: what errors of a few fp32 ulp amount to
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", variants("modulate_quantized"))
+def test_quantized_rows_against_fp64(variant, dtype, case):
+    x, _, table = case.make(dtype, device_of(variant))
+    args = x, table[:, 3], table[:, 1]
+    values, scale = run(variant, "modulate", *args, quantize=torch.int8)
+    assert values.shape == (case.B, case.N, -(-case.C // 64) * 64) and values.is_contiguous()
+    assert_quantized(values, scale, reference.modulate(*double(*args)), SLACK, f"{variant} {case}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -90,9 +105,19 @@ def test_the_comparison_notices(dtype, mistake):
     with pytest.raises(AssertionError):
         assert_kernel(MISTAKES[mistake](*args), reference.modulate(*args), reference.modulate(*double(*args)))
     with pytest.raises(AssertionError):
+        rows = quantize(MISTAKES[mistake](*(a.float() for a in args)))
+        assert_quantized(*rows, reference.modulate(*double(*args)), SLACK)
+    with pytest.raises(AssertionError):
         gated = reference.gate_residual(y, x, table[:, 2])
         args = x, y, table[:, 2]
         assert_kernel(gated, reference.gate_residual(*args), reference.gate_residual(*double(*args)))
+
+
+def test_the_comparison_notices_a_rounding_before_quantisation():
+    x, _, table = Case(2, 40, 250).make(torch.bfloat16)
+    args = x, table[:, 0], table[:, 1]
+    with pytest.raises(AssertionError):
+        assert_quantized(*quantize(reference.modulate(*args)), reference.modulate(*double(*args)), SLACK)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.0), (torch.bfloat16, 1e-3)], ids=str)
@@ -111,12 +136,10 @@ def test_same_bytes_on_any_number_of_threads(isa, dtype):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(
-            run(
-                f"cpu:{isa}", "gate_residual", run(f"cpu:{isa}", "modulate", x, *table[:, :2].unbind(1)), y, table[:, 2]
-            )
-        )
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        rows = table[:, :2].unbind(1)
+        gated = run(f"cpu:{isa}", "gate_residual", run(f"cpu:{isa}", "modulate", x, *rows), y, table[:, 2])
+        results.append((gated, *run(f"cpu:{isa}", "modulate", x, *rows, quantize=torch.int8)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 ROW, TOKENS = (2, 8), (2, 3, 8)

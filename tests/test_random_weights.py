@@ -70,21 +70,19 @@ def measure(dit: DiT, side: int) -> Measured:
         x, y = (t[..., ordinary].double().square().mean().sqrt() for t in (x, y))
         return (y / x).item()
 
-    gated, crossed, logits, stream = [], [], [], []
-
-    def gate_residual(x, y, gate):
-        gated.append(share(x, gate[:, None] * y))
-        return REFERENCE_OPS.gate_residual(x, y, gate)
+    shares, logits, stream = {"attention": [], "cross_attention": [], "mix_ffn": []}, [], []
+    residual = {"attention": 3, "cross_attention": 0, "mix_ffn": 4}  # which argument it is
 
     def cross_attention(q, k, v, lengths):
         score = torch.einsum("bnhd,blhd->bhnl", q.float(), k.float()) / math.sqrt(q.shape[-1])
         logits.append(score.sub(score.mean(-1, keepdim=True)).square().mean().sqrt().item())
         return REFERENCE_OPS.cross_attention(q, k, v, lengths)
 
-    dit.ops = replace(REFERENCE_OPS, gate_residual=gate_residual, cross_attention=cross_attention)
-    hooks = [
-        b.cross_attention.register_forward_hook(lambda m, i, y: crossed.append(share(i[0], y))) for b in dit.blocks
-    ]
+    def look(branch: str):
+        return lambda module, given, y: shares[branch].append(share(given[residual[branch]], y - given[residual[branch]]))
+
+    dit.ops = replace(REFERENCE_OPS, cross_attention=cross_attention)
+    hooks = [getattr(b, branch).register_forward_hook(look(branch)) for b in dit.blocks for branch in shares]
     hooks += [block.register_forward_hook(lambda m, i, y: stream.append(y)) for block in dit.blocks]
     try:
         output = dit(*inputs(config, side))
@@ -92,8 +90,7 @@ def measure(dit: DiT, side: int) -> Measured:
         dit.ops = REFERENCE_OPS
         for hook in hooks:
             hook.remove()
-    shares = torch.tensor([gated[0::2], crossed, gated[1::2]]).T
-    return Measured(shares, torch.tensor(logits), stream[-1], max(x.abs().max().item() for x in stream), output)
+    return Measured(torch.tensor(list(shares.values())).T, torch.tensor(logits), stream[-1], max(x.abs().max().item() for x in stream), output)
 
 
 @pytest.mark.parametrize("side", [8, 14])  # calibrated at 8

@@ -3,8 +3,12 @@
 import hashlib
 import io
 import json
+import multiprocessing
+import os
 import random
+import socket
 import tarfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from compare import relative_rms
 from PIL import Image
 from torch import nn
 
-from recipes import captions, data, perceptual, train_autoencoder, train_dit, training
+from recipes import captions, data, muon, perceptual, train_autoencoder, train_dit, training
 from recipes.images import Images, Placement
 from recipes.vocabulary import train_tokenizer
 from sana_model.config import BUILT_IN
@@ -292,7 +296,8 @@ def assert_same(first: dict, second: dict) -> None:
     assert first["history"] == second["history"] and first["step"] == second["step"]
     for part in ("parameters", "average"):
         torch.testing.assert_close(first[part], second[part], rtol=0, atol=0)
-    torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)
+    for one, other in zip(first["optimizers"], second["optimizers"], strict=True):
+        torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +351,88 @@ def test_the_loss_falls_and_resuming_is_exact(run, tmp_path, monkeypatch):
         assert_same(state(tmp_path / "other") | {"history": whole["history"]}, whole)
     with pytest.raises(UserError, match="holds a run with seed 1"):
         run(tmp_path / "other", "--steps", "16")
+
+
+def test_muon_is_that_of_pytorch():
+    shapes = (48, 160), (160, 48), (32, 32)
+    start, gradients = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    results = []
+    for kind, flags in ((muon.Muon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
+        parameters = [nn.Parameter(p.clone()) for p in start]
+        optimizer = kind(parameters, lr=0.01, weight_decay=0.01, **flags)
+        for step in range(3):
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient + step * gradient.roll(1)
+            optimizer.step()
+        results.append([p.detach() - before for p, before in zip(parameters, start, strict=True)])
+    for ours, theirs, gradient in zip(*results, gradients, strict=True):
+        assert relative_rms(ours, theirs) < 0.05  # bf16 inside
+        assert relative_rms(ours, -gradient * (theirs.norm() / gradient.norm())) > 0.2  # control
+    assert muon.is_matrix(torch.empty(64, 16, 3, 3)) and not muon.is_matrix(torch.empty(64, 1, 3, 3))
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    shares = [training.schedule(step, 100, 10) for step in range(100)]
+    assert shares[0] == 0.1 and shares[9:65] == [1.0] * 56 and 0 < shares[99] < 0.03
+    assert shares[65:] == sorted(set(shares[65:]), reverse=True)
+    assert training.schedule(60, 1000, 10) == 1.0  # more steps: the run goes on where it is
+
+
+def _train_a_layer(rank: int, processes: int, folder: Path) -> None:
+    """Some steps on one linear layer, by one of several processes."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in values.items()}
+    args = Namespace(steps=5, lr=0.01, warmup=1, ema=0.9, precision="fp32")
+    torch.manual_seed(0)
+    run = training.Training(nn.Linear(24, 16), folder, args, {})
+    for step in run.numbers(None):
+        x, y = (torch.randn(6, n, generator=training.generator(n, step)) for n in (24, 16))
+        run.update((run(x[run.share]) - y[run.share]).square().mean())
+    assert training.anywhere(rank == 1) == (processes > 1)  # one is told to stop: all of them stop
+    if run.rank == 0:
+        run.save()
+
+
+def test_processes_that_share_a_batch_learn_what_one_learns(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    context = multiprocessing.get_context("spawn")
+    folders = [tmp_path / name for name in ("one", "two", "half")]
+    for folder in folders:
+        folder.mkdir()
+    workers = [context.Process(target=_train_a_layer, args=(rank, 2, folders[1])) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    _train_a_layer(0, 1, folders[0])
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    with monkeypatch.context() as patch:  # control: a process that sees half of every batch, and nobody else
+        patch.setattr(training.Training, "share", slice(0, None, 2))
+        _train_a_layer(0, 1, folders[2])
+    one, two, half = (state(folder)["parameters"]["weight"] for folder in folders)
+    assert relative_rms(two, one) < 1e-5 < relative_rms(half, one)
+
+
+def test_refining_leaves_the_latents_as_they_are(dataset, vae, tmp_path, monkeypatch):
+    small(monkeypatch)
+    flags = ["--data", str(dataset), "--size", "128", "--batch", "4", "--every", "2", "--steps", "2", "--warmup", "1"]
+    flags += ["--device", "cpu", "--perceptual", "0", "--refine"]
+    train_autoencoder.main([*flags, str(vae), "--out", str(tmp_path / "a")])
+    before, after = (train_autoencoder.load_autoencoder(folder) for folder in (vae, tmp_path / "a" / "vae"))
+    assert after.config == before.config
+    torch.testing.assert_close(after.encoder.state_dict(), before.encoder.state_dict(), rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(after.decoder.state_dict(), before.decoder.state_dict(), rtol=0, atol=0)
+    assert train_autoencoder.encoder_hash(after) == train_autoencoder.encoder_hash(before)
+    train_autoencoder.save_autoencoder(
+        tmp_path / "b", train_autoencoder.new_autoencoder(autoencoder_config(), 1), before.config
+    )
+    with pytest.raises(UserError, match="holds a run with refine"):
+        train_autoencoder.main([*flags, str(tmp_path / "b"), "--out", str(tmp_path / "a")])
 
 
 def test_the_time_budget_stops_cleanly(run, tmp_path):

@@ -1,4 +1,8 @@
-// Vectors of 16 floats from and to tensors of each dtype, for the files compiled for AVX-512 (and nobody else).
+// Vectors of 16 floats for the files compiled for AVX-512 (and nobody else): loads and stores for tensors of each
+// dtype, and exp, SiLU and reductions on them.
+//
+// avx2.h has the same names for vectors of 8, so a kernel that needs nothing else is written once, as <op>_vector.h,
+// and compiled for both. GCC's operators + - * / work on Vec.
 //
 // No C++ standard header here or there: the linker might keep their AVX-512 copy of a shared inline function for
 // everybody.
@@ -6,6 +10,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside gcc 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <immintrin.h>
@@ -16,36 +21,83 @@
 namespace sana {
 namespace {
 
-constexpr int kLanes = 16;
+using Vec = __m512;
+using Lanes = __mmask16;  // which lanes of a vector take part
 
-// The mask of the first `count` lanes; all of them for 16 and more.
-inline __mmask16 first_lanes(int64_t count) {
-  return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
-}
+constexpr int kLanes = 16;
+constexpr Lanes kAllLanes = 0xffff;
+
+// The first `count` lanes; all of them for 16 and more.
+inline Lanes first_lanes(int64_t count) { return count >= kLanes ? kAllLanes : Lanes((1u << count) - 1); }
 
 struct F32 {
   using Type = float;
-  static __m512 load(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-  static void store(float* x, __mmask16 lanes, __m512 y) { _mm512_mask_storeu_ps(x, lanes, y); }
+  static Vec load(const float* x, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+  static void store(float* x, Lanes lanes, Vec y) { _mm512_mask_storeu_ps(x, lanes, y); }
 };
 
 struct F16 {
   using Type = uint16_t;
-  static __m512 load(const uint16_t* x, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x)); }
-  static void store(uint16_t* x, __mmask16 lanes, __m512 y) {
+  static Vec load(const uint16_t* x, Lanes lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x)); }
+  static void store(uint16_t* x, Lanes lanes, Vec y) {
     _mm256_mask_storeu_epi16(x, lanes, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
   }
 };
 
 struct BF16 {
   using Type = uint16_t;
-  static __m512 load(const uint16_t* x, __mmask16 lanes) {
+  static Vec load(const uint16_t* x, Lanes lanes) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x)), 16));
   }
-  static void store(uint16_t* x, __mmask16 lanes, __m512 y) {
+  static void store(uint16_t* x, Lanes lanes, Vec y) {
     _mm256_mask_storeu_epi16(x, lanes, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
   }
 };
 
+inline Vec set1(float x) { return _mm512_set1_ps(x); }
+inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+// x in these lanes, y in the others.
+inline Vec select(Lanes lanes, Vec x, Vec y) { return _mm512_mask_mov_ps(y, lanes, x); }
+
+// Where x is NaN: x.
+inline Vec max(Vec low, Vec x) { return _mm512_max_ps(low, x); }
+inline Vec min(Vec high, Vec x) { return _mm512_min_ps(high, x); }
+
+inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
+
+// max(|x|, largest) where `largest` holds magnitudes. Their bits are compared as integers, by which a NaN is larger
+// than any number and stays.
+inline Vec magnitude_max(Vec largest, Vec x) {
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(largest), magnitude));
+}
+inline float largest_magnitude(Vec magnitudes) {
+  return float_from_bits(uint32_t(_mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes))));
+}
+
+// To the nearest integer, ties to even, beyond int8 to its ends.
+inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
+  _mm512_mask_cvtsepi32_storeu_epi8(to, lanes, _mm512_cvtps_epi32(x));
+}
+
+inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec above_floor(Vec x) {
+  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}  // x - floor(x)
+
+// x 2^floor(n), for n >= -126; from 128 on infinite.
+inline Vec times_power_of_2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+
+// 1 / x, for x and 1 / x in the range of normal floats: to 2 ulp, and to 2^-14 (also for infinity).
+inline Vec reciprocal(Vec x) {
+  const Vec y = _mm512_rcp14_ps(x);
+  return y * _mm512_fnmadd_ps(x, y, set1(2));
+}
+inline Vec reciprocal_16(Vec x) { return _mm512_rcp14_ps(x); }
+
 }  // namespace
 }  // namespace sana
+
+#include "common/vector.h"

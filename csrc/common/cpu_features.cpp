@@ -47,6 +47,9 @@ Isa detect() {
   if (!(fma && f16c && bit(b7, 5) && (state & 0x6) == 0x6)) return Isa::portable;
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && bit(c7, 11) && bit(a71, 5);
   if (!(avx512 && (state & 0xe6) == 0xe6)) return Isa::avx2;
+#if defined(SANA_EMULATE_TILES)
+  return Isa::amx;  // see common/tiles.h
+#endif
   const bool amx = bit(d7, 22) && bit(d7, 24) && bit(d7, 25);
   if (!(amx && (state & 0x60000) == 0x60000 && request_tiles())) return Isa::avx512;
   return Isa::amx;

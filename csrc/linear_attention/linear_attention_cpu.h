@@ -22,6 +22,7 @@ struct LinearAttentionKernels {
 };
 
 extern const LinearAttentionKernels linear_attention_portable;
+extern const LinearAttentionKernels linear_attention_avx2;
 extern const LinearAttentionKernels linear_attention_avx512;
 
 }  // namespace sana

@@ -22,7 +22,8 @@ struct TokenRows {
   int64_t stride[2];
 };
 
-// out = LayerNorm(x) * (1 + scale) + shift; out (B, N, C) contiguous.
+// out = LayerNorm(x) * (1 + scale) + shift: (B, N, C) contiguous, of `dtype` where `row_scale` is null; else int8 rows
+// of quantized_pitch(C) values (gemm/quantize.h), and `row_scale` gets one float per token.
 struct Modulate {
   TokenRows x;
   ImageRows shift, scale;
@@ -30,6 +31,7 @@ struct Modulate {
   int64_t B, N, C;
   DType dtype;
   float eps;
+  float* row_scale = nullptr;
 };
 
 // out = x + gate * y; out (B, N, C) contiguous.

@@ -13,6 +13,7 @@ struct ModulateKernels {
 };
 
 extern const ModulateKernels modulate_portable;
+extern const ModulateKernels modulate_avx2;
 extern const ModulateKernels modulate_avx512;
 
 }  // namespace sana

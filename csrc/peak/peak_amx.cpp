@@ -2,28 +2,14 @@
 //
 // The caller has checked cpuid and asked the kernel for the tile state (see common/cpu_features.h); the first tile
 // instruction of a process without that permission ends it with SIGILL.
-#include <immintrin.h>
-
+#include "common/tiles.h"
 #include "peak/peak.h"
 
 namespace {
 
-struct alignas(64) TileConfig {  // the memory operand of ldtilecfg
-  unsigned char palette = 1;
-  unsigned char start_row = 0;
-  unsigned char reserved[14] = {};
-  unsigned short bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "ldtilecfg reads 64 bytes");
-
 // Tiles 0–3 are zeroed accumulators, 4–5 hold A and 6–7 hold B.
 inline __attribute__((always_inline)) void load_tiles(const void* operands) {
-  const TileConfig config;
-  // gcc 12 declares that ldtilecfg reads 8 bytes, and drops the stores to the other 56 unless something else may read
-  // them.
-  asm volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
+  sana::configure_tiles();
   const char* data = static_cast<const char*>(operands);
   _tile_zero(0);
   _tile_zero(1);

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sana_kernels.backend import register, resolve
-from sana_kernels.cross_attention import reference
+from sana_kernels.backend import call, define, register
+from sana_kernels.cross_attention import cpu, reference
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -15,7 +15,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = No
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check(q, k, v, lengths)
-    return resolve("cross_attention", backend, q, k, v, lengths).run(q, k, v, lengths)
+    return call("cross_attention", backend, q, k, v, lengths)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
@@ -46,3 +46,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
 
 
 register("cross_attention", "reference", reference.cross_attention)
+register("cross_attention", "cpu", cpu.cross_attention, device="cpu", accepts=cpu.accepts)
+define(
+    "cross_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? lengths",
+    lambda q, k, v, lengths, backend: q.new_empty(q.shape),
+)

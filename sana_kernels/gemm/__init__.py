@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import call, define, register
-from sana_kernels.gemm import reference
+from sana_kernels.gemm import cpu, cuda, reference
 
 
 class Quantized(NamedTuple):
@@ -46,8 +46,7 @@ def gemm(
     """residual + gate · SiLU(x weightᵀ + bias), each part where asked for.
 
     x: (B, M, K), weight: (N, K) or what `pack` made of it; both of one floating dtype, or both `Quantized` in one dtype.
-    bias: (N,). gate (B, N) and residual (B, M, N): both or neither, gate in residual's dtype or fp32. Floating tensors have
-    last stride 1. Returns (B, M, N), contiguous, in `dtype`: by default residual's, else x's, else bf16.
+    bias: (N,). residual: (B, M, N); gate: (B, N), only beside a residual. Floating tensors have last stride 1. Returns (B, M, N), contiguous, in `dtype`: by default residual's, else x's, else bf16.
     `reference.py` states the arithmetic. Raises ValueError or TypeError for arguments that no backend takes,
     BackendUnavailable where `backend` cannot run.
     """
@@ -57,6 +56,18 @@ def gemm(
     args = (x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype)
     _check(*args)
     return call("gemm", backend, *args)
+
+
+PACKED = tuple(cpu.PER_LANE)  # the dtypes that `pack` packs
+
+
+def pack(weight: Tensor, backend: str = "cpu") -> Tensor:
+    """A (N, K) matrix, bf16 or int8, once and for all in the layout that a backend's `gemm` and `mix_ffn` read.
+
+    For "cpu": (N / 16, K / n, 16, n) with n elements in 4 bytes; N is a multiple of 16, and K of 64 bytes. Other backends
+    read rows as they are.
+    """
+    return cpu.pack(weight) if backend == "cpu" else weight
 
 
 def parts(rows: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
@@ -78,11 +89,13 @@ def _check(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) 
             f"gemm takes x (B, M, K) and weight (N, K), none of them 0; got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if x.dtype != weight.dtype or (x_scale is None) != (weight_scale is None):
-        raise TypeError(f"gemm takes x and weight in one dtype, both quantised or neither; got {x.dtype}, {weight.dtype}")
+        raise TypeError(
+            f"gemm takes x and weight in one dtype, both quantised or neither; got {x.dtype}, {weight.dtype}"
+        )
     if x_scale is None and not x.is_floating_point():
         raise TypeError(f"gemm takes floating or quantised operands; got {x.dtype} without scales")
-    if (gate is None) != (residual is None):
-        raise ValueError("gemm takes gate and residual together")
+    if gate is not None and residual is None:
+        raise ValueError("gemm takes a gate only beside a residual")
     B, M, N = *x.shape[:2], outputs(weight)
     rest = {"x's scale": x_scale, "weight's scale": weight_scale, "bias": bias, "gate": gate, "residual": residual}
     shapes = ((B, M), (N,), (N,), (B, N), (B, M, N))
@@ -111,9 +124,13 @@ def _fake(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype, b
 
 
 register("quantize", "reference", reference.quantize)
+register("quantize", "cuda", cuda.quantize, device="cuda", accepts=cuda.accepts_quantize)
+register("quantize", "cpu", cpu.quantize, device="cpu", accepts=cpu.accepts_quantize)
 define("quantize", "Tensor x, ScalarType dtype", fake_quantize, returns="(Tensor, Tensor)")
 
 register("gemm", "reference", reference.gemm)
+register("gemm", "cuda", cuda.gemm, device="cuda", accepts=cuda.accepts)
+register("gemm", "cpu", cpu.gemm, device="cpu", accepts=cpu.accepts)
 define(
     "gemm",
     "Tensor x, Tensor? x_scale, Tensor weight, Tensor? weight_scale, Tensor? bias, bool silu, Tensor? gate,"

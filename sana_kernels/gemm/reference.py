@@ -30,7 +30,8 @@ def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor
     largest = x.abs().amax(-1)
     zero = largest < SMALLEST
     scale = torch.where(zero, 0, largest / most)
-    values = x * torch.where(zero, 0, most / largest)[..., None]
+    factor = torch.full_like(largest, most) / largest  # `most / largest` would multiply by a reciprocal: two roundings
+    values = x * torch.where(zero, 0, factor)[..., None]
     if dtype == torch.int8:
         values = values.round()
     values = values.clamp(-most, most).to(dtype)
@@ -56,11 +57,11 @@ def gemm(
 ) -> Tensor:
     """(B, M, K), (N, K) → (B, M, N) in `dtype`.
 
-    Operands in one floating dtype, or in one of 8 bits with x_scale (B, M) and weight_scale (N,). bias (N,); gate (B, N)
-    and residual (B, M, N), both or neither, in any floating dtype.
+    Operands in one floating dtype, or in one of 8 bits with x_scale (B, M) and weight_scale (N,). bias (N,);
+    residual (B, M, N), and with it or not gate (B, N), in any floating dtype.
     """
     if x_scale is None:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     else:
         sums = x.double() @ weight.double().t()  # fp64 holds every sum of int8 products exactly
         y = sums.float() * (x_scale[..., None] * weight_scale)
@@ -68,5 +69,5 @@ def gemm(
     if silu:
         y = F.silu(y)
     if residual is not None:
-        y = residual + gate.unsqueeze(1) * y
+        y = residual + (y if gate is None else gate.unsqueeze(1) * y)
     return y.to(dtype)

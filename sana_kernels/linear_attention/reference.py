@@ -16,6 +16,8 @@ one rounding to q's dtype ends it. Sums may run in any order, as long as the sam
 import torch
 from torch import Tensor
 
+from sana_kernels.gemm.reference import gemm
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / RMS(x) · weight over the last dimension (arXiv 1910.07467), rounded where diffusers rounds.
@@ -50,3 +52,20 @@ def linear_attention(
     normaliser = k.sum(2).unsqueeze(3)
     out = (q @ state) / (q @ normaliser + eps)
     return out.transpose(1, 2).to(dtype).contiguous()
+
+
+def linear_attention_from(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    head_dim: int,
+    eps: float = 1e-15,
+) -> Tensor:
+    """(B, N, K), (3 · H · D, K) → (B, N, H, D): the attention of q, k, v = x weightᵀ, in that order along the rows.
+
+    q, k and v are rounded to x's dtype, or to bf16 where x and weight are 8-bit rows with scales (B, N) and (3 · H · D,).
+    """
+    dtype = x.dtype if x_scale is None else torch.bfloat16
+    qkv = gemm(x, x_scale, weight, weight_scale, None, False, None, None, dtype)
+    return linear_attention(*qkv.unflatten(2, (3, -1, head_dim)).unbind(2), eps=eps)

@@ -6,7 +6,7 @@ from torch import Tensor
 from sana_kernels.backend import call, define, register
 from sana_kernels.gemm import Quantized, fake_quantize, inputs, outputs, parts
 from sana_kernels.gemm.reference import MOST, STEP
-from sana_kernels.mix_ffn import reference
+from sana_kernels.mix_ffn import cpu, cuda, reference
 
 
 def mix_ffn(
@@ -26,8 +26,9 @@ def mix_ffn(
     """residual + gate · (a · SiLU(g)) W₂ᵀ with [a, g] = depthwise3×3(SiLU(x W₁ᵀ + b₁)) (arXiv 2410.10629, section 2.2).
 
     x: (B, N, C), N = height · width tokens in row-major order. expand_weight (2F, C), expand_bias (2F,), depthwise_weight
-    (2F, 1, 3, 3), depthwise_bias (2F,), project_weight (C, F). One floating dtype and device; or x and both matrices
-    `Quantized` in one dtype, and the rest in bf16 or fp32. The matrices may be packed (`pack`). gate (B, C) and residual
+    (2F, 1, 3, 3), depthwise_bias (2F,), project_weight (C, F). x and both matrices have one floating dtype, which the rest
+    share, or are `Quantized` in one dtype, and the rest is bf16; biases and depthwise_weight may be fp32 in any case. The
+    matrices may be packed (`pack`). gate (B, C) and residual
     (B, N, C): both or neither. Returns (B, N, C) in residual's dtype, else x's, else bf16.
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
@@ -111,10 +112,10 @@ def _check(
     if eight_bit != (expand_scale is not None) or eight_bit != (project_scale is not None):
         raise TypeError("mix_ffn takes x, expand_weight and project_weight all quantised or none of them")
     matrices, others = (x, expand_weight, project_weight), (expand_bias, depthwise_weight, depthwise_bias)
-    allowed = (torch.bfloat16, torch.float32) if eight_bit else (x.dtype,)
+    allowed = (torch.bfloat16 if eight_bit else x.dtype, torch.float32)
     if any(t.dtype != x.dtype for t in matrices) or any(t.dtype not in allowed for t in others):
         raise TypeError(
-            "mix_ffn takes one floating dtype, or one of 8 bits beside bf16 or float32;"
+            "mix_ffn takes one floating dtype, or one of 8 bits with bf16 for the rest, which may also be float32;"
             f" got {', '.join(str(t.dtype) for t in (*matrices, *others))}"
         )
     if any(t is not None and t.device != x.device for t in (*matrices, *others, gate, residual)):
@@ -136,9 +137,16 @@ def _fake_glu_quantized(h, height, width, weight, bias, dtype, backend):
 
 
 register("depthwise_glu", "reference", reference.depthwise_glu)
+register("depthwise_glu", "cuda", cuda.depthwise_glu, device="cuda", accepts=cuda.accepts)
+register("depthwise_glu", "cpu", cpu.depthwise_glu, device="cpu", accepts=cpu.accepts_depthwise_glu)
 define("depthwise_glu", "Tensor h, int height, int width, Tensor weight, Tensor bias", _fake_glu)
 
 register("depthwise_glu_quantized", "reference", reference.depthwise_glu_quantized)
+register("depthwise_glu_quantized", "cuda", cuda.depthwise_glu_quantized, device="cuda", accepts=cuda.accepts_quantized)
+register(
+    "depthwise_glu_quantized", "cpu", cpu.depthwise_glu_quantized, device="cpu",
+    accepts=cpu.accepts_depthwise_glu_quantized,
+)  # fmt: skip
 define(
     "depthwise_glu_quantized",
     "Tensor h, int height, int width, Tensor weight, Tensor bias, ScalarType dtype",
@@ -147,6 +155,8 @@ define(
 )
 
 register("mix_ffn", "reference", reference.mix_ffn)
+register("mix_ffn", "cpu", cpu.mix_ffn, device="cpu", accepts=cpu.accepts_mix_ffn)
+register("mix_ffn", "cuda", cuda.mix_ffn, device="cuda", accepts=cuda.accepts_mix_ffn)
 define(
     "mix_ffn",
     "Tensor x, Tensor? x_scale, int height, int width, Tensor expand_weight, Tensor? expand_scale, Tensor expand_bias,"

@@ -59,7 +59,7 @@ def mix_ffn(
     middle = x.dtype if x_scale is None else torch.bfloat16
     h = gemm(x, x_scale, expand_weight, expand_scale, expand_bias, True, None, None, middle)
     if x_scale is None:
-        u, u_scale = depthwise_glu(h, height, width, depthwise_weight, depthwise_bias), None
+        u, u_scale = depthwise_glu(h, height, width, depthwise_weight.to(h.dtype), depthwise_bias.to(h.dtype)), None
     else:
         u, u_scale = depthwise_glu_quantized(h, height, width, depthwise_weight, depthwise_bias, x.dtype)
     dtype = middle if residual is None else residual.dtype

@@ -6,7 +6,7 @@ from torch import Tensor
 from sana_kernels.backend import DTYPE_CODES, call, define, register
 from sana_kernels.gemm import Quantized, fake_quantize
 from sana_kernels.gemm.reference import MOST
-from sana_kernels.modulate import cpu, reference
+from sana_kernels.modulate import cpu, cuda, reference
 
 
 def modulate(
@@ -66,10 +66,13 @@ def _accepts(x, *args) -> str | None:
 
 
 register("modulate", "reference", reference.modulate)
+register("modulate", "cuda", cuda.modulate, device="cuda", accepts=cuda.accepts)
 register("modulate", "cpu", cpu.modulate, device="cpu", accepts=_accepts)
 define("modulate", "Tensor x, Tensor shift, Tensor scale, float eps", lambda x, *args: x.new_empty(x.shape))
 
 register("modulate_quantized", "reference", reference.modulate_quantized)
+register("modulate_quantized", "cuda", cuda.modulate_quantized, device="cuda", accepts=cuda.accepts)
+register("modulate_quantized", "cpu", cpu.modulate_quantized, device="cpu", accepts=cpu.accepts_quantized)
 define(
     "modulate_quantized",
     "Tensor x, Tensor shift, Tensor scale, float eps, ScalarType dtype",
@@ -78,5 +81,6 @@ define(
 )
 
 register("gate_residual", "reference", reference.gate_residual)
+register("gate_residual", "cuda", cuda.gate_residual, device="cuda", accepts=cuda.accepts)
 register("gate_residual", "cpu", cpu.gate_residual, device="cpu", accepts=_accepts)
 define("gate_residual", "Tensor x, Tensor y, Tensor gate", lambda x, *args: x.new_empty(x.shape))

@@ -4,16 +4,38 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
+from sana_kernels.gemm.reference import STEP
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """As the reference; arguments as `_check` and `_accepts` of this package let them through."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    extension("_cpu")[0].modulate(
-        x.data_ptr(), out.data_ptr(), x.shape, x.stride()[:2], DTYPE_CODES[x.dtype], _row(shift), _row(scale), eps,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _modulate(x, shift, scale, eps, out, None)
     return out
+
+
+def accepts_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> str | None:
+    if x.dtype not in DTYPE_CODES:
+        return f"it computes in float32, bfloat16 and float16, not {x.dtype}"
+    return None if dtype == torch.int8 else f"it quantises to int8, not {dtype}"
+
+
+def modulate_quantized(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As the reference; `dtype` is int8."""
+    B, N, C = x.shape
+    values = torch.empty(B, N, -(-C // STEP) * STEP, dtype=dtype)
+    values_scale = torch.empty(B, N, dtype=torch.float32)
+    _modulate(x, shift, scale, eps, values, values_scale)
+    return values, values_scale
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor, out_scale: Tensor | None) -> None:
+    extension("_cpu")[0].modulate(
+        x.data_ptr(), out.data_ptr(), 0 if out_scale is None else out_scale.data_ptr(), x.shape, x.stride()[:2],
+        DTYPE_CODES[x.dtype], _row(shift), _row(scale), eps, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sana_model import batch
 from sana_model.errors import MissingError, UserError
 from sana_model.files import check_writable, write_text
 from sana_model.pipeline import Pipeline, Result, load
-from sana_model.plan import PIPELINES, dtype_name
+from sana_model.plan import PIPELINES
 from sana_model.png import SOFTWARE, Metadata, read_metadata, setting, write_png
 
 MODEL_FLAGS = ("model", "base", "backend", "precision", "text_precision", "decoder_precision", "dialect", "device")
@@ -145,7 +145,7 @@ def _load(args: argparse.Namespace, options: dict, picture: dict | None = None) 
     pipe = load(**options, low_memory=args.low_memory, picture=picture)
     load_ms = (time.perf_counter() - start) * 1e3
     label = " (random weights: timing only)" if pipe.model.random else ""
-    dit, text, decoder = (dtype_name(pipe.dtypes[part]) for part in ("dit", "text_encoder", "autoencoder"))
+    dit, text, decoder = (pipe.plan.precisions[part] for part in ("dit", "text_encoder", "autoencoder"))
     print(f"{pipe.config.name}{label}, loaded in {load_ms:.0f} ms")
     print(f"backend {pipe.plan.backend} on {pipe.device}; {dit}, text encoder {text}, decoder {decoder}")
     if args.plan:

@@ -1,0 +1,69 @@
+// Softmax attention of image tokens to text tokens on CPUs.
+//
+// Algorithm (sana_kernels/cross_attention/reference.py), per image and head, over blocks of text tokens, with the
+// running maximum m and sum z of the online softmax (arXiv 1805.02867), all in float:
+//     s[n][l] = q[n] . k[l]           m' = max(m, max_l s)          f = exp((m - m') / sqrt(D))
+//     p[n][l] = exp((s - m') / sqrt(D))                             z = z f + sum_l p
+//     y[n][:] = y f + sum_l p[n][l] v[l][:]                         out = y / z at the end
+// SANA's captions have up to 300 tokens and fit one block. Text tokens beyond an image's length are never read. With
+// bf16 dot products p is rounded to bf16 before the second product, as the library's kernels do.
+//
+// Layouts: q, k, v (B, N or L, H, D) with any strides but the last, out contiguous. First k and v of each head are
+// packed so that a vector holds 16 text tokens of k, or 16 channels of v: a few MB once per call, 1 / N of the work.
+//
+// Tiling: a task is a head and up to 256 image tokens; its packed k and v (100 KB at L = 300, D = 72 in bf16) stay in
+// the L2 cache. Within it, 12 queries at a time: their scores (15 KB) and the tile of k or v at hand (9 KB) stay in L1.
+// Tasks are independent: the bytes of the result do not depend on the threads.
+//
+// FLOPs: 4 B N L H D, and an exp per score, which is a tenth of it at D = 72. Bytes: q and out once, 4 B N H D in bf16,
+// that is L FLOPs per byte: from L = 60 on the bound is arithmetic.
+// Measured: @@
+#include <algorithm>
+
+#include "common/cpu_features.h"
+#include "common/scratch.h"
+#include "common/threads.h"
+#include "cross_attention/cross_attention_cpu.h"
+
+namespace sana {
+namespace {
+
+constexpr int64_t kTokens = 256;  // of one task
+
+#if defined(SANA_HAVE_AVX2)
+constexpr const CrossAttentionKernels* kAvx2 = &cross_attention_avx2;
+#else
+constexpr const CrossAttentionKernels* kAvx2 = nullptr;
+#endif
+#if defined(SANA_HAVE_AVX512)
+constexpr const CrossAttentionKernels* kAvx512 = &cross_attention_avx512;
+#else
+constexpr const CrossAttentionKernels* kAvx512 = nullptr;
+#endif
+constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, kAvx2, kAvx512, nullptr};
+
+}  // namespace
+
+Status cross_attention_cpu(const CrossAttention& p, int threads) {
+  if (p.B < 1 || p.N < 1 || p.L < 1 || p.H < 1) return Status::bad_shape;
+  if (p.D < 8 || p.D % 8 != 0 || p.D > 128) return Status::bad_head_dim;
+  if (!valid(p.dtype)) return Status::bad_dtype;
+  for (int64_t b = 0; b < p.B; ++b)
+    if (length_of(p, b) < 1 || length_of(p, b) > p.L) return Status::bad_shape;
+  const CrossAttentionKernels& kernels = choose(kByIsa);
+
+  const int64_t heads = p.B * p.H, bytes = kernels.packed_bytes(p);
+  static thread_local Scratch scratch;
+  char* const packed = scratch.reserve(heads * bytes);
+  if (packed == nullptr) return Status::out_of_memory;
+  parallel_for(threads, heads, [&](int64_t head) { kernels.pack(p, head / p.H, head % p.H, packed + head * bytes); });
+
+  const int64_t blocks = (p.N + kTokens - 1) / kTokens;
+  parallel_for(threads, heads * blocks, [&](int64_t task) {
+    const int64_t head = task / blocks, first = task % blocks * kTokens;
+    kernels.attend(p, head / p.H, head % p.H, first, std::min(first + kTokens, p.N), packed + head * bytes);
+  });
+  return Status::ok;
+}
+
+}  // namespace sana

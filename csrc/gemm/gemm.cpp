@@ -1,0 +1,85 @@
+// Matrix products on CPUs: how the work is split. The products themselves are in gemm_<isa>.cpp.
+//
+// Algorithm (sana_kernels/gemm/reference.py): out = epilogue(x weight^T) with bf16 operands and float sums, or with int8
+// operands, int32 sums and one scale per row of x and per column of the result.
+//
+// Tiling: the columns are cut into blocks whose weights fill half of a core's second-level cache, as many as there are
+// threads or a multiple; a task is one such block times some of the rows. Tasks of one block follow each other, so a
+// thread that goes on to the next finds its weights where it left them, and x (a few MB) streams past. No sum is ever
+// split between tasks: the bytes of the result do not depend on the number of threads.
+//
+// FLOPs: 2 M N K. Bytes: x once per column block, the weights once per thread, the result once. At SANA's sizes
+// (M = 2048, K, N >= 1152) that is more than 400 FLOP per byte, so the bound is the multiply unit.
+#include "gemm/gemm.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "common/cpu_features.h"
+#include "common/scratch.h"
+#include "common/threads.h"
+#include "gemm/gemm_cpu.h"
+
+namespace sana {
+namespace {
+
+#if defined(SANA_HAVE_AVX2)
+constexpr const GemmKernels* kAvx2 = &gemm_avx2;
+#else
+constexpr const GemmKernels* kAvx2 = nullptr;
+#endif
+#if defined(SANA_HAVE_AVX512)
+constexpr const GemmKernels* kAvx512 = &gemm_avx512;
+#else
+constexpr const GemmKernels* kAvx512 = nullptr;
+#endif
+#if defined(SANA_HAVE_AMX)
+constexpr const GemmKernels* kAmx = &gemm_amx;
+#else
+constexpr const GemmKernels* kAmx = nullptr;
+#endif
+constexpr const GemmKernels* kByIsa[kIsas] = {&gemm_portable, kAvx2, kAvx512, kAmx};
+
+// Enough that the weights of a task are worth loading; the fewer, the more of its share a core that is busy elsewhere
+// leaves to the others.
+constexpr int64_t kRowsPerTask = 512;
+
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? int64_t(size) : int64_t(1) << 20;
+  }();
+  return bytes;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `total` in `parts` nearly equal parts, each a multiple of `unit`: the size of one.
+int64_t part_of(int64_t total, int64_t parts, int64_t unit) { return ceil_div(ceil_div(total, unit), parts) * unit; }
+
+}  // namespace
+
+Status gemm_cpu(const Gemm& p, int threads) {
+  if (p.M < 1 || p.N < 16 || p.K < 1 || p.N % 16 || row_bytes(p) % 64) return Status::bad_shape;
+  if (!valid(p.dtype)) return Status::bad_dtype;
+  const GemmKernels& kernels = choose(kByIsa);
+  const int64_t least = ceil_div(p.N * row_bytes(p), second_level_cache() / 2);
+  const int64_t columns = part_of(p.N, ceil_div(least, threads) * threads, kernels.columns);
+  const int64_t across = ceil_div(p.N, columns);
+  const int64_t row_blocks = std::max(p.M / kRowsPerTask, ceil_div(2 * threads, across));
+  const int64_t rows = threads == 1 ? p.M : part_of(p.M, row_blocks, kernels.rows);
+  const int64_t down = ceil_div(p.M, rows);
+  std::atomic<bool> failed{false};
+  parallel_for(threads, across * down, [&](int64_t task) {
+    const int64_t row = task % down * rows, column = task / down * columns;
+    static thread_local Scratch scratch;
+    char* buffer = scratch.reserve(kernels.scratch * row_bytes(p) + 4 * rows);
+    if (buffer == nullptr) failed = true;
+    else kernels.block(p, {row, std::min(row + rows, p.M), column, std::min(column + columns, p.N)}, buffer);
+  });
+  return failed ? Status::out_of_memory : Status::ok;
+}
+
+}  // namespace sana

@@ -1,0 +1,193 @@
+// Matrix product on AMX tiles: 16 x 16 sums of products of 64 bytes of K in one instruction.
+//
+// Blocks: 32 rows x 32 columns in four tiles of sums (0-3), two tiles of x (4, 5), two of weights (6, 7). A step over 64
+// bytes of K is 4 loads and 4 products, of 16 cycles each. 32 rows of x, of at most 18 steps (36 KB), stay in the
+// first-level cache, where a tile load takes 8 cycles; weights stream from the second with the non-temporal hint
+// (tileloaddt1), without which they would push x out. Longer rows are done in equal parts of at most 18 steps; between
+// the parts the sums of 512 columns wait in a buffer on the stack.
+//
+// Tile products run beside vector instructions. So the epilogue of a block is spread over the steps of the next block, a
+// few rows per step: its sums lie in one of two buffers meanwhile.
+//
+// Bound: the products, 32 x 32 x 64 multiply-adds in 64 cycles.
+#include "common/avx512.h"
+#include "common/tiles.h"
+#include "gemm/epilogue.h"
+
+namespace sana {
+namespace {
+
+constexpr int kRows = 32, kColumns = 32;
+constexpr int kSteps = 18;   // of 64 bytes of K, whose 32 rows of x fit the first-level cache
+constexpr int kChunk = 512;  // columns whose sums wait between two parts of K
+
+struct Int8 {
+  using Sum = int;
+  static void product_0() { _tile_dpbssd(0, 4, 6); }
+  static void product_1() { _tile_dpbssd(1, 5, 6); }
+  static void product_2() { _tile_dpbssd(2, 4, 7); }
+  static void product_3() { _tile_dpbssd(3, 5, 7); }
+  static Vec load(const Sum* sums) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums)); }
+};
+
+struct BFloat16 {
+  using Sum = float;
+  static void product_0() { _tile_dpbf16ps(0, 4, 6); }
+  static void product_1() { _tile_dpbf16ps(1, 5, 6); }
+  static void product_2() { _tile_dpbf16ps(2, 4, 7); }
+  static void product_3() { _tile_dpbf16ps(3, 5, 7); }
+  static Vec load(const Sum* sums) { return _mm512_load_ps(sums); }
+};
+
+// 32 rows x 32 columns of sums, row-major: what four tiles are stored to and loaded from.
+template <class T>
+struct alignas(64) Sums {
+  typename T::Sum at[kRows][kColumns];
+};
+
+template <class T>
+inline void load_sums(const Sums<T>& sums) {
+  _tile_loadd(0, &sums.at[0][0], sizeof sums.at[0]);
+  _tile_loadd(1, &sums.at[16][0], sizeof sums.at[0]);
+  _tile_loadd(2, &sums.at[0][16], sizeof sums.at[0]);
+  _tile_loadd(3, &sums.at[16][16], sizeof sums.at[0]);
+}
+
+template <class T>
+inline void store_sums(Sums<T>& sums) {
+  _tile_stored(0, &sums.at[0][0], sizeof sums.at[0]);
+  _tile_stored(1, &sums.at[16][0], sizeof sums.at[0]);
+  _tile_stored(2, &sums.at[0][16], sizeof sums.at[0]);
+  _tile_stored(3, &sums.at[16][16], sizeof sums.at[0]);
+}
+
+// Stores that go past the caches; `x` is aligned to the size of the store, and two stores of 16 bits fill a cache line.
+template <class E>
+struct Streamed {
+  static void store(typename E::Type* x, Lanes, Vec y) {
+    alignas(64) typename E::Type row[kLanes];
+    E::store(row, kAllLanes, y);
+    if constexpr (sizeof *x == 4)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(x), _mm512_load_si512(row));
+    else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm256_load_si256(reinterpret_cast<const __m256i*>(row)));
+  }
+};
+
+// The epilogue of a finished block, done a few rows at a time.
+template <class T, class E, class Out>
+struct Pending {
+  const Gemm& p;
+  const Sums<T>* sums = nullptr;
+  int64_t m = 0, n = 0;
+  int row = 0, rows = 0, vectors = 0;
+
+  void run(int count) {
+    for (const int end = row + count < rows ? row + count : rows; row < end; ++row)
+      for (int v = 0; v < vectors; ++v)
+        finish<E, Out>(p, m + row, n + 16 * v, Columns(p, n + 16 * v), T::load(&sums->at[row][16 * v]));
+  }
+};
+
+// Adds `steps` steps of K to tiles 0-3: 32 rows of x, 32 columns of weights, whose two halves are `apart` bytes apart.
+template <class T, class P>
+inline void multiply(const char* x, int64_t stride, const char* weight, int64_t apart, int64_t steps, P& pending) {
+  const int rows_per_step = int((kRows + steps - 1) / steps);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, x + 64 * step, stride);
+    _tile_stream_loadd(6, weight + 1024 * step, 64);
+    T::product_0();
+    _tile_loadd(5, x + 64 * step + 16 * stride, stride);
+    T::product_1();
+    _tile_stream_loadd(7, weight + 1024 * step + apart, 64);
+    T::product_2();
+    T::product_3();
+    pending.run(rows_per_step);
+  }
+}
+
+// Rows m to m + rows - 1 of the result, in the columns of `block`. `x`: 32 rows, of which the last may be padding.
+template <class T, class E, class Out>
+void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block) {
+  const int64_t bytes = row_bytes(p), steps = bytes / 64;
+  const int64_t parts = (steps + kSteps - 1) / kSteps, part = (steps + parts - 1) / parts;
+  Sums<T> waiting[kChunk / kColumns], done[2];
+  Pending<T, E, Out> pending{p};
+  int buffer = 0;
+  for (int64_t chunk = block.first_column; chunk < block.last_column; chunk += kChunk) {
+    const int64_t end = chunk + kChunk < block.last_column ? chunk + kChunk : block.last_column;
+    for (int64_t first = 0; first < steps; first += part) {
+      const int64_t count = steps - first < part ? steps - first : part;
+      for (int64_t n = chunk; n < end; n += kColumns) {
+        const bool whole = n + kColumns <= block.last_column;  // else the second half is a copy of the first
+        const char* weight = static_cast<const char*>(p.weight) + n * bytes + 1024 * first;
+        Sums<T>& partial = waiting[(n - chunk) / kColumns];
+        if (first == 0) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          load_sums<T>(partial);
+        }
+        multiply<T>(x + 64 * first, stride, weight, whole ? 16 * bytes : 0, count, pending);
+        if (first + count < steps) {
+          store_sums<T>(partial);
+          continue;
+        }
+        pending.run(kRows);
+        buffer = 1 - buffer;
+        store_sums<T>(done[buffer]);
+        pending.sums = &done[buffer];
+        pending.m = m, pending.n = n;
+        pending.row = 0, pending.rows = rows, pending.vectors = whole ? 2 : 1;
+      }
+    }
+  }
+  pending.run(kRows);
+}
+
+template <class T, class E, class Out>
+void block_of(const Gemm& p, const Block& block, char* buffer) {
+  const int64_t bytes = row_bytes(p);
+  configure_tiles();
+  for (int64_t m = block.first_row; m < block.last_row; m += kRows) {
+    const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
+    const int64_t left = block.last_row - m;
+    if (left >= kRows) {
+      panel<T, E, Out>(p, x, p.x_stride, m, kRows, block);
+      continue;
+    }
+    for (int64_t r = 0; r < kRows; ++r)  // tiles have 16 rows: the last ones of x may not be there
+      for (int64_t k = 0; k < bytes; k += 64)
+        _mm512_storeu_si512(buffer + r * bytes + k,
+                            r < left ? _mm512_loadu_si512(x + r * p.x_stride + k) : _mm512_setzero_si512());
+    asm volatile("" : : : "memory");  // gcc does not know that a tile load reads memory
+    panel<T, E, Out>(p, buffer, bytes, m, int(left), block);
+  }
+  _tile_release();
+  _mm_sfence();  // streamed stores are seen by other threads before whatever this thread does next
+}
+
+template <class T, class E>
+void block_of(const Gemm& p, const Block& block, char* buffer) {
+  const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+  p.stream && aligned ? block_of<T, E, Streamed<E>>(p, block, buffer) : block_of<T, E, E>(p, block, buffer);
+}
+
+template <class T>
+void block_of(const Gemm& p, const Block& block, char* buffer) {
+  if (p.dtype == DType::f32) return block_of<T, F32>(p, block, buffer);
+  if (p.dtype == DType::f16) return block_of<T, F16>(p, block, buffer);
+  block_of<T, BF16>(p, block, buffer);
+}
+
+void block(const Gemm& p, const Block& block, char* buffer) {
+  is_int8(p) ? block_of<Int8>(p, block, buffer) : block_of<BFloat16>(p, block, buffer);
+}
+
+}  // namespace
+
+const GemmKernels gemm_amx = {kRows, kColumns, kRows, block};
+
+}  // namespace sana

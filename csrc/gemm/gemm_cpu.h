@@ -1,0 +1,26 @@
+// What one instruction set contributes to the matrix product: a block of the result, epilogue included. gemm.cpp splits
+// the work.
+#pragma once
+
+#include "gemm/gemm.h"
+
+namespace sana {
+
+struct Block {
+  int64_t first_row, last_row;        // multiples of GemmKernels::rows, but for M
+  int64_t first_column, last_column;  // multiples of GemmKernels::columns, but for N
+};
+
+struct GemmKernels {
+  int64_t rows, columns;  // of the register (or tile) block: what a task should be a multiple of
+  int64_t scratch;        // `buffer` has as many bytes for each byte of a row of x, and 4 for each row of the block
+  void (*block)(const Gemm& p, const Block& block, char* buffer);
+};
+
+extern const GemmKernels gemm_portable;
+extern const GemmKernels gemm_avx2;
+extern const GemmKernels gemm_avxvnni;
+extern const GemmKernels gemm_avx512;
+extern const GemmKernels gemm_amx;
+
+}  // namespace sana

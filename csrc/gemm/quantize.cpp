@@ -1,0 +1,42 @@
+// Rows of floats to rows of int8 with one scale each, on CPUs.
+//
+// Algorithm (sana_kernels/gemm/reference.py, met to the bit): a first pass over the row finds its largest magnitude, a
+// second multiplies by 127 / largest and rounds to nearest, ties to even. A row (11 KB at K = 5600 in bf16) stays in
+// the L1 cache for both.
+//
+// Tiling: a task is 16 rows. Bytes: K elements read, K int8 written per row. FLOPs: 2 per element. Bound by memory.
+#include <algorithm>
+
+#include "common/cpu_features.h"
+#include "common/threads.h"
+#include "gemm/quantize_cpu.h"
+
+namespace sana {
+namespace {
+
+constexpr int64_t kRows = 16;  // of one task
+
+#if defined(SANA_HAVE_AVX2)
+constexpr const QuantizeKernels* kAvx2 = &quantize_avx2;
+#else
+constexpr const QuantizeKernels* kAvx2 = nullptr;
+#endif
+#if defined(SANA_HAVE_AVX512)
+constexpr const QuantizeKernels* kAvx512 = &quantize_avx512;
+#else
+constexpr const QuantizeKernels* kAvx512 = nullptr;
+#endif
+constexpr const QuantizeKernels* kByIsa[kIsas] = {&quantize_portable, kAvx2, kAvx512, nullptr};
+
+}  // namespace
+
+Status quantize_cpu(const Quantize& p, int threads) {
+  if (p.rows < 1 || p.K < 1) return Status::bad_shape;
+  if (!valid(p.dtype)) return Status::bad_dtype;
+  const QuantizeKernels& kernels = choose(kByIsa);
+  parallel_for(threads, (p.rows + kRows - 1) / kRows,
+               [&](int64_t task) { kernels.rows(p, task * kRows, std::min((task + 1) * kRows, p.rows)); });
+  return Status::ok;
+}
+
+}  // namespace sana

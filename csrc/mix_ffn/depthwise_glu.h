@@ -1,0 +1,43 @@
+// The middle of SANA's Mix-FFN, a depthwise 3x3 convolution and a gated linear unit: the C++ interface. The arithmetic
+// is specified in sana_kernels/mix_ffn/reference.py (depthwise_glu, depthwise_glu_quantized).
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/status.h"
+
+namespace sana {
+
+// The whole op. h: (B, height * width, 2F) of `dtype`, contiguous; weight (2F, 9); bias (2F).
+// out: (B, height * width, F) of `dtype` where `scale` is null; else int8 rows of `quantized_pitch(F)` values, zero
+// beyond F, and `scale` gets one float per token.
+struct DepthwiseGlu {
+  const void *h, *weight, *bias;
+  void* out;
+  float* scale;
+  int64_t B, height, width, F;
+  DType dtype, weight_dtype, bias_dtype;
+};
+
+Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads);
+
+// One row of tokens of one image, for callers that make h band by band.
+struct DepthwiseGluRow {
+  const void* h[3];     // the rows above, at and below it: `width` tokens of 2F elements; null above or below the image
+  const float* filter;  // what pack_depthwise made
+  void* out;            // `width` tokens, as in DepthwiseGlu; so is `scale`
+  float* scale;
+  float* scratch;  // depthwise_glu_scratch(F) floats of this thread, where `scale` is not null
+  int64_t width, F;
+  DType dtype;
+};
+
+void depthwise_glu_row(const DepthwiseGluRow& row);
+int64_t depthwise_glu_scratch(int64_t F);
+
+// The filter as floats, 10 rows of 2F: the taps (above left, above, above right, left, ...), then the bias.
+void pack_depthwise(const void* weight, DType weight_dtype, const void* bias, DType bias_dtype, int64_t F,
+                    float* filter);
+
+}  // namespace sana
