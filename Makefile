@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROMPT ?= a red fox in the snow
+PROMPT ?= a 3d render of a fox on a teal background
 OUT ?= out.png
 
 .PHONY: install paint test ci lint format wheel bench readme clean

@@ -60,6 +60,14 @@ def _dit_attention(name: str, B: int, N: int, C: int, D: int = 32, normed: bool 
     return Case("linear_attention", name, {"B": B, "N": N, "H": C // D, "D": D}, 2 * B * N * C * (D + 1), make)
 
 
+def _attention_from(name: str, B: int, N: int, C: int, D: int = 32) -> Case:
+    def make(inputs: Inputs) -> tuple:
+        return inputs(B, N, C), None, inputs(3 * C, C, scale=C**-0.5), None, D, 1e-15
+
+    macs = B * N * C * 3 * C + 2 * B * N * C * (D + 1)
+    return Case("linear_attention_from", name, {"B": B, "N": N, "C": C, "D": D}, macs, make)
+
+
 def _decoder_attention(name: str, N: int, C: int, D: int = 32) -> Case:
     """The DC-AE's layout: head by head, q, k and v beside each other; two scales double the heads."""
 
@@ -178,6 +186,17 @@ def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case
     return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make)
 
 
+def _depthwise_glu(name: str, B: int, height: int, width: int, F: int) -> Case:
+    N = height * width
+
+    def make(inputs: Inputs) -> tuple:
+        return (
+            inputs(B, N, 2 * F), height, width, inputs(2 * F, 1, 3, 3, scale=1 / 3), inputs(2 * F, scale=0.1),
+        )  # fmt: skip
+
+    return Case("depthwise_glu", name, {"B": B, "N": N, "F": F}, B * N * 2 * F * 9, make)
+
+
 def _rms_norm(name: str, side: int, C: int) -> Case:
     """The end of a decoder block: norm, then the residual."""
 
@@ -204,6 +223,7 @@ def _published() -> list[Case]:
         label, N, C, F = f"{name.removeprefix('sana-')}_{32 * grid[0]}", grid[0] * grid[1], dit.hidden, dit.ffn
         cases += [
             _dit_attention(label, B, N, C),
+            _attention_from(label, B, N, C),
             _modulate(label, B, N, C),
             _modulate_quantized(label, B, N, C),
             _quantize(label, B, N, C),
@@ -219,6 +239,7 @@ def _published() -> list[Case]:
             _depthwise_glu(label, B, *grid, F),
             _depthwise_glu_quantized(label, B, *grid, F),
             _mix_ffn(label, B, *grid, C, F),
+            _depthwise_glu(label, B, *grid, F),
         ]
     small = BUILT_IN["sana-0.6b"].dit
     cases += [

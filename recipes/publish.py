@@ -73,8 +73,6 @@ encoder (2.9 M), trained from nothing by `recipes/` of sana-kernels. It paints o
 
     sana generate "a 3d render of a fox on a teal background" -o fox.png
 
-trained_on: {args.trained_on}
-
 Trained on {args.hardware}, {args.hours:g} hours in all, on pictures {placed}:
 
 | part | steps | batch | images seen | last loss | PSNR in dB, held-out images |
@@ -126,13 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     write(args, CHECKPOINTS / NAME)
     texts = prompts(Images(args.data, 128))
     pictures = sana_model.load(NAME)(texts).images
-    sheet(ROOT / "docs" / f"{NAME}.png", pictures, columns=8, captions=[_short(text) for text in texts])
+    labels = [f"{style} {concept}, {colour}" for concept, style, colour in SEEN + HELD_OUT]
+    sheet(ROOT / "docs" / f"{NAME}.png", pictures, columns=8, captions=labels)
     pictures[PICTURE].save(ROOT / "docs" / "first-picture.png")
-
-
-def _short(prompt: str) -> str:
-    """What fits below a picture."""
-    return prompt.replace("a 3d render of ", "3d ").replace("a flat icon of ", "flat ").removesuffix(" background")
 
 
 if __name__ == "__main__":

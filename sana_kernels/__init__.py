@@ -13,11 +13,42 @@ from sana_kernels.conv2d import fold_upsample, rms_norm, upsample
 from sana_kernels.cross_attention import cross_attention
 from sana_kernels.gemm import Quantized, gemm, quantize
 from sana_kernels.gemm.int4 import gemm_w4a4, gemm_w4a16, quantize_int4
-from sana_kernels.linear_attention import linear_attention
+from sana_kernels.linear_attention import linear_attention, linear_attention_from
 from sana_kernels.mix_ffn import depthwise_glu, mix_ffn
 from sana_kernels.modulate import gate_residual, modulate
 
+
+def optimize(pipe, precision: str | None = None, backend: str = "auto"):
+    """Turn a loaded SANA pipeline, of diffusers or of ours, over to these kernels; see `sana_model.optimize`."""
+    from sana_model import optimize as models
+
+    return models.optimize(pipe, precision, backend)
+
+
+def restore(pipe) -> None:
+    """Undo `optimize`."""
+    from sana_model import optimize as models
+
+    models.restore(pipe)
+
+
 __all__ = [
-    "Quantized", "cross_attention", "depthwise_glu", "fold_upsample", "gate_residual", "gemm", "gemm_w4a16", "gemm_w4a4",
-    "linear_attention", "mix_ffn", "modulate", "quantize", "quantize_int4", "rms_norm", "upsample",
+    "Quantized",
+    "cross_attention",
+    "depthwise_glu",
+    "fold_upsample",
+    "gate_residual",
+    "gemm",
+    "gemm_w4a4",
+    "gemm_w4a16",
+    "linear_attention",
+    "linear_attention_from",
+    "mix_ffn",
+    "modulate",
+    "optimize",
+    "quantize",
+    "quantize_int4",
+    "restore",
+    "rms_norm",
+    "upsample",
 ]  # fmt: skip

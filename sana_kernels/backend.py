@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 
 OPS = (
-    "linear_attention", "modulate", "modulate_quantized", "gate_residual", "cross_attention", "mix_ffn", "depthwise_glu",
-    "depthwise_glu_quantized", "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4",
+    "linear_attention", "linear_attention_from", "modulate", "modulate_quantized", "gate_residual", "cross_attention",
+    "mix_ffn", "depthwise_glu", "depthwise_glu_quantized", "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4",
     "rms_norm", "upsample",
 )  # fmt: skip
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first

@@ -135,8 +135,8 @@ _DIT_15 = replace(_DIT_16B, qk_norm=True)
 _SPRINT = {"qk_norm": True, "guidance_embeds": True}
 _SCM = {"scheduler": SchedulerConfig(kind="scm"), "steps": 2}
 
-_TINY = ModelConfig(
-    name="sana-tiny",
+_RANDOM_TINY = ModelConfig(
+    name="sana-tiny-random",
     dit=DiTConfig(hidden=256, layers=8, cross_heads=4, caption_channels=256, sample_size=8),
     text=TextEncoderConfig(
         vocab=320, hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=512, query_pre_attn_scalar=64.0,
@@ -147,11 +147,19 @@ _TINY = ModelConfig(
     max_text_tokens=64,
     pag_layers=(4,),
 )  # fmt: skip
+_TINY = replace(  # as recipes/ trains it: 128 px, a vocabulary of its own
+    _RANDOM_TINY,
+    name="sana-tiny",
+    dit=replace(_RANDOM_TINY.dit, sample_size=4),
+    text=replace(_RANDOM_TINY.text, vocab=2048),
+    guidance=3.0,
+)
 
 BUILT_IN: dict[str, ModelConfig] = {
     config.name: config
     for config in (
         _TINY,
+        _RANDOM_TINY,
         ModelConfig("sana-0.6b", _DIT_06B, pag_layers=(14,)),
         ModelConfig("sana-1.6b", _DIT_16B),
         ModelConfig("sana-1.5-1.6b", _DIT_15),
@@ -160,4 +168,5 @@ BUILT_IN: dict[str, ModelConfig] = {
         ModelConfig("sana-sprint-1.6b", replace(_DIT_16B, **_SPRINT), **_SCM),
     )
 }
-"""The names that need no file: true shapes, seeded random weights (`sana_model.random_weights`)."""
+"""The names that need no file. `sana-tiny` is trained and comes with the package (`sana_model/checkpoints`); the others have
+true shapes and seeded random weights (`sana_model.random_weights`)."""

@@ -237,15 +237,21 @@ class DiT(nn.Module):
 
     def time(self, timestep: Tensor, guidance: Tensor | None = None) -> TimeEmbedding:
         """Embed times (T,) (and guidance scales (T,) for Sprint): once for a whole schedule."""
+        if guidance is not None:
+            guidance = guidance * self.config.guidance_embeds_scale
+        return self.embedded_time(timestep * self.config.timestep_scale, guidance)
+
+    def embedded_time(self, timestep: Tensor, guidance: Tensor | None = None) -> TimeEmbedding:
+        """As `time`, of times and guidance scales that have their factors already."""
         embedding, shared = self.shared_modulation(timestep, guidance)
         tables = torch.stack([block.scale_shift_table for block in self.blocks])
         return TimeEmbedding(embedding, shared[:, None] + tables)
 
     def shared_modulation(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The embedding (T, C), and the modulation (T, 6, C) to which every block adds a table of its own."""
-        embedding = self.time_embed(timestep * self.config.timestep_scale)
+        embedding = self.time_embed(timestep)
         if self.guidance_embed is not None:
-            embedding = embedding + self.guidance_embed(guidance * self.config.guidance_embeds_scale)
+            embedding = embedding + self.guidance_embed(guidance)
         return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
 
     def text(self, caption: Tensor, lengths: Tensor | None = None) -> TextContext:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sana_kernels
 from sana_kernels import Quantized
-from sana_kernels.gemm import PACKED, pack
+from sana_kernels.gemm import PACKED, pack, unpack
 
 HIGHER_PRECISION = ("kv",)  # names of layers that stay in 16 bits: they run once per prompt
 
@@ -42,6 +42,14 @@ class PackedLinear(nn.Module):
         y = sana_kernels.gemm(rows, self.weight, self.bias, dtype=x.dtype, backend=self.backend)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def unpacked(self) -> nn.Linear:
+        """The layer that it was made of, in 16 bits. Not for quantised ones, whose original is gone."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(unpack(self.values, self.backend), requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.to(self.values.dtype), requires_grad=False)
+        return layer
+
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.values.dtype}, {self.backend}"
 
@@ -65,3 +73,11 @@ def pack_linear_layers(module: nn.Module, dtype: torch.dtype, backend: str) -> N
         if can_pack(layer, kept):
             quantized = kept if kept.itemsize == 1 else None
             setattr(module.get_submodule(parent), own, PackedLinear(layer, quantized, backend))
+
+
+def unpack_linear_layers(module: nn.Module) -> None:
+    """Undo `pack_linear_layers`, in place, as far as layers are in 16 bits."""
+    for name, layer in list(module.named_modules()):
+        parent, _, own = name.rpartition(".")
+        if isinstance(layer, PackedLinear) and layer.scale is None:
+            setattr(module.get_submodule(parent), own, layer.unpacked())

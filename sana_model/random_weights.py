@@ -102,7 +102,8 @@ def random_dit(
     caption = torch.empty(images, words, config.caption_channels)
     for name, tensor in (("latents", latents), ("caption", caption)):
         draw(tensor, 0.0, 1.0, f"dit/calibration/{name}", seed)
-    _, modulation = ends.shared_modulation(times, torch.full_like(times, 4.5))
+    guidance = torch.full_like(times, 4.5) * config.guidance_embeds_scale
+    _, modulation = ends.shared_modulation(times * config.timestep_scale, guidance)
     x, caption = ends.embed(latents), ends.caption_embed(caption)
 
     scratch = _empty(Block, config, torch.float32)

@@ -69,7 +69,9 @@ def precisions_for(precision: str, text: str | None = None, decoder: str | None 
     for part, name in names.items():
         known = DTYPES if part == "autoencoder" else PRECISIONS
         if name not in known:
-            raise UserError(f"precision {name!r} of the {part} is not known; choose one of {', '.join(known)}")
+            raise UserError(
+                f"precision {name!r} is not known for the {part.replace('_', ' ')}; choose one of {', '.join(known)}"
+            )
     return names
 
 

@@ -40,6 +40,7 @@ from sana_model.random_weights import random_autoencoder, random_dit, random_tex
 from sana_model.text_encoder import TextEncoder
 from sana_model.tokenizer import ByteTokenizer, load_tokenizer
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # diffusers folders that come with the package, by built-in name
 PARTS = ("dit", "text", "autoencoder")
 FOLDERS = {"dit": "transformer", "text": "text_encoder", "autoencoder": "vae"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,6 +117,9 @@ def find(model: str | Path | ModelConfig, base: str | Path | None = None) -> Sou
     if isinstance(model, ModelConfig):
         return _random(model)
     if str(model) in BUILT_IN:  # ./sana-tiny is a path
+        embedded = CHECKPOINTS / str(model)
+        if embedded.is_dir():
+            return _folder(embedded, str(model), str(model))
         return _random(BUILT_IN[str(model)])
     path = Path(model)
     if path.is_dir():

@@ -25,6 +25,7 @@ import sys
 import sysconfig
 import tempfile
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -108,7 +109,7 @@ def _edited(edits: tuple[Edit, ...]) -> dict[str, str]:
     return texts
 
 
-def _object(source: Path, edits: tuple[Edit, ...], flags: tuple[str, ...]) -> Path:
+def _object(source: Path, edits: tuple[Edit, ...], flags: tuple[str, ...] = ()) -> Path:
     """`source` compiled for the emulator, as if it and the headers had been edited."""
     name = str(source.relative_to(ROOT))
     headers = _headers(source)
@@ -124,16 +125,16 @@ def _object(source: Path, edits: tuple[Edit, ...], flags: tuple[str, ...]) -> Pa
     return _cached("{}.o", (source.read_text(), sorted(headers.items()), texts, FLAGS, flags), make)
 
 
-def _library(sources: list[Path], edits: tuple[Edit, ...], flags: tuple[str, ...] = ()) -> Path:
+def _library(compile_one: Callable[[Path], Path], sources: list[Path]) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, edits, flags), sources))
+        objects = list(pool.map(compile_one, sources))
     # Its name is in the key: libraries of one name would be taken for the same one when a module loads them.
     return _cached("lib{}.so", objects, lambda result, _: _run("-shared", "-Wl,-Bsymbolic", *objects, "-o", result))
 
 
 def load(source: str, *edits: Edit, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """One .cu source of the repository, for calls of its extern "C" functions."""
-    return ctypes.CDLL(str(_library([ROOT / source], edits, flags)))
+    return ctypes.CDLL(str(_library(lambda path: _object(path, edits, flags), [ROOT / source])))
 
 
 def _make_binding(result: Path, folder: Path) -> None:
@@ -146,12 +147,17 @@ def _make_binding(result: Path, folder: Path) -> None:
     _run("-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", *include, "-c", source, "-o", result)
 
 
-def cuda_module(*edits: Edit) -> types.ModuleType:
+def cuda_module(*edits: Edit, only: tuple[str, ...] = ("",)) -> types.ModuleType:
     """The module sana_kernels._cuda with every kernel of csrc on the emulator, as if the sources had been edited.
 
-    The kernels are a library of their own, because their machine poisons all thread_local variables of its library.
+    only: beginnings of the names of the sources that the edits concern; the others need not be compiled for the sake of a
+    header. The kernels are a library of their own, because their machine poisons all thread_local variables of its library.
     """
-    kernels = _library(sorted(CSRC.rglob("*.cu")), edits)
+
+    def compile_one(source: Path) -> Path:
+        return _object(source, edits if str(source.relative_to(ROOT)).startswith(only) else ())
+
+    kernels = _library(compile_one, sorted(CSRC.rglob("*.cu")))
     source = CSRC / "bind_cuda.cpp"
     binding = _cached("binding_{}.o", (source.read_text(), sorted(_headers(source).items())), _make_binding)
     link = ("-shared", "-fPIC", binding, kernels, "-Wl,-rpath,$ORIGIN")
@@ -254,7 +260,13 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def defective(defects: dict[str, tuple[Edit, ...]], *smaller: Edit) -> dict[str, types.ModuleType]:
+def defective(
+    defects: dict[str, tuple[Edit, ...]], *smaller: Edit, only: tuple[str, ...] = ("",)
+) -> dict[str, types.ModuleType]:
     """For every planted defect the module that has it; `smaller`: edits of all that leave less to compile."""
+
+    def build(edits: tuple[Edit, ...]) -> types.ModuleType:
+        return cuda_module(*edits, *smaller, only=only)
+
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(defects, pool.map(lambda edits: cuda_module(*edits, *smaller), defects.values()), strict=True))
+        return dict(zip(defects, pool.map(build, defects.values()), strict=True))

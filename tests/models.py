@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from sana_model.config import BUILT_IN, SchedulerConfig
 
-TINY = BUILT_IN["sana-tiny"]
+TINY = BUILT_IN["sana-tiny-random"]
 SMALL = replace(TINY, dit=replace(TINY.dit, layers=2), pag_layers=(1,))
 SPRINT = replace(
     SMALL,

@@ -106,7 +106,7 @@ def run(public: AutoencoderDC, method: str, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("config", "encoder", "decoder"),
-    [(AutoencoderConfig(), 153_027_104, 159_223_171), (BUILT_IN["sana-tiny"].autoencoder, 2_645_600, 2_742_707)],
+    [(AutoencoderConfig(), 153_027_104, 159_223_171), (BUILT_IN["sana-tiny-random"].autoencoder, 2_645_600, 2_742_707)],
     ids=["sana", "tiny"],
 )
 def test_parameters_are_those_of_diffusers(config, encoder, decoder):

@@ -20,6 +20,9 @@ EAGER_OPS = {
     "linear_attention": lambda q, k, v, q_norm, k_norm, norm_eps, eps, **kw: sana_kernels.linear_attention(
         q, k, v, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps, eps=eps, **kw
     ),
+    "linear_attention_from": lambda x, _, weight, w_scale, head_dim, eps, **kw: sana_kernels.linear_attention_from(
+        x, weight, head_dim=head_dim, eps=eps, **kw
+    ),
     "modulate": lambda x, shift, scale, eps, **kw: sana_kernels.modulate(x, shift, scale, eps=eps, **kw),
     "gate_residual": sana_kernels.gate_residual,
     "cross_attention": sana_kernels.cross_attention,
@@ -118,7 +121,7 @@ def test_an_op_without_a_kernel(monkeypatch):
     assert sana_kernels.gate_residual(*args).shape == args[0].shape
 
 
-@pytest.mark.parametrize("op", [op for op in WITH_KERNELS if "quantize" not in op])
+@pytest.mark.parametrize("op", ["linear_attention", "modulate", "gate_residual", "cross_attention", "mix_ffn"])
 def test_gradients_flow_through_the_reference_only(op):
     args = arguments(op)
     args[0].requires_grad_()
@@ -147,7 +150,9 @@ def test_torch_library(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile_and_export_see_the_op(op):
+    torch.compiler.reset()  # else dynamo counts the ops as recompilations of one forward, of which it allows 8
     given = arguments(op)
+    torch._dynamo.reset()  # each op is compiled anew, not as another variant of the last
 
     class Module(torch.nn.Module):
         def forward(self, *tensors):

@@ -28,7 +28,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def loaded():
     bf16 = torch.bfloat16
-    return load_model("sana-tiny", precision=bf16, text_precision=bf16, decoder_precision=bf16)
+    return load_model("sana-tiny-random", precision=bf16, text_precision=bf16, decoder_precision=bf16)
 
 
 @pytest.fixture

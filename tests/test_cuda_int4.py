@@ -171,18 +171,21 @@ DEFECTS = {
 SMALLER = (
     (W4A4, "p.large ? run<Tile<4, 2, 32, 64>>(p, on) : ", ""),
     (W4A16, "p.dtype == DType::f16 ? run<Half>(p, on) : ", ""),
+    (W4A16, "p.epilogue.M <= 16 ? run<Type, Tile<1, 4, 16, 16>>(p, stream) : ", ""),
 )
 
 
 def check_all(module, orders=(0, 1)):
-    check_quantize(module, hard_rows(5, 100), 0.1 + signed(100).abs(), orders=orders)
-    check_w4a4(module, 1, 70, 72, 320, FP32, rank=40, orders=orders)
-    check_w4a16(module, 1, 40, 72, 712, BF16, group=128, orders=orders)
+    # The last slab lies where the low-rank branch or the epilogue writes first.
+    check_quantize(module, hard_rows(5, 104)[:, :100], 0.1 + signed(100).abs(), orders=orders)
+    check_w4a4(module, 1, 70, 72, 576, FP32, rank=40, orders=orders)
+    check_w4a16(module, 1, 40, 72, 200, BF16, group=128, orders=orders)
+    check_w4a16(module, 1, 40, 72, 312, BF16, orders=orders)
 
 
 @pytest.fixture(scope="module")
 def defective():
-    return emulated.defective(DEFECTS, *SMALLER)
+    return emulated.defective(DEFECTS, *SMALLER, only=(QUANTIZE, W4A4, W4A16))
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

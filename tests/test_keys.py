@@ -16,7 +16,7 @@ from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.dit import DiT
 from sana_model.random_weights import random_dit
 
-PUBLISHED = {name: config.dit for name, config in BUILT_IN.items() if name != "sana-tiny"}
+PUBLISHED = {name: config.dit for name, config in BUILT_IN.items() if not name.startswith("sana-tiny")}
 VARIANTS = PUBLISHED | {
     "2K": replace(PUBLISHED["sana-1.6b"], sample_size=64, pos_embed_scale=1.0),
     "4K": replace(PUBLISHED["sana-1.6b"], sample_size=128, pos_embed_scale=2.0),

@@ -22,7 +22,7 @@ from sana_model.errors import UserError
 from sana_model.random_weights import random_model
 from sana_model.weights import save_diffusers
 
-TINY = BUILT_IN["sana-tiny"]
+TINY = BUILT_IN["sana-tiny-random"]
 SMALL = replace(TINY, dit=replace(TINY.dit, layers=3), pag_layers=(1,), instruction="default")
 VARIANTS = {
     "plain": SMALL,
@@ -172,7 +172,7 @@ def test_parity_test_can_fail(folder, small, what):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return sana_model.load("sana-tiny", precision="fp32")
+    return sana_model.load("sana-tiny-random", precision="fp32")
 
 
 SIZE = {"width": 64, "height": 64, "steps": 2}
@@ -259,7 +259,7 @@ def test_plan_names_every_op(pipe):
 
 def test_backends_paint_the_same_picture():
     images = [
-        sana_model.load("sana-tiny", backend=b, precision="fp32")("a red fox", **SIZE) for b in ("reference", "auto")
+        sana_model.load("sana-tiny-random", backend=b, precision="fp32")("a red fox", **SIZE) for b in ("reference", "auto")
     ]
     assert relative_rms(images[1].latents, images[0].latents) < 1e-4
 
@@ -286,7 +286,7 @@ def test_mistakes_are_one_sentence(pipe, mistake, message):
 @pytest.mark.parametrize("kwargs", [{"precision": "fp12"}, {"backend": "abacus"}, {"device": "warp"}])
 def test_load_mistakes_are_one_sentence(kwargs):
     with pytest.raises(UserError, match=next(iter(kwargs.values()))):
-        sana_model.load("sana-tiny", **kwargs)
+        sana_model.load("sana-tiny-random", **kwargs)
 
 
 def test_bins_match_the_published_tables():

@@ -21,7 +21,7 @@ TEXT = TextEncoderConfig(
     vocab=320, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=128, query_pre_attn_scalar=32.0,
     sliding_window=50,
 )  # fmt: skip
-CONFIG = replace(BUILT_IN["sana-tiny"], text=TEXT, max_text_tokens=24)
+CONFIG = replace(BUILT_IN["sana-tiny-random"], text=TEXT, max_text_tokens=24)
 OWN = "Draw this dog: "
 MIDWORD = "Now draw this: he"
 PROMPTS = ["A Cat ", "", "  täglich\n10 Hände 🦊", "cat dog", "a cat and a dog and a cat and a dog and a CAT and a dog"]
@@ -261,7 +261,7 @@ def test_byte_tokenizer():
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("a\xff") == [2, 100, 0xC3 + 3, 0xBF + 3]
     assert tokenizer.decode(tokenizer.encode("täglich 🦊")) == "täglich 🦊"
-    assert max(tokenizer.encode("\U0010ffff" + chr(127))) < BUILT_IN["sana-tiny"].text.vocab
+    assert max(tokenizer.encode("\U0010ffff" + chr(127))) < BUILT_IN["sana-tiny-random"].text.vocab
 
 
 def test_bos_is_added_where_only_the_configuration_asks_for_it(folders, tmp_path):

@@ -44,7 +44,7 @@ def test_accuracies():
 @pytest.fixture(scope="module")
 def loaded():
     return load_model(
-        "sana-tiny", precision=torch.float32, text_precision=torch.float32, decoder_precision=torch.float32
+        "sana-tiny-random", precision=torch.float32, text_precision=torch.float32, decoder_precision=torch.float32
     )
 
 

@@ -21,7 +21,7 @@ from sana_model.random_weights import (
     random_text_encoder,
 )
 
-TINY = BUILT_IN["sana-tiny"]
+TINY = BUILT_IN["sana-tiny-random"]
 SMALL = TINY.dit
 CONFIGS = {
     "tiny": SMALL,

@@ -24,7 +24,7 @@ class Case:
     K: int
     bias: bool = False
     silu: bool = False
-    gated: str = ""  # "same": gate and residual in the result's dtype; "float": gate in fp32
+    gated: str = ""  # "same": gate and residual in the result's dtype; "float": gate in fp32; "residual": no gate
     small: bool = True  # tiles of SMALL, else those of the table
     padded: bool = False  # x and residual are the first channels of wider rows
 
@@ -35,9 +35,8 @@ class Case:
         weight = torch.randn(N, K) * K**-0.5
         bias = signed(N).to(DEVICE, dtype) if self.bias else None
         residual = residual.to(DEVICE, dtype) if self.gated else None
-        gate = (
-            signed(B, 6, N).to(DEVICE, dtype if self.gated == "same" else torch.float32)[:, 2] if self.gated else None
-        )
+        table = signed(B, 6, N).to(DEVICE, torch.float32 if self.gated == "float" else dtype)
+        gate = table[:, 2] if self.gated in ("same", "float") else None
         if eight_bits is None:
             operands = x.to(DEVICE, dtype), None, weight.to(DEVICE, dtype), None
         else:
@@ -49,7 +48,7 @@ CASES = [
     Case(1, 1, 2240, 70, bias=True, small=False),
     Case(2, 37, 70, 100, bias=True, silu=True, gated="same", padded=True),
     Case(3, 21, 40, 64, gated="float"),
-    Case(1, 300, 5, 97),
+    Case(1, 300, 5, 97, gated="residual"),
     Case(2, 3, 33, 2240, gated="same", small=False),
 ]
 
@@ -149,7 +148,7 @@ DEFECTS = {
     "fp16 sums": ("total = tl.dot(", "total = total.to(tl.float16).to(total.dtype) + tl.dot("),
     "the SiLU before the bias": ("    y = total.to(tl.float32)\n", "    y = silu(total.to(tl.float32))\n"),
     "the gate of the first image": ("gate_ptr + image * gate_image", "gate_ptr"),
-    "the gate on the residual": ("+ gate[None, :] * y", "* gate[None, :] + y"),
+    "the gate added": ("            y *= tl.load(gate_ptr", "            y += tl.load(gate_ptr"),
     "the residual read as contiguous": ("m[:, None] * residual_token", "m[:, None] * N"),
 }
 DEFECT_CASE = Case(2, 37, 70, 100, bias=True, silu=True, gated="same", padded=True)

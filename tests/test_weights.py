@@ -313,7 +313,7 @@ def offline(home: Path, *models: str) -> list[str]:
         from sana_model.weights import load_model
         for model in {models!r}:
             try:
-                loaded = load_model(model, parts=("dit",), base="sana-tiny")
+                loaded = load_model(model, parts=("dit",), base="sana-tiny-random")
                 print("loaded", loaded.config.name, loaded.source)
             except UserError as error:
                 print(error.exit_status, error)

@@ -83,9 +83,8 @@ inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
 }
 
 inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec above_floor(Vec x) {
-  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}  // x - floor(x)
+// x - floor(x)
+inline Vec above_floor(Vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 
 // x 2^floor(n), for n >= -126; from 128 on infinite.
 inline Vec times_power_of_2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }

@@ -1,4 +1,4 @@
-// ReLU linear attention on NVIDIA GPUs, sm_80 and newer: the plain form that faster ones are measured against.
+// ReLU linear attention on NVIDIA GPUs, sm_80 and newer.
 //
 // Algorithm, per image and head (D = head dim; arXiv 2410.10629, section 2.2;
 // sana_kernels/linear_attention/reference.py):
@@ -6,25 +6,37 @@
 //     state[j][D] = sum over tokens n of relu(k[n][j])
 //     out[n][d]   = (relu(q[n]) . state[:][d]) / (relu(q[n]) . state[:][D] + eps)
 // Kernels: (0) with qk-norm, 1/RMS of every row of q and of k; (1) the state of every chunk of tokens; (2) the sum of
-// the chunks and the output. Everything is accumulated in float, in an order that depends only on the shape: no
-// atomics.
+// the chunks; (3) the output. (1) and (3) exist twice: for bfloat16 with D = 32, SANA's, on tensor cores, and plainly for
+// everything else. Everything is accumulated in float, in an order that depends only on the shape: no atomics.
 //
 // Layouts: q, k, v (B, N, H, D) of float, half or bfloat16 with any strides, the last one 1, so that a packed QKV
 // projection is read in place; out (B, N, H, D) contiguous. Scratch, in floats: the chunks' states, B * H * chunks * D
 // * (D + 1), and with qk-norm 1/RMS of the rows of q and k, 2 * B * N.
 //
-// Tiling: blocks of 16 x 16 threads; W = D rounded up to 16, 32, 64 or 128. (1) one block per chunk (at least 128
+// Tiling, plain: blocks of 16 x 16 threads; W = D rounded up to 16, 32, 64 or 128. (1) one block per chunk (at least 128
 // tokens, at most 16 chunks) and head; 32 tokens at a time go through shared memory, each thread owns (W/16)^2 entries
-// of the state. (2) one block per 32 tokens and head; the state lies in shared memory, each thread owns 2 * W/16
+// of the state. (3) one block per 32 tokens and head; the state lies in shared memory, each thread owns 2 * W/16
 // outputs.
 //
+// Tiling, tensor cores: (1) the same chunks; each of four warps brings 32 tokens at a time to its own shared memory,
+// two tiles ahead of each other, and multiplies their transposes, so that no barrier stands in the loop; the four states
+// are added at the end. (3) a warp keeps the state in registers, as mma's right-hand side, and goes through four tiles of
+// 16 tokens. A sum over j may run in any order and columns may lie anywhere, so lane t of four takes q's channels
+// 8 t ... 8 t + 7 and makes the same ones of the output: 16 bytes each, straight between memory and registers.
+// Precision: relu(k) and v are bfloat16 as they come, so their products are exact. What is not, a normed q or k and the
+// state, is split into two bfloat16, whose sum has 16 bits, and products of both parts are added.
+//
 // Bytes: 4 * B * N * H * D elements (read q, k, v; write out), plus the chunk states, which stay in the L2 cache.
-// FLOPs: 4 * B * N * H * D * (D + 1). At D = 32 and 2 bytes per element that is 16.5 FLOPs per byte, near the balance
-// of a GPU's float units and its memory (H100: 67e12 / 3.35e12 = 20), but each multiply-add here also costs about one
-// read of shared memory (W/16 = 2: four reads feed four of them), so shared memory is the expected bound.
+// FLOPs: 4 * B * N * H * D * (D + 1). At D = 32 and 2 bytes per element that is 16.5 FLOPs per byte. On tensor cores
+// memory is the bound: 2 x 1024 tokens of 70 heads 37 MB, 9 us at 4.3 TB/s. Plainly, near the balance of a GPU's float
+// units and its memory (H100: 67e12 / 3.35e12 = 20), each multiply-add also costs about one read of shared memory (W/16 =
+// 2: four reads feed four of them), so that shared memory is the bound, at about 50 us.
+#include <type_traits>
+
 #include "common/cuda_common.cuh"
 #include "common/cuda_status.h"
 #include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "linear_attention/linear_attention.h"
 
 namespace sana {
@@ -158,7 +170,17 @@ __global__ void __launch_bounds__(kThreads, 1) state_kernel(Problem<T> p) {
   }
 }
 
-// Kernel 2. blockIdx.x: image and head, blockIdx.y: tile of kTokens tokens.
+// Kernel 2. The sum of a head's chunks, in place of the first. blockIdx.y: image and head.
+__global__ void __launch_bounds__(kThreads) sum_kernel(float* state, int64_t chunks, int size) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= size) return;
+  float* of_head = state + blockIdx.y * chunks * size;
+  float total = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += of_head[chunk * size + i];
+  of_head[i] = total;
+}
+
+// Kernel 3. blockIdx.x: image and head, blockIdx.y: tile of kTokens tokens.
 template <class T, int W>
 __global__ void __launch_bounds__(kThreads) apply_kernel(Problem<T> p) {
   constexpr int R = W / kSide, S = kTokens / kSide;
@@ -169,12 +191,10 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Problem<T> p) {
   const int64_t first = int64_t(blockIdx.y) * kTokens;
 
   const int size = p.D * (p.D + 1);
-  const float* partial = p.state + blockIdx.x * p.chunks * size;
+  const float* sum = p.state + blockIdx.x * p.chunks * size;
   for (int i = threadIdx.x; i < size; i += kThreads) {
-    float total = 0;
-    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) total += partial[chunk * size + i];
     const int j = i / (p.D + 1), d = i % (p.D + 1);
-    state[j][d == p.D ? W : d] = total;
+    state[j][d == p.D ? W : d] = sum[i];
   }
   load_tile<W>(q, first, p.N, p.D, Feature<T>{p.q.at(b, h), p.q.token, p.q_weight, p.inverse_rms + b * p.N, h * p.D});
   __syncthreads();
@@ -198,25 +218,217 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Problem<T> p) {
   }
 }
 
+// ---- bfloat16 and D = 32, on tensor cores
+
+constexpr int kHead = 32;            // D
+constexpr int kRow = 2 * kHead;      // bytes of a token's row of one head
+constexpr int kWarps = 4;
+constexpr int kWarpTokens = 32;      // in a warp's shared memory at a time
+constexpr int kWarpTiles = 4;        // of 16 tokens, of which a warp makes the outputs
+using Bf16 = __nv_bfloat16;
+using Pair = __nv_bfloat162;
+
+// Two floats as bfloat16, the first in the low half, and what the rounding left of them.
+struct Split {
+  uint32_t high, low;
+  __device__ Split(float first, float second) {
+    const Pair rounded = __floats2bfloat162_rn(first, second);
+    const Pair rest = __floats2bfloat162_rn(first - __low2float(rounded), second - __high2float(rounded));
+    high = reinterpret_cast<const uint32_t&>(rounded);
+    low = reinterpret_cast<const uint32_t&>(rest);
+  }
+};
+
+__device__ float low_half(uint32_t pair) { return __low2float(reinterpret_cast<const Pair&>(pair)); }
+__device__ float high_half(uint32_t pair) { return __high2float(reinterpret_cast<const Pair&>(pair)); }
+__device__ float relu(float x) { return x < 0 ? 0 : x; }  // a comparison that lets NaN through
+
+// The byte of a piece of 16 bytes in shared rows of 64: the eight rows of an ldmatrix meet eight different banks.
+__device__ int piece_at(int row, int piece) { return row * kRow + (piece ^ (row / 2 % 4)) * 16; }
+
+// Kernel 1. blockIdx as in state_kernel.
+__global__ void __launch_bounds__(32 * kWarps) state_bf16_kernel(Problem<Bf16> p) {
+  constexpr int kTile = kWarpTokens * kRow;  // bytes; a stage has one of k and one of v
+  __shared__ __align__(16) unsigned char memory[kWarps][2][2 * kTile];
+  const int b = blockIdx.x / p.H, h = blockIdx.x % p.H;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const Bf16 *k = p.k.at(b, h), *v = p.v.at(b, h);
+  const float* inverse_rms = p.inverse_rms + (p.B + b) * p.N;
+  const bool normed = p.k_weight.data != nullptr;
+  float weight[2][2] = {};  // of channels 16 i + 8 r + g
+  for (int i = 0; i < 2; ++i) {
+    for (int r = 0; r < 2; ++r) weight[i][r] = normed ? p.k_weight[h * kHead + 16 * i + 8 * r + g] : 1;
+  }
+  const int64_t begin = blockIdx.y * p.chunk, end = min(begin + p.chunk, p.N);
+  const auto first_of = [&](int tile) { return begin + (int64_t{tile} * kWarps + warp) * kWarpTokens; };
+  const auto fetch = [&](int tile) {
+    for (int i = lane; i < kWarpTokens * 4; i += 32) {
+      const int64_t n = first_of(tile) + i / 4;
+      unsigned char* to = memory[warp][tile % 2] + piece_at(i / 4, i % 4);
+      cp_async<16>(to, n < end ? k + n * p.k.token + i % 4 * 8 : k, n < end ? 16 : 0);
+      cp_async<16>(to + kTile, n < end ? v + n * p.v.token + i % 4 * 8 : v, n < end ? 16 : 0);
+    }
+    cp_async_commit();
+  };
+
+  float state[2][4][4] = {}, sum[2][4] = {};  // tiles of 16 j by 8 d; every column of `sum` is the sum of k
+  const uint32_t ones[2] = {0x3f803f80u, 0x3f803f80u};
+  fetch(0);
+  for (int tile = 0; first_of(tile) < end; ++tile) {
+    fetch(tile + 1);  // zeros beyond the end
+    cp_async_wait<1>();
+    __syncwarp();  // the tile is there for all lanes
+    const unsigned char* ks = memory[warp][tile % 2];
+    for (int s = 0; s < 2; ++s) {  // 16 tokens
+      // Transposed, ldmatrix's matrices are 8 j by 8 tokens of k: j first; and 8 d by 8 tokens of v: tokens first.
+      uint32_t fv[2][4];
+      for (int i = 0; i < 2; ++i)
+        ldmatrix_trans(fv[i], ks + kTile + piece_at(16 * s + lane / 8 % 2 * 8 + lane % 8, 2 * i + lane / 16));
+      for (int i = 0; i < 2; ++i) {
+        uint32_t fk[4], low[4];
+        ldmatrix_trans(fk, ks + piece_at(16 * s + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+        for (int r = 0; r < 4; ++r) {
+          float first = low_half(fk[r]), second = high_half(fk[r]);
+          if (normed) {
+            const int64_t n = first_of(tile) + 16 * s + r / 2 * 8 + 2 * t;
+            first *= (n < end ? inverse_rms[n] : 0) * weight[i][r % 2];
+            second *= (n + 1 < end ? inverse_rms[n + 1] : 0) * weight[i][r % 2];
+          }
+          const Split split(relu(first), relu(second));
+          fk[r] = split.high;
+          low[r] = split.low;
+        }
+        for (int half = 0; half < (normed ? 2 : 1); ++half) {
+          const uint32_t(&key)[4] = half == 0 ? fk : low;
+          for (int j = 0; j < 4; ++j) mma_m16n8k16_bf16(state[i][j], key, {fv[j / 2][j % 2 * 2], fv[j / 2][j % 2 * 2 + 1]});
+          mma_m16n8k16_bf16(sum[i], key, ones);
+        }
+      }
+    }
+    __syncwarp();  // before the tile is overwritten
+  }
+  cp_async_wait<0>();
+  __syncwarp();  // the last copies of all lanes have landed, and are overwritten
+
+  constexpr int kPitch = kHead + 1, kSize = kHead * kPitch;
+  float* mine = reinterpret_cast<float*>(memory[warp]);
+  for (int i = 0; i < 2; ++i) {
+    for (int r = 0; r < 4; ++r) {
+      float* row = mine + (16 * i + r / 2 * 8 + g) * kPitch;
+      for (int j = 0; j < 4; ++j) row[8 * j + 2 * t + r % 2] = state[i][j][r];
+      if (t == 0 && r % 2 == 0) row[kHead] = sum[i][r];
+    }
+  }
+  __syncthreads();  // the states of all warps are there
+  float* out = p.state + (blockIdx.x * p.chunks + blockIdx.y) * kSize;
+  for (int i = threadIdx.x; i < kSize; i += 32 * kWarps) {
+    float total = 0;
+    for (int w = 0; w < kWarps; ++w) total += reinterpret_cast<const float*>(memory[w])[i];
+    out[i] = total;
+  }
+}
+
+// Kernel 3. blockIdx.x: image and head, blockIdx.y: kWarps * kWarpTiles tiles of 16 tokens.
+__global__ void __launch_bounds__(32 * kWarps) apply_bf16_kernel(Problem<Bf16> p) {
+  const int b = blockIdx.x / p.H, h = blockIdx.x % p.H;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const Bf16* q = p.q.at(b, h);
+  const bool normed = p.q_weight.data != nullptr;
+  // mma's k = 16 s + 8 r + 2 t + i stands for channel j = 8 t + 4 s + 2 r + i, its column g of tile d for 8 (g / 2) + 2 d +
+  // g % 2; tile 4 has the sum of k in every column.
+  uint32_t high[2][5][2], low[2][5][2];
+  const float* state = p.state + blockIdx.x * p.chunks * kHead * (kHead + 1);
+  for (int s = 0; s < 2; ++s) {
+    for (int r = 0; r < 2; ++r) {
+      for (int d = 0; d < 5; ++d) {
+        const float* at = state + (8 * t + 4 * s + 2 * r) * (kHead + 1) + (d < 4 ? g / 2 * 8 + 2 * d + g % 2 : kHead);
+        const Split split(at[0], at[kHead + 1]);
+        high[s][d][r] = split.high;
+        low[s][d][r] = split.low;
+      }
+    }
+  }
+  float weight[8];
+  for (int i = 0; i < 8; ++i) weight[i] = normed ? p.q_weight[h * kHead + 8 * t + i] : 1;
+
+  for (int tile = 0; tile < kWarpTiles; ++tile) {
+    const int64_t first = ((int64_t{blockIdx.y} * kWarpTiles + tile) * kWarps + warp) * 16;
+    if (first >= p.N) return;
+    uint32_t fq[2][4], fq_low[2][4];  // rows g and g + 8
+    for (int row = 0; row < 2; ++row) {
+      const int64_t n = first + g + row * 8;
+      uint4 packed = {};
+      if (n < p.N) packed = *reinterpret_cast<const uint4*>(q + n * p.q.token + 8 * t);
+      const float scale = normed && n < p.N ? p.inverse_rms[b * p.N + n] : 1;
+      const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+      for (int w = 0; w < 4; ++w) {
+        const float x = relu(low_half(words[w]) * scale * weight[2 * w]);
+        const float y = relu(high_half(words[w]) * scale * weight[2 * w + 1]);
+        const Split split(x, y);
+        fq[w / 2][w % 2 * 2 + row] = split.high;
+        fq_low[w / 2][w % 2 * 2 + row] = split.low;
+      }
+    }
+    float out[5][4] = {};
+    for (int s = 0; s < 2; ++s) {
+      for (int d = 0; d < 5; ++d) {
+        if (normed) mma_m16n8k16_bf16(out[d], fq_low[s], high[s][d]);
+        mma_m16n8k16_bf16(out[d], fq[s], low[s][d]);
+        mma_m16n8k16_bf16(out[d], fq[s], high[s][d]);
+      }
+    }
+    for (int row = 0; row < 2; ++row) {
+      const int64_t n = first + g + row * 8;
+      if (n >= p.N) continue;
+      const float denominator = out[4][2 * row] + p.eps;
+      float values[8];
+      for (int i = 0; i < 8; ++i) values[i] = out[i / 2][2 * row + i % 2] / denominator;
+      store(values, p.out + ((b * p.N + n) * p.H + h) * kHead + 8 * t);
+    }
+  }
+}
+
+// Can rows of a head be read 16 bytes at a time?
+bool aligned(const View<Bf16>& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (view.batch | view.token | view.head) % 8 == 0;
+}
+
 int64_t state_floats(const LinearAttention& args) {
   return args.B * args.H * ceil_div(args.N, chunk_tokens(args.N)) * args.D * (args.D + 1);
 }
 
-template <class T, int W>
-cudaError_t launch(const Problem<T>& p, cudaStream_t stream) {
-  const auto heads = static_cast<unsigned>(p.B * p.H);
-  cudaError_t error = cudaSuccess;
-  if (p.q_weight.data != nullptr || p.k_weight.data != nullptr) {
-    const auto blocks = static_cast<unsigned>(ceil_div(p.B * p.N * 32, kThreads));
-    error = launch_kernel<inverse_rms_kernel<T>>(dim3(blocks, 2), dim3(kThreads), 0, stream, p);
+// Kernels 1 to 3; `state` and `apply` launch theirs.
+template <class T, class State, class Apply>
+cudaError_t launch_all(const Problem<T>& p, cudaStream_t stream, State state, Apply apply) {
+  cudaError_t error = state();
+  if (error != cudaSuccess) return error;
+  if (p.chunks > 1) {
+    const int size = p.D * (p.D + 1);
+    const dim3 grid(static_cast<unsigned>(ceil_div(size, kThreads)), static_cast<unsigned>(p.B * p.H));
+    error = launch_kernel<sum_kernel>(grid, dim3(kThreads), 0, stream, p.state, p.chunks, size);
     if (error != cudaSuccess) return error;
   }
-  const auto chunks = static_cast<unsigned>(p.chunks);
-  error = launch_kernel<state_kernel<T, W>>(dim3(heads, chunks), dim3(kThreads), 0, stream, p);
-  if (error != cudaSuccess) return error;
+  return apply();
+}
+
+template <class T, int W>
+cudaError_t launch(const Problem<T>& p, cudaStream_t stream) {
+  const auto heads = static_cast<unsigned>(p.B * p.H), chunks = static_cast<unsigned>(p.chunks);
   const auto tiles = static_cast<unsigned>(ceil_div(p.N, kTokens));
   const size_t shared = (p.D + kTokens) * (W + 1) * sizeof(float);  // 81 KB at D = 128
-  return launch_kernel<apply_kernel<T, W>>(dim3(heads, tiles), dim3(kThreads), shared, stream, p);
+  const dim3 block(kThreads);
+  return launch_all(
+      p, stream, [&] { return launch_kernel<state_kernel<T, W>>(dim3(heads, chunks), block, 0, stream, p); },
+      [&] { return launch_kernel<apply_kernel<T, W>>(dim3(heads, tiles), block, shared, stream, p); });
+}
+
+cudaError_t launch_bf16(const Problem<Bf16>& p, cudaStream_t stream) {
+  const auto heads = static_cast<unsigned>(p.B * p.H), chunks = static_cast<unsigned>(p.chunks);
+  const auto tiles = static_cast<unsigned>(ceil_div(p.N, 16 * kWarps * kWarpTiles));
+  const dim3 block(32 * kWarps);
+  return launch_all(
+      p, stream, [&] { return launch_kernel<state_bf16_kernel>(dim3(heads, chunks), block, 0, stream, p); },
+      [&] { return launch_kernel<apply_bf16_kernel>(dim3(heads, tiles), block, 0, stream, p); });
 }
 
 template <class T>
@@ -242,6 +454,14 @@ cudaError_t run(const LinearAttention& args, float* scratch, cudaStream_t stream
   p.inverse_rms = scratch + state_floats(args);
   p.norm_eps = args.norm_eps;
   p.eps = args.eps;
+  if (p.q_weight.data != nullptr || p.k_weight.data != nullptr) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.B * p.N * 32, kThreads)), 2);
+    const cudaError_t error = launch_kernel<inverse_rms_kernel<T>>(grid, dim3(kThreads), 0, stream, p);
+    if (error != cudaSuccess) return error;
+  }
+  if constexpr (std::is_same_v<T, Bf16>) {
+    if (p.D == kHead && aligned(p.q) && aligned(p.k) && aligned(p.v)) return launch_bf16(p, stream);
+  }
   if (p.D <= 16) return launch<T, 16>(p, stream);
   if (p.D <= 32) return launch<T, 32>(p, stream);
   if (p.D <= 64) return launch<T, 64>(p, stream);

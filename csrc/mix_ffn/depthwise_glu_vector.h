@@ -4,7 +4,7 @@
 // A vector of channels slides along a segment of the row: each column of three inputs is loaded once and feeds three
 // outputs, whose sums stay in registers beside the nine taps. First the values, then the gates, which takes 15
 // registers at a time. Neighbouring tokens are thousands of bytes apart, which no hardware prefetcher follows: every
-// load also prefetches what the same token needs four cache lines later (7 times as fast where h comes from the last
+// load also prefetches what the same token needs four cache lines later (2.7 times as fast where h comes from the last
 // cache).
 #pragma once
 

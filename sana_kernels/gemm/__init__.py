@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sana_kernels import triton_ops
 from sana_kernels.backend import call, define, register
 from sana_kernels.gemm import cpu, cuda, reference
 
@@ -70,6 +71,11 @@ def pack(weight: Tensor, backend: str = "cpu") -> Tensor:
     return cpu.pack(weight) if backend == "cpu" else weight
 
 
+def unpack(weight: Tensor, backend: str = "cpu") -> Tensor:
+    """The (N, K) matrix that `pack` was given."""
+    return cpu.unpack(weight) if backend == "cpu" else weight
+
+
 def parts(rows: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
     return (rows, None) if isinstance(rows, Tensor) else (rows.values, rows.scale)
 
@@ -124,11 +130,13 @@ def _fake(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype, b
 
 
 register("quantize", "reference", reference.quantize)
+triton_ops.register("quantize", "gemm", triton_ops.accepts_rows)
 register("quantize", "cuda", cuda.quantize, device="cuda", accepts=cuda.accepts_quantize)
 register("quantize", "cpu", cpu.quantize, device="cpu", accepts=cpu.accepts_quantize)
 define("quantize", "Tensor x, ScalarType dtype", fake_quantize, returns="(Tensor, Tensor)")
 
 register("gemm", "reference", reference.gemm)
+triton_ops.register("gemm", "gemm", triton_ops.accepts_gemm)
 register("gemm", "cuda", cuda.gemm, device="cuda", accepts=cuda.accepts)
 register("gemm", "cpu", cpu.gemm, device="cpu", accepts=cpu.accepts)
 define(

@@ -16,6 +16,11 @@ def pack(weight: Tensor) -> Tensor:
     return weight.reshape(N // 16, 16, K // n, n).transpose(1, 2).contiguous()
 
 
+def unpack(weight: Tensor) -> Tensor:
+    """The rows that `pack` was given."""
+    return weight.transpose(1, 2).reshape(16 * weight.shape[0], -1)
+
+
 def accepts(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> str | None:
     if x.dtype not in PER_LANE:
         return f"it multiplies bfloat16 and int8; {x.dtype} is left to PyTorch"

@@ -16,7 +16,9 @@ def quantize_int4(x: Tensor, smooth: Tensor | None = None, *, backend: str = "au
     bit. Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     if not x.is_floating_point() or (smooth is not None and not smooth.is_floating_point()):
-        raise TypeError(f"quantize_int4 takes floating dtypes; got {x.dtype} and {smooth.dtype if smooth else None}")
+        raise TypeError(
+            f"quantize_int4 takes floating dtypes; got {x.dtype} and {None if smooth is None else smooth.dtype}"
+        )
     if x.ndim < 1 or 0 in x.shape or x.stride(-1) != 1:
         raise ValueError(f"quantize_int4 takes rows of at least one value, with last stride 1; got {tuple(x.shape)}")
     if smooth is not None and (smooth.shape != x.shape[-1:] or smooth.device != x.device):

@@ -87,9 +87,10 @@ def gemm_kernel(
         y = silu(y)
     stored = (m < M)[:, None] & (n < N)[None, :]
     if residual_ptr is not None:
-        gate = tl.load(gate_ptr + image * gate_image + n_read).to(tl.float32)
+        if gate_ptr is not None:
+            y *= tl.load(gate_ptr + image * gate_image + n_read).to(tl.float32)[None, :]
         residual_at = residual_ptr + image * residual_image + (m[:, None] * residual_token + n[None, :])
-        y = tl.load(residual_at, mask=stored, other=0.0).to(tl.float32) + gate[None, :] * y
+        y += tl.load(residual_at, mask=stored, other=0.0).to(tl.float32)
     out_at = out_ptr + image * M * N + (m[:, None] * N + n[None, :])
     tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=stored)
 

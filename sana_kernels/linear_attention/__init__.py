@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from sana_kernels import triton_ops
 from sana_kernels.backend import DTYPE_CODES, call, define, register
+from sana_kernels.gemm import Quantized, inputs, outputs, parts
 from sana_kernels.linear_attention import cpu, cuda, reference
 
 
@@ -28,6 +30,46 @@ def linear_attention(
     """
     _check(q, k, v, q_norm, k_norm)
     return call("linear_attention", backend, q, k, v, q_norm, k_norm, norm_eps, eps)
+
+
+def linear_attention_from(
+    x: Tensor | Quantized,
+    weight: Tensor | Quantized,
+    *,
+    head_dim: int = 32,
+    eps: float = 1e-15,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear_attention` of q, k, v = x weightᵀ, which a kernel need not write to memory; without qk-norm.
+
+    x: (B, N, K), last stride 1; weight: (3 · H · head_dim, K), the rows of q, then of k, then of v. Both of one floating
+    dtype and device, or both `Quantized` in one dtype. Returns (B, N, H, head_dim), contiguous, in x's dtype or bf16.
+    Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
+    """
+    (x, x_scale), (weight, weight_scale) = parts(x), parts(weight)
+    _check_from(x, x_scale, weight, weight_scale, head_dim)
+    return call("linear_attention_from", backend, x, x_scale, weight, weight_scale, head_dim, eps)
+
+
+def _check_from(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor | None, head_dim: int) -> None:
+    if x.ndim != 3 or 0 in x.shape or x.stride(2) != 1 or weight.ndim not in (2, 4) or x.shape[2] != inputs(weight):
+        raise ValueError(
+            "linear_attention_from takes x (B, N, K), none of them 0 and last stride 1, and weight (3 · H · head_dim, K);"
+            f" got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if head_dim < 1 or outputs(weight) % (3 * head_dim):
+        raise ValueError(
+            f"linear_attention_from takes a weight of 3 · H · {head_dim} rows, for q, k and v; got {outputs(weight)}"
+        )
+    if x.dtype != weight.dtype or (x_scale is None) != (weight_scale is None):
+        raise TypeError(
+            "linear_attention_from takes x and weight in one dtype, both quantised or neither;"
+            f" got {x.dtype} and {weight.dtype}"
+        )
+    if x_scale is None and not x.is_floating_point():
+        raise TypeError(f"linear_attention_from takes floating or quantised operands; got {x.dtype} without scales")
+    if any(t is not None and t.device != x.device for t in (x_scale, weight, weight_scale)):
+        raise ValueError("linear_attention_from takes tensors on one device")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
@@ -74,10 +116,25 @@ def _fake(q, k, v, q_norm, k_norm, norm_eps, eps, backend):
 
 
 register("linear_attention", "reference", reference.linear_attention)
+triton_ops.register("linear_attention", "linear_attention", triton_ops.accepts_heads)
 register("linear_attention", "cuda", cuda.linear_attention, device="cuda", accepts=_accepts)
 register("linear_attention", "cpu", cpu.linear_attention, device="cpu", accepts=_accepts)
 define(
     "linear_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float norm_eps, float eps",
     _fake,
+)
+
+
+def _fake_from(x, x_scale, weight, weight_scale, head_dim, eps, backend):
+    shape = (*x.shape[:2], outputs(weight) // 3 // head_dim, head_dim)
+    return x.new_empty(shape, dtype=x.dtype if x_scale is None else torch.bfloat16)
+
+
+register("linear_attention_from", "reference", reference.linear_attention_from)
+triton_ops.register("linear_attention_from", "linear_attention", triton_ops.accepts_from)
+define(
+    "linear_attention_from",
+    "Tensor x, Tensor? x_scale, Tensor weight, Tensor? weight_scale, int head_dim, float eps",
+    _fake_from,
 )

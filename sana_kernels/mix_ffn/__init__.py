@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sana_kernels import triton_ops
 from sana_kernels.backend import call, define, register
 from sana_kernels.gemm import Quantized, fake_quantize, inputs, outputs, parts
 from sana_kernels.gemm.reference import MOST, STEP
@@ -137,11 +138,13 @@ def _fake_glu_quantized(h, height, width, weight, bias, dtype, backend):
 
 
 register("depthwise_glu", "reference", reference.depthwise_glu)
+triton_ops.register("depthwise_glu", "mix_ffn", triton_ops.accepts_glu)
 register("depthwise_glu", "cuda", cuda.depthwise_glu, device="cuda", accepts=cuda.accepts)
 register("depthwise_glu", "cpu", cpu.depthwise_glu, device="cpu", accepts=cpu.accepts_depthwise_glu)
 define("depthwise_glu", "Tensor h, int height, int width, Tensor weight, Tensor bias", _fake_glu)
 
 register("depthwise_glu_quantized", "reference", reference.depthwise_glu_quantized)
+triton_ops.register("depthwise_glu_quantized", "mix_ffn", triton_ops.accepts_glu)
 register("depthwise_glu_quantized", "cuda", cuda.depthwise_glu_quantized, device="cuda", accepts=cuda.accepts_quantized)
 register(
     "depthwise_glu_quantized", "cpu", cpu.depthwise_glu_quantized, device="cpu",
@@ -156,6 +159,7 @@ define(
 
 register("mix_ffn", "reference", reference.mix_ffn)
 register("mix_ffn", "cpu", cpu.mix_ffn, device="cpu", accepts=cpu.accepts_mix_ffn)
+triton_ops.register("mix_ffn", "mix_ffn", triton_ops.accepts_ffn)
 register("mix_ffn", "cuda", cuda.mix_ffn, device="cuda", accepts=cuda.accepts_mix_ffn)
 define(
     "mix_ffn",

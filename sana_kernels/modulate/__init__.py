@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sana_kernels import triton_ops
 from sana_kernels.backend import DTYPE_CODES, call, define, register
 from sana_kernels.gemm import Quantized, fake_quantize
 from sana_kernels.gemm.reference import MOST
@@ -66,11 +67,13 @@ def _accepts(x, *args) -> str | None:
 
 
 register("modulate", "reference", reference.modulate)
+triton_ops.register("modulate", "modulate", triton_ops.accepts_rows)
 register("modulate", "cuda", cuda.modulate, device="cuda", accepts=cuda.accepts)
 register("modulate", "cpu", cpu.modulate, device="cpu", accepts=_accepts)
 define("modulate", "Tensor x, Tensor shift, Tensor scale, float eps", lambda x, *args: x.new_empty(x.shape))
 
 register("modulate_quantized", "reference", reference.modulate_quantized)
+triton_ops.register("modulate_quantized", "modulate", triton_ops.accepts_rows)
 register("modulate_quantized", "cuda", cuda.modulate_quantized, device="cuda", accepts=cuda.accepts)
 register("modulate_quantized", "cpu", cpu.modulate_quantized, device="cpu", accepts=cpu.accepts_quantized)
 define(
@@ -81,6 +84,7 @@ define(
 )
 
 register("gate_residual", "reference", reference.gate_residual)
+triton_ops.register("gate_residual", "modulate", triton_ops.accepts_rows)
 register("gate_residual", "cuda", cuda.gate_residual, device="cuda", accepts=cuda.accepts)
 register("gate_residual", "cpu", cpu.gate_residual, device="cpu", accepts=_accepts)
 define("gate_residual", "Tensor x, Tensor y, Tensor gate", lambda x, *args: x.new_empty(x.shape))

@@ -1,0 +1,216 @@
+"""One line for users of diffusers: their pipeline, our kernels.
+
+    pipe = SanaPipeline.from_pretrained(...)
+    sana_kernels.optimize(pipe, precision="w8a8")      # prints the plan, and returns it
+    pipe("a fox").images[0]
+    sana_kernels.restore(pipe)                          # as it was
+
+The transformer stays where it is, and with it its configuration, LoRA hooks and place in the pipeline; only what its
+`forward` calls is exchanged for a `DiT` of ours on the same weights. Linear layers are copied into the layout, and the
+precision, that our kernels read. A `Pipeline` of ours is given another plan in the same way.
+"""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sana_model import keys
+from sana_model.checkpoint import check, fill, stored
+from sana_model.checkpoint_config import read_dit
+from sana_model.config import BUILT_IN
+from sana_model.dit import DiT, TextContext
+from sana_model.errors import MissingError, UserError
+from sana_model.packed import unpack_linear_layers
+from sana_model.pipeline import Pipeline
+from sana_model.plan import Plan, dtype_name, resolve
+from sana_model.settings import PRECISIONS, precisions_for
+
+PERTURBED = {"PAGCFGSanaLinearAttnProcessor2_0": 3, "PAGIdentitySanaLinearAttnProcessor2_0": 2}
+"""diffusers' processors of perturbed-attention guidance, and into how many parts they cut the batch: the last is perturbed."""
+
+
+def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
+    """Turn the DiT of a loaded pipeline over to the kernels of `backend`, in place; prints the plan and returns it.
+
+    `pipe`: diffusers' SanaPipeline, SanaPAGPipeline or SanaSprintPipeline, or a `Pipeline` of ours. `precision`: bf16, w8a8,
+    fp32 or fp16; by default that of the transformer. Text encoder and decoder are left alone. A second call replaces the
+    first. Raises UserError for what is no such pipeline, and MissingError where no kernel of this machine can do any of
+    it.
+    """
+    plan = (
+        _optimize_ours(pipe, precision, backend) if isinstance(pipe, Pipeline) else _optimize(pipe, precision, backend)
+    )
+    print(plan)
+    return plan
+
+
+def restore(pipe) -> None:
+    """Undo `optimize`. Raises UserError where there is nothing to undo."""
+    if isinstance(pipe, Pipeline) and "_before_optimize" in pipe.__dict__:
+        pipe.plan, pipe.dit = pipe.__dict__.pop("_before_optimize")
+        pipe.model.dit = pipe.dit
+    elif not isinstance(pipe, Pipeline) and isinstance(forward := _transformer(pipe).__dict__.get("forward"), Forward):
+        forward.undo()
+    else:
+        raise UserError("this pipeline was not optimised: there is nothing to restore")
+
+
+def _plan(config, backend: str, device: torch.device, precisions: dict[str, str]) -> Plan:
+    """The plan of the DiT alone. Raises MissingError where it is plain PyTorch throughout."""
+    plan = resolve(config, backend, device, precisions)
+    rows = [row for row in plan.rows if row.part == "dit"]
+    if all(row.backend in ("reference", "library") for row in rows):
+        reasons = "; ".join(dict.fromkeys(row.reason for row in rows if row.reason))
+        raise MissingError(f"no kernel of backend {plan.backend!r} can run any of this DiT: {reasons or 'it has none'}")
+    return Plan(plan.backend, {"dit": precisions["dit"]}, rows, plan.clock)
+
+
+# ------------------------------------------------------------------------------------------- pipelines of our own
+
+
+def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
+    if "_before_optimize" in pipe.__dict__:
+        restore(pipe)
+    precision = precision or pipe.plan.precisions["dit"]
+    precisions = precisions_for(precision) | {"dit": precision}
+    loaded = dtype_name(pipe.dtypes["dit"])
+    if pipe.plan.precisions["dit"] != loaded or PRECISIONS[precision] != pipe.dtypes["dit"]:
+        raise UserError(
+            f"this pipeline's DiT was loaded in {pipe.plan.precisions['dit']}, from which {precision} cannot be made; load "
+            f"it with precision={precision!r}"
+        )
+    plan = _plan(pipe.config, backend, pipe.device, precisions)
+    others = [row for row in pipe.plan.rows if row.part != "dit"]
+    plan = Plan(plan.backend, pipe.plan.precisions | {"dit": precision}, others + plan.rows, plan.clock)
+    tensors = itertools.chain(pipe.dit.parameters(), pipe.dit.buffers())
+    dit = copy.deepcopy(pipe.dit, {id(t): t for t in tensors})  # other modules, the same memory
+    for block in dit.blocks:
+        unpack_linear_layers(block)
+        plan.prepare("dit", block)
+    dit.ops = plan.ops("dit")
+    pipe._before_optimize = pipe.plan, pipe.dit
+    pipe.plan, pipe.dit, pipe.model.dit = plan, dit, dit
+    return plan
+
+
+# ------------------------------------------------------------------------------------------- those of diffusers
+
+
+def _transformer(pipe) -> nn.Module:
+    """The SanaTransformer2DModel of a pipeline, also behind torch.compile."""
+    transformer = getattr(pipe, "transformer", None)
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    if type(transformer).__name__ != "SanaTransformer2DModel":
+        raise UserError(
+            f"optimize takes a pipeline with a SanaTransformer2DModel, such as diffusers' SanaPipeline, not a "
+            f"{type(pipe).__name__}" + (f" with a {type(transformer).__name__}" if transformer is not None else "")
+        )
+    return transformer
+
+
+def _optimize(pipe, precision: str | None, backend: str) -> Plan:
+    transformer = _transformer(pipe)
+    if isinstance(transformer.__dict__.get("forward"), Forward):
+        restore(pipe)
+    values = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    dit_config = read_dit(values | {"_class_name": "SanaTransformer2DModel"}, "the transformer's configuration")
+    precisions = precisions_for(precision or dtype_name(transformer.dtype))
+    plan = _plan(replace(BUILT_IN["sana-1.6b"], dit=dit_config), backend, transformer.device, precisions)
+
+    state = transformer.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    checkpoint = stored(
+        "the pipeline's transformer (LoRA layers have to be fused first: pipe.fuse_lora())", shapes, state.get
+    )
+    with torch.device("meta"):
+        dit = DiT(dit_config)
+    rules = keys.rules(dit_config)
+    check(checkpoint, dit, rules, "diffusers")
+    fill(dit, checkpoint, rules, "diffusers", PRECISIONS[precisions["dit"]], lambda block: plan.prepare("dit", block))
+    dit.ops = plan.ops("dit")
+    transformer.forward = Forward(transformer, dit)
+    return plan
+
+
+class Forward:
+    """What `SanaTransformer2DModel.forward` is replaced by: the same arguments, the same result, our DiT.
+
+    Keys and values of the caption are kept from one step to the next, together with a copy of the caption itself: they
+    are used again only for a caption with the same values, wherever those lie.
+    """
+
+    def __init__(self, transformer: nn.Module, dit: DiT):
+        self.transformer, self.dit = transformer, dit
+        self.before = transformer.__dict__.get("forward")  # a hook's
+        self._caption: tuple[Tensor, Tensor | None, TextContext] | None = None
+
+    def undo(self) -> None:
+        del self.transformer.forward
+        if self.before is not None:
+            self.transformer.forward = self.before
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_kwargs: dict | None = None,
+        controlnet_block_samples: tuple[Tensor, ...] | None = None,
+        return_dict: bool = True,
+    ):
+        """As documented there. Raises UserError for attention masks of the image, ControlNet and attention_kwargs."""
+        given = {"attention_mask": attention_mask, "controlnet_block_samples": controlnet_block_samples}
+        given["attention_kwargs"] = attention_kwargs or None
+        if unsupported := [name for name, value in given.items() if value is not None]:
+            raise UserError(
+                f"the optimised DiT takes no {unsupported[0]}; sana_kernels.restore(pipe) brings the original back"
+            )
+        dit, rows = self.dit, len(hidden_states)
+        time = dit.embedded_time(timestep.expand(rows), guidance)
+        text = self._text(encoder_hidden_states, encoder_attention_mask)
+        perturbed, layers = self._perturbed(rows)
+        sample = dit.step(hidden_states, time, text, perturbed, layers).to(hidden_states.dtype)
+        if not return_dict:
+            return (sample,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)
+
+    def _text(self, states: Tensor, mask: Tensor | None) -> TextContext:
+        """Keys and values of a caption (B, L, channels), of which `mask` (B, L) keeps what is not 0."""
+        kept = self._caption
+        if kept is None or not _same(kept[0], states) or not _same(kept[1], mask):
+            kept = states.clone(), None if mask is None else mask.clone(), self.dit.text(*_real_tokens(states, mask))
+            self._caption = kept
+        return kept[2]
+
+    def _perturbed(self, rows: int) -> tuple[int, list[int]]:
+        """Perturbed-attention guidance: how many of the rows, in which blocks, by diffusers' processors."""
+        parts = [PERTURBED.get(type(b.attn1.processor).__name__, 0) for b in self.transformer.transformer_blocks]
+        layers = [i for i, part in enumerate(parts) if part]
+        return (rows // max(parts) if layers else 0), layers
+
+
+def _same(kept: Tensor | None, now: Tensor | None) -> bool:
+    if kept is None or now is None:
+        return kept is now
+    return kept.shape == now.shape and kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
+
+
+def _real_tokens(states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The states with those that count in front, whose order means nothing to attention, and how many they are."""
+    if mask is None:
+        return states, None
+    if mask.ndim != 2:
+        raise UserError(f"the optimised DiT takes an encoder_attention_mask of shape (B, L), not {tuple(mask.shape)}")
+    keep = mask != 0
+    keep = keep | ~keep.any(1, keepdim=True)  # nothing at all: diffusers' softmax then sees every token
+    order = keep.int().argsort(dim=1, descending=True, stable=True)
+    return states.gather(1, order[:, :, None].expand_as(states)), keep.sum(1)

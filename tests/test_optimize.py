@@ -1,0 +1,143 @@
+"""sana_kernels.optimize on diffusers' pipelines and on ours: the same pictures, in every mode, and back again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import relative_rms
+from diffusers import SanaPAGPipeline, SanaPipeline, SanaSprintPipeline
+from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
+
+import sana_kernels
+import sana_model
+from sana_model.config import BUILT_IN, SchedulerConfig
+from sana_model.errors import MissingError, UserError
+from sana_model.interop import diffusers_pipeline
+from sana_model.random_weights import random_model
+
+TINY = BUILT_IN["sana-tiny-random"]
+SMALL = replace(TINY, dit=replace(TINY.dit, layers=3))
+SPRINT = replace(
+    SMALL, dit=replace(SMALL.dit, qk_norm=True, guidance_embeds=True), scheduler=SchedulerConfig(kind="scm"), steps=2
+)
+LIMITS = {"fp32": 1e-5, "bf16": 0.1, "w8a8": 0.3}  # relative RMS after three steps of random weights, on a guided batch
+
+
+@pytest.fixture(scope="module")
+def components() -> dict:
+    return diffusers_pipeline(random_model(SMALL, seed=1, dtype=torch.float32)).components
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe, prompt: str = "a fox", **arguments) -> torch.Tensor:
+    defaults = {
+        "num_inference_steps": 2 if isinstance(pipe, SanaSprintPipeline) else 3, "height": 96, "width": 64,
+        "output_type": "latent", "max_sequence_length": 64, "complex_human_instruction": None,
+        "use_resolution_binning": False,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    return pipe(prompt=prompt, generator=generator, **defaults | arguments).images
+
+
+@pytest.mark.parametrize("arguments", [{}, {"guidance_scale": 1.0}, {"num_images_per_prompt": 2}], ids=str)
+@pytest.mark.parametrize("precision", LIMITS)
+def test_paints_what_diffusers_paints(components, precision, arguments, capsys):
+    pipe = quiet(SanaPipeline(**components))
+    expected = paint(pipe, **arguments)
+    plan = sana_kernels.optimize(pipe, precision)
+    assert str(plan) in capsys.readouterr().out and "linear_attention  cpu" in str(plan)
+    try:
+        found = paint(pipe, **arguments)
+    finally:
+        sana_kernels.restore(pipe)
+    assert 0 < relative_rms(found, expected) <= LIMITS[precision]
+    assert torch.equal(paint(pipe, **arguments), expected)
+
+
+def test_a_second_prompt_in_the_same_buffer(components):
+    """Keys and values belong to the caption that they were made of, not to the tensor that held it."""
+    pipe = quiet(SanaPipeline(**components))
+    transformer = pipe.transformer
+    latents, time = torch.randn(1, 32, 3, 2), torch.tensor([500.0])
+    caption, mask = torch.randn(1, 9, 256), torch.tensor([[1] * 6 + [0] * 3])
+    captions = caption.clone(), torch.randn(1, 9, 256)
+    expected = [transformer(latents, c, time, encoder_attention_mask=mask).sample for c in captions]
+    sana_kernels.optimize(pipe, "fp32")
+    try:
+        for content, reference in zip(captions, expected, strict=True):
+            caption.copy_(content)
+            assert (
+                relative_rms(transformer(latents, caption, time, encoder_attention_mask=mask).sample, reference) < 1e-5
+            )
+        shorter = torch.tensor([[1, 0, 1, 0, 0, 0, 0, 0, 0]])  # the mask counts as well, and need not be a prefix
+        found = transformer(latents, caption, time, encoder_attention_mask=shorter, return_dict=False)[0]
+    finally:
+        sana_kernels.restore(pipe)
+    reference = transformer(latents, caption, time, encoder_attention_mask=shorter).sample
+    assert relative_rms(found, reference) < 1e-5 < relative_rms(expected[1], reference)
+
+
+def test_perturbed_attention_guidance(components):
+    pipe = quiet(SanaPAGPipeline(**components, pag_applied_layers=["transformer_blocks.1"]))
+    arguments = {"pag_scale": 2.0}
+    expected, without = paint(pipe, **arguments), paint(pipe, pag_scale=0.0)
+    unguided = paint(pipe, **arguments, guidance_scale=1.0)
+    assert PAGCFGSanaLinearAttnProcessor2_0.__name__ in {type(p).__name__ for p in pipe._pag_attn_processors}
+    sana_kernels.optimize(pipe, "fp32")
+    try:
+        assert relative_rms(paint(pipe, **arguments), expected) < 1e-5 < 1e-2 < relative_rms(without, expected)
+        assert relative_rms(paint(pipe, **arguments, guidance_scale=1.0), unguided) < 1e-5
+    finally:
+        sana_kernels.restore(pipe)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sprint(precision):
+    pipe = quiet(diffusers_pipeline(random_model(SPRINT, seed=1, dtype=torch.float32)))
+    expected = paint(pipe)
+    sana_kernels.optimize(pipe, precision)
+    assert relative_rms(paint(pipe), expected) <= LIMITS[precision]
+
+
+def test_our_own_pipeline():
+    pipe = sana_model.load("sana-tiny-random", backend="reference")
+    arguments = {"prompt": "a fox", "steps": 2, "width": 64, "height": 64}
+    before = pipe(**arguments)
+    plan = sana_kernels.optimize(pipe, "w8a8", backend="cpu")
+    assert plan is pipe.plan and "mix_ffn           cpu        w8a8" in str(plan)
+    quantised = pipe(**arguments)
+    assert 0 < relative_rms(quantised.latents, before.latents) < 0.3
+    sana_kernels.optimize(pipe, "bf16", backend="cpu")
+    assert 0 < relative_rms(pipe(**arguments).latents, before.latents) < 0.1
+    sana_kernels.restore(pipe)
+    after = pipe(**arguments)
+    assert torch.equal(after.latents, before.latents) and after.plan["backend"] == "reference"
+    with pytest.raises(
+        UserError, match=r"in bf16, from which fp32 cannot be made; load it with precision='fp32'"
+    ):
+        sana_kernels.optimize(pipe, "fp32")
+
+
+def test_mistakes_are_sentences(components):
+    pipe = quiet(SanaPipeline(**components))
+    with pytest.raises(UserError, match="not optimised: there is nothing to restore"):
+        sana_kernels.restore(pipe)
+    with pytest.raises(UserError, match=r"takes a pipeline with a SanaTransformer2DModel.*not a dict"):
+        sana_kernels.optimize({})
+    with pytest.raises(UserError, match="precision 'int3' is not known"):
+        sana_kernels.optimize(pipe, "int3")
+    with pytest.raises(MissingError, match="no kernel of backend 'reference' can run any"):
+        sana_kernels.optimize(pipe, "bf16", backend="reference")
+    assert "forward" not in pipe.transformer.__dict__  # nothing is half replaced
+    sana_kernels.optimize(pipe, "fp32")
+    try:
+        with pytest.raises(UserError, match=r"takes no controlnet_block_samples; sana_kernels\.restore"):
+            pipe.transformer(
+                torch.zeros(1, 32, 2, 2), torch.zeros(1, 4, 256), torch.zeros(1), controlnet_block_samples=()
+            )
+    finally:
+        sana_kernels.restore(pipe)
