@@ -45,7 +45,7 @@ NVCC_FLAGS = f"-std=c++17 -O3 -Icsrc -Xptxas -v -Xcompiler -fPIC,-fvisibility=hi
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mprefer-vector-width=512"
 AMX = f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16" if VARIANT != "tiles" else AVX512
-ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "amx": AMX}
+ISA_FLAGS = {"avx2": AVX2, "avxvnni": f"{AVX2} -mavxvnni", "avx512": AVX512, "amx": AMX}
 
 ALL_ARCHS = ["80", "86", "89", "90a", "100f", "120f", "compute_80"]
 

@@ -72,6 +72,19 @@ def _add_repeat(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--repeat", type=int, metavar="N", help=help)
 
 
+def add_tune_parser(subparsers) -> None:
+    """Add `tune` to the subparsers of `sana`."""
+    tune = subparsers.add_parser(
+        "tune", help="measure the tiles of the Triton kernels on this GPU, and propose a table"
+    )
+    tune.set_defaults(run=_tune)
+    tune.add_argument("op", nargs="?", help="gemm | linear_attention_from (default: both)")
+    tune.add_argument(
+        "--json", type=Path, metavar="FILE", default=Path("tiles.json"),
+        help="where the proposal goes, in the form of sana_kernels/tiles.json (default: tiles.json)",
+    )  # fmt: skip
+
+
 def _add_common(parser: argparse.ArgumentParser, quick: str) -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--device", help="cpu | cuda (default: cuda where there is one)")
@@ -240,6 +253,20 @@ def _compare(args: argparse.Namespace) -> int:
 
     old, new = schema.load(args.old), schema.load(args.new)
     print(render(compare(old, new), old, new))
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from sana_bench import tune
+    from sana_kernels.tiles import arch
+
+    ops = tune.wanted(args.op)
+    device = torch.device("cuda")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    args.json.write_text(tune.render(tune.propose(ops, arch(device), processors, tune.measure, _say)))
+    print(f"{args.json}: a proposal; to use it, look at it and copy it over sana_kernels/tiles.json")
     return 0
 
 

@@ -336,10 +336,10 @@ def main() -> int:
         f"{table(rows)}\n\n"
         "## Expected time\n\n"
         "Written down before any of it ran on a GPU. SANA-1.6B, 2 images of 1024 px: C = 2240, F = 5600, N = 1024. An\n"
-        "H200-class GPU as others measured it: copies at 4.3 TB/s, bf16 products at 790 TFLOP/s, 8 bits at twice that. Bytes\n"
-        "are every tensor of every launch once; a product takes rounds of tiles, each at the speed that the table assumes;\n"
-        "the projection of `linear_attention_from` 70 % of the peak. Launches come on top, about 2 µs each outside of CUDA\n"
-        "graphs.\n\n"
+        "H200-class GPU as others measured it: copies at 4.3 TB/s, bf16 products at 790 TFLOP/s, 8 bits at twice that.\n"
+        "Bytes are every tensor of every launch once; a product takes rounds of tiles, each at the speed that the table\n"
+        "assumes; the projection of `linear_attention_from` runs at 70 % of the peak. Launches come on top, about 2 µs each\n"
+        "outside of CUDA graphs.\n\n"
         f"{expectations(wanted)}\n"
     )
     found = problems(rows)

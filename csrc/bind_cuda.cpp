@@ -29,8 +29,8 @@ void raise_unless_ok(Status status) {
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-using Row = std::tuple<Address, int64_t, int>;                // (B, C): address, stride of B, dtype
-using Tokens = std::tuple<Address, int64_t, int64_t>;         // (B, N, C): address, strides of B and N
+using Row = std::tuple<Address, int64_t, int>;                 // (B, C): address, stride of B, dtype
+using Tokens = std::tuple<Address, int64_t, int64_t>;          // (B, N, C): address, strides of B and N
 using EightBit = std::tuple<Address, Address, int64_t, bool>;  // values, scale, values in a row, fp8
 
 ImageRows image_rows(const Row& row) { return {pointer(std::get<0>(row)), std::get<1>(row), DType(std::get<2>(row))}; }
@@ -53,10 +53,11 @@ void launch(Status (*entry)(Args...), const std::common_type_t<Args>&... args) {
   raise_unless_ok(status);
 }
 
-void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address out, const std::optional<EightBit>& quantized,
-                 const std::array<int64_t, 3>& shape, int dtype, float eps, Address stream) {
-  const Modulate p = {token_rows(x), image_rows(shift), image_rows(scale), pointer(out), shape[0], shape[1],
-                      shape[2],      DType(dtype),      eps};
+void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address out,
+                 const std::optional<EightBit>& quantized, const std::array<int64_t, 3>& shape, int dtype, float eps,
+                 Address stream) {
+  const Modulate p = {token_rows(x), image_rows(shift), image_rows(scale), pointer(out), shape[0],
+                      shape[1],      shape[2],          DType(dtype),      eps};
   launch(modulate_cuda, p, quantized ? quantized_rows(*quantized) : QuantizedRows{}, pointer(stream));
 }
 
@@ -74,9 +75,17 @@ void py_quantize(Address x, const std::array<int64_t, 3>& shape, int dtype, cons
 
 void py_depthwise_glu(const std::array<Address, 4>& pointers, const std::array<int64_t, 4>& shape,
                       const std::array<int, 3>& dtypes, Address stream) {
-  const DepthwiseGluArgs p = {pointer(pointers[0]), pointer(pointers[1]), pointer(pointers[2]), pointer(pointers[3]),
-                              shape[0],             shape[1],             shape[2],             shape[3],
-                              DType(dtypes[0]),     DType(dtypes[1]),     DType(dtypes[2])};
+  const DepthwiseGluArgs p = {pointer(pointers[0]),
+                              pointer(pointers[1]),
+                              pointer(pointers[2]),
+                              pointer(pointers[3]),
+                              shape[0],
+                              shape[1],
+                              shape[2],
+                              shape[3],
+                              DType(dtypes[0]),
+                              DType(dtypes[1]),
+                              DType(dtypes[2])};
   launch(depthwise_glu_cuda, p, pointer(stream));
 }
 
@@ -114,7 +123,7 @@ void py_gemm_w8a8(Address x, Address weight, int64_t K, const std::array<int64_t
   launch(gemm_w8a8_cuda, p, pointer(stream));
 }
 
-using Int4Args = std::tuple<Address, Address, int64_t>;                            // values, scale, groups of a row
+using Int4Args = std::tuple<Address, Address, int64_t>;                    // values, scale, groups of a row
 using Branch = std::optional<std::tuple<Address, Address, int64_t, int>>;  // low, up, rank, dtype; or None
 
 Int4Rows int4_rows(const Int4Args& rows) {
@@ -124,17 +133,16 @@ Int4Rows int4_rows(const Int4Args& rows) {
 
 void py_quantize_int4(Address x, const Typed& smooth, const std::array<int64_t, 3>& shape, int dtype, Address out,
                       Address scale, Address stream) {
-  const QuantizeInt4 p = {pointer(x),    values(smooth), shape[0],
-                          shape[1],      shape[2],       DType(dtype),
-                          pointer(out),  static_cast<float*>(pointer(scale))};
+  const QuantizeInt4 p = {pointer(x), values(smooth), shape[0],     shape[1],
+                          shape[2],   DType(dtype),   pointer(out), static_cast<float*>(pointer(scale))};
   launch(quantize_int4_cuda, p, pointer(stream));
 }
 
 void py_gemm_w4a4(const Int4Args& x, const Int4Args& weight, const Branch& branch, const std::array<int64_t, 3>& shape,
                   const EpilogueArgs& args, bool large, Address stream) {
   const auto [low, up, rank, dtype] = branch.value_or(std::tuple(Address{0}, Address{0}, int64_t{0}, int(DType::bf16)));
-  const GemmW4A4 p = {int4_rows(x), int4_rows(weight), pointer(low), pointer(up), rank,
-                      DType(dtype), large,             epilogue(args, shape)};
+  const GemmW4A4 p = {int4_rows(x), int4_rows(weight), pointer(low), pointer(up),
+                      rank,         DType(dtype),      large,        epilogue(args, shape)};
   launch(gemm_w4a4_cuda, p, pointer(stream));
 }
 
@@ -144,20 +152,33 @@ void py_gemm_w4a16(Address x, int dtype, int64_t K, int64_t group, const Int4Arg
   launch(gemm_w4a16_cuda, p, pointer(stream));
 }
 
-void py_rms_norm(const std::array<Address, 5>& pointers, const std::array<int64_t, 2>& shape, int dtype,
-                 int activation, float eps, Address stream) {
-  const RmsNorm p = {pointer(pointers[0]), pointer(pointers[1]), pointer(pointers[2]),
-                     pointer(pointers[3]), pointer(pointers[4]), shape[0],
-                     shape[1],             DType(dtype),         Activation(activation),
+void py_rms_norm(const std::array<Address, 5>& pointers, const std::array<int64_t, 2>& shape, int dtype, int activation,
+                 float eps, Address stream) {
+  const RmsNorm p = {pointer(pointers[0]),
+                     pointer(pointers[1]),
+                     pointer(pointers[2]),
+                     pointer(pointers[3]),
+                     pointer(pointers[4]),
+                     shape[0],
+                     shape[1],
+                     DType(dtype),
+                     Activation(activation),
                      eps};
   launch(rms_norm_cuda, p, pointer(stream));
 }
 
 void py_upsample_shuffle(const std::array<Address, 4>& pointers, const std::array<int64_t, 5>& shape, int dtype,
                          Address stream) {
-  const UpsampleShuffle p = {pointer(pointers[0]), pointer(pointers[1]), pointer(pointers[2]), pointer(pointers[3]),
-                             shape[0],             shape[1],             shape[2],             shape[3],
-                             shape[4],             DType(dtype)};
+  const UpsampleShuffle p = {pointer(pointers[0]),
+                             pointer(pointers[1]),
+                             pointer(pointers[2]),
+                             pointer(pointers[3]),
+                             shape[0],
+                             shape[1],
+                             shape[2],
+                             shape[3],
+                             shape[4],
+                             DType(dtype)};
   launch(upsample_shuffle_cuda, p, pointer(stream));
 }
 
@@ -214,5 +235,6 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.def("upsample_shuffle", py_upsample_shuffle, py::arg("pointers"), py::arg("shape"), py::arg("dtype"),
              py::arg("stream"), "pointers: phases, x, bias, out; shape: (B, H, W, C, repeats).");
   module.def("depthwise_glu", py_depthwise_glu, py::arg("pointers"), py::arg("shape"), py::arg("dtypes"),
-             py::arg("stream"), "pointers: h, weight, bias, out; shape: (B, height, width, F); dtypes: h, weight, bias.");
+             py::arg("stream"),
+             "pointers: h, weight, bias, out; shape: (B, height, width, F); dtypes: h, weight, bias.");
 }

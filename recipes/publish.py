@@ -16,6 +16,7 @@ import sana_model
 from recipes import run
 from recipes.captions import canonical
 from recipes.images import Images
+from recipes.train_autoencoder import encoder_hash, load_autoencoder
 from recipes.training import sheet
 from sana_model.errors import UserError
 from sana_model.files import write_text
@@ -48,17 +49,21 @@ def prompts(images: Images) -> list[str]:
     return [canonical(*factors) for factors in SEEN + HELD_OUT]
 
 
+def row(name: str, folder: Path) -> str:
+    """A line of the card's table: what a run did and where it ended."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    steps, batch, end = state["step"], state["fixed"]["batch"], state["history"][-1]
+    psnr = f"{end['psnr']:.1f}" if "psnr" in end else "–"
+    return f"| {name} | {steps:,} | {batch} | {steps * batch:,} | {end['loss']:.3f} | {psnr} |"
+
+
 def card(args) -> str:
     """The README.md of the model: what it is, on what it was trained and for how long, what it reached."""
-    state = {name: torch.load(folder / "state.pt", weights_only=True) for name, folder in runs(args).items()}
-    lines = [
-        f"| {name} | {kept['step']:,} | {kept['fixed']['batch']} | {kept['step'] * kept['fixed']['batch']:,} | "
-        f"{kept['history'][-1]['loss']:.3f} | {kept['history'][-1].get('psnr', float('nan')):.1f} |".replace("nan", "–")
-        for name, kept in state.items()
-    ]
-    size, centred = state["transformer, text encoder"]["fixed"]["size"], state["autoencoder"]["fixed"]["centred"]
-    placed = "in the middle, in one size" if centred else "of random size and place"
-    table = "\n".join(lines)
+    fixed = torch.load(args.dit / "state.pt", weights_only=True)["fixed"]
+    size, placed = fixed["size"], "in the middle, in one size" if fixed["centred"] else "of random size and place"
+    refined = {"decoder alone, refined": args.decoder} if args.decoder else {}
+    runs = {"autoencoder": args.autoencoder, **refined, "transformer, text encoder": args.dit}
+    table = "\n".join(row(name, folder) for name, folder in runs.items())
     return f"""---
 license: apache-2.0
 pipeline_tag: text-to-image
@@ -93,16 +98,17 @@ complex_human_instruction=None, use_resolution_binning=False)`.
 """
 
 
-def runs(args) -> dict[str, Path]:
-    """The folders of the trainings that led to the model, by what they trained."""
-    refined = {"decoder, refined": args.decoder} if args.decoder else {}
-    return {"autoencoder": args.autoencoder, **refined, "transformer, text encoder": args.dit}
-
-
 @torch.no_grad()
 def write(args, folder: Path) -> None:
     """The model of a run in bf16, with its card and the notice of the data."""
     loaded = load_model(args.dit / "model")
+    if args.decoder:
+        refined = load_autoencoder(args.decoder / "vae")
+        if encoder_hash(refined) != encoder_hash(loaded.autoencoder):
+            raise UserError(
+                f"{args.decoder} refined the decoder of another autoencoder than {args.dit} was trained with"
+            )
+        loaded.autoencoder = refined
     for part in (loaded.dit, loaded.text_encoder, loaded.autoencoder):
         part.to(torch.bfloat16)
     folder.parent.mkdir(exist_ok=True)

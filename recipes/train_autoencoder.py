@@ -41,7 +41,7 @@ PRESETS = {"embedded": EMBEDDED, "larger": replace(EMBEDDED, widths=(32, 64, 128
 SHOWN = 16  # held-out pictures on the sample sheet
 EVALUATED = 64  # held-out pictures in the PSNR
 MEASURED = 512  # pictures whose latents give the scaling factor
-BLUR = 0.2  # most noise, in standard deviations of the latent, that a refined decoder learns to bear
+NOISE = 0.2  # most noise, in standard deviations of the latent, that a refined decoder learns to bear
 
 
 class Reconstruction(nn.Module):
@@ -53,7 +53,7 @@ class Reconstruction(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         latents = self.autoencoder.encode(images)
-        return self.autoencoder.decode(latents if noise is None else latents + noise)
+        return self.autoencoder.decode(latents if noise is None else latents + noise.to(latents))
 
 
 def new_autoencoder(config: AutoencoderConfig, seed: int) -> Autoencoder:
@@ -82,18 +82,14 @@ class Loss:
 def train(training: Training, images: Images, loss: Loss, args) -> None:
     """Train until the end, the time or an interruption, with a save and a look at held-out pictures every now and then."""
     rows = torch.tensor(images.train)
-    held_out = held_out_images(images)
+    held_out, config = held_out_images(images), training.network.autoencoder.config
     for step in training.numbers(args.minutes):
         random = generator(args.seed, step)
         chosen = rows[torch.randint(len(rows), (args.batch,), generator=random)]
         placement = Placement.sample(args.batch, random, args.centred)
         originals = images.compose(chosen[training.share], placement[training.share])
-        inputs = [originals]
-        if args.refine:
-            strength = BLUR * torch.rand(args.batch, 1, 1, 1, generator=random)
-            side = args.size // training.network.autoencoder.config.spatial_compression
-            inputs.append(strength * torch.randn(args.batch, 32, side, side, generator=random))
-        training.update(loss(training(*inputs), originals))
+        noise = latent_noise(args.batch, args.size, config, random)[training.share] if args.refine else None
+        training.update(loss(training(originals, noise), originals))
         if (training.step % args.every == 0 or training.step == args.steps) and training.rank == 0:
             training.record(psnr=look(training, held_out, args.out))
             chart(args.out / "loss.png", training.history)
@@ -102,6 +98,13 @@ def train(training: Training, images: Images, loss: Loss, args) -> None:
         training.save()
         look(training, held_out, args.out)
         export(training, images, args)
+
+
+def latent_noise(count: int, size: int, config: AutoencoderConfig, random: torch.Generator) -> Tensor:
+    """(count, 32, size / 32, size / 32): of every strength up to NOISE. A finished autoencoder's latents have spread 1."""
+    side = size // config.spatial_compression
+    strength = NOISE * torch.rand(count, 1, 1, 1, generator=random)
+    return strength * torch.randn(count, config.latent_channels, side, side, generator=random)
 
 
 def held_out_images(images: Images) -> Tensor:

@@ -157,7 +157,7 @@ def flow_loss(
     """Mean squared error of the velocity. The network is told ⌊1000·σ⌋, as the sampler will tell it."""
     level = sigma.view(-1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
-    with sdpa_kernel(SDPBackend.MATH):  # on a CPU and for so few tokens, twice as fast as the fused one
+    with sdpa_kernel(SDPBackend.MATH):  # faster than the fused one for so few tokens
         velocity = training(noisy, (1000 * sigma).floor(), ids, lengths)
     return F.mse_loss(velocity.float(), noise - latents)
 
@@ -230,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = load_autoencoder(args.vae).to(args.device)
     config = model_config(args.preset, args.size, autoencoder.config, args.flow_shift)
     weights = encoder_hash(autoencoder)
-    file = args.out / f"latents-{weights[:8]}-{args.size}-{args.variants}.safetensors"
+    placed = "-centred" if args.centred else ""
+    file = args.out / f"latents-{weights[:8]}-{args.size}-{args.variants}{placed}.safetensors"
     tokenizer = args.out / "tokenizer"
     encode(images, autoencoder, args, file)
     if processes()[0] == 0:

@@ -77,10 +77,10 @@ def state_chunk(tokens: int) -> int:
     return max(256, -(-tokens // (8 * 128)) * 128)
 
 
-def head_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(tokens, lanes) of the tile in which linear attention takes one head: 2048 elements, or half as many in fp32."""
+def head_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(tokens, lanes, warps) of a program of linear attention, which takes one head: 2048 elements, or 1024 of fp32."""
     lanes = max(16, 1 << (head_dim - 1).bit_length())
-    return 4096 // dtype.itemsize // lanes, lanes
+    return 4096 // dtype.itemsize // lanes, lanes, 8 if dtype == torch.float32 and lanes > 32 else 4
 
 
 def glu_tile(channels: int, whole_rows: bool) -> tuple[int, int, int]:

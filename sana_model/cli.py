@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sana_bench.cli import add_parser as add_bench_parser
+from sana_bench.cli import add_tune_parser
 from sana_model.config import BUILT_IN, DIALECTS
 from sana_model.errors import UserError
 
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     add_bench_parser(commands)
+    add_tune_parser(commands)
     return root
 
 

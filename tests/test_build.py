@@ -105,7 +105,9 @@ def test_wheel_contents(wheel):
     assert not [name for name in names if name.startswith(("sana_bench/results", "sana_bench/notes", "tests", "csrc"))]
     for package in ("sana_kernels", "sana_model", "sana_export", "sana_bench"):
         assert f"{package}/__init__.py" in names
-    model = {name.removeprefix("sana_model/checkpoints/sana-tiny/") for name in names if "checkpoints/sana-tiny" in name}
+    model = {
+        name.removeprefix("sana_model/checkpoints/sana-tiny/") for name in names if "checkpoints/sana-tiny" in name
+    }
     assert {"model_index.json", "README.md", "NOTICE", "vae/diffusion_pytorch_model.safetensors"} <= model
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import assert_close, assert_kernel
+from compare import assert_close, assert_kernel, relative_rms
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm import cuda as gemm_cuda
@@ -152,6 +152,30 @@ def test_depthwise_glu_quantized(module, eight_bit):
     out = emulated.run(module, mix_ffn_cuda.depthwise_glu_quantized, *args, eight_bit)
     for actual, expected in zip(out, gemm_reference.quantize(u, eight_bit), strict=True):
         assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+
+
+# ---- mix_ffn, made of these and of the matrix products
+
+
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_mix_ffn(module, eight_bit):
+    """Beside the reference, of which u is not rounded to bf16 before it is quantised."""
+    C, F = 72, 104
+    x = signed(2, 15, C).bfloat16()
+    matrices = signed(2 * F, C) * C**-0.5, signed(C, F) * F**-0.5
+    if eight_bit:
+        x, *(expand, project) = (gemm_reference.quantize(t) for t in (x, *matrices))
+    else:
+        expand, project = ((t.bfloat16(), None) for t in matrices)
+        x = x, None
+    others = [t.bfloat16() for t in (torch.randn(2 * F), torch.randn(2 * F, 1, 3, 3) / 3, torch.randn(2 * F))]
+    gate, residual = signed(2, C).bfloat16(), signed(2, 15, C).bfloat16()
+    args = *x, 3, 5, *expand, *others, *project, gate, residual
+    assert mix_ffn_cuda.accepts_mix_ffn(*args) is None
+    (out,) = emulated.run(module, mix_ffn_cuda.mix_ffn, *args)
+    assert relative_rms(out, mix_ffn_reference.mix_ffn(*args)) < 0.01
+    swapped = *x, 5, 3, *args[4:]
+    assert relative_rms(out, mix_ffn_reference.mix_ffn(*swapped)) > 0.1
 
 
 # ---- Planted defects

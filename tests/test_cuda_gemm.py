@@ -133,10 +133,13 @@ DEFECTS = {
     "epilogue: gate added": ((EPILOGUE, "y[i] *= values[i];", "y[i] += values[i];"),),
 }  # fmt: skip
 # Compiled for the smallest tile only.
-SMALLER = ((W8A8, """    case 0: return cuda_status(run<Tile<4, 2, 32, 80>>(p, on));
-    case 1: return cuda_status(run<Tile<4, 2, 32, 64>>(p, on));
-    case 2: return cuda_status(run<Tile<4, 2, 32, 48>>(p, on));
-""", ""),)  # fmt: skip
+SMALLER = (
+    (
+        W8A8,
+        "{run<Tile<4, 2, 32, 80>>, run<Tile<4, 2, 32, 64>>, run<Tile<4, 2, 32, 48>>,",
+        "{nullptr, nullptr, nullptr,",
+    ),
+)
 
 
 def check_all(module, orders=(0, 1)):

@@ -107,7 +107,6 @@ DEFECTS = {
 DEFECTS_BF16 = {
     "state: no wait": ("cp_async_wait<1>();\n    __syncwarp();", "__syncwarp();"),
     "state: no barrier of the warp before reading": ("__syncwarp();  // the tile is there for all lanes", ""),
-    "state: no barrier of the warp before overwriting": ("__syncwarp();  // before the tile is overwritten", ""),
     "state: no barrier before the sum": ("__syncthreads();  // the states of all warps are there", ""),
     "state: copies land on the sums": ("__syncwarp();  // the last copies of all lanes", "//"),
     "state: no mask for the tail": ("i % 4 * 8 : k, n < end ? 16 : 0", "i % 4 * 8 : k, 16"),

@@ -259,7 +259,8 @@ def test_plan_names_every_op(pipe):
 
 def test_backends_paint_the_same_picture():
     images = [
-        sana_model.load("sana-tiny-random", backend=b, precision="fp32")("a red fox", **SIZE) for b in ("reference", "auto")
+        sana_model.load("sana-tiny-random", backend=b, precision="fp32")("a red fox", **SIZE)
+        for b in ("reference", "auto")
     ]
     assert relative_rms(images[1].latents, images[0].latents) < 1e-4
 

@@ -79,7 +79,9 @@ def measure(dit: DiT, side: int) -> Measured:
         return REFERENCE_OPS.cross_attention(q, k, v, lengths)
 
     def look(branch: str):
-        return lambda module, given, y: shares[branch].append(share(given[residual[branch]], y - given[residual[branch]]))
+        return lambda module, given, y: shares[branch].append(
+            share(given[residual[branch]], y - given[residual[branch]])
+        )
 
     dit.ops = replace(REFERENCE_OPS, cross_attention=cross_attention)
     hooks = [getattr(b, branch).register_forward_hook(look(branch)) for b in dit.blocks for branch in shares]
@@ -90,7 +92,13 @@ def measure(dit: DiT, side: int) -> Measured:
         dit.ops = REFERENCE_OPS
         for hook in hooks:
             hook.remove()
-    return Measured(torch.tensor(list(shares.values())).T, torch.tensor(logits), stream[-1], max(x.abs().max().item() for x in stream), output)
+    return Measured(
+        torch.tensor(list(shares.values())).T,
+        torch.tensor(logits),
+        stream[-1],
+        max(x.abs().max().item() for x in stream),
+        output,
+    )
 
 
 @pytest.mark.parametrize("side", [8, 14])  # calibrated at 8

@@ -17,9 +17,10 @@ import pytest
 import torch
 from compare import relative_rms
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
-from recipes import captions, data, muon, perceptual, train_autoencoder, train_dit, training
+from recipes import captions, data, muon, perceptual, publish, train_autoencoder, train_dit, training
 from recipes.images import Images, Placement
 from recipes.vocabulary import train_tokenizer
 from sana_model.config import BUILT_IN
@@ -478,6 +479,58 @@ def test_the_folders_are_those_of_diffusers(dataset, vae, tmp_path, monkeypatch)
     assert error.max() < 2
     other = pipe(prompt, steps=3, seed=6, guidance=3.0)  # control
     assert np.abs(np.asarray(other.images[0], dtype=float) - 255 * image).max() > 2
+
+
+def test_the_shipped_model_can_be_made_from_runs(dataset, vae, tmp_path, monkeypatch):
+    small(monkeypatch)
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(publish, "SEEN", (("fox", "3d", "teal"),))
+    held_out = next(name for name in NAMES if data.heldout_style(name) == "flat")
+    monkeypatch.setattr(publish, "HELD_OUT", ((held_out, "flat", "red"),))
+    monkeypatch.setattr(publish.sana_model, "load", lambda name: Painter())
+    for folder in ("docs", "recipes"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "recipes" / "NOTICE").write_text("MIT")
+    common = [
+        "--data",
+        str(dataset),
+        "--size",
+        "128",
+        "--batch",
+        "4",
+        "--every",
+        "2",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    quick = ["--perceptual", "0", "--refine", str(vae)]
+    train_autoencoder.main([*common, *quick, "--out", str(tmp_path / "decoder")])
+    monkeypatch.setattr(train_dit, "paint", lambda *_: None)
+    train_dit.main([*common, "--vae", str(vae), "--variants", "1", "--out", str(tmp_path / "dit")])
+    flags = ["--data", str(dataset), "--autoencoder", str(tmp_path / "decoder"), "--dit", str(tmp_path / "dit")]
+    flags += ["--decoder", str(tmp_path / "decoder"), "--trained-on", "cpu", "--hardware", "a toaster", "--hours", "1"]
+    publish.main(flags)
+    folder = tmp_path / "checkpoints" / "sana-tiny"
+    card = (folder / "README.md").read_text()
+    assert "\ntrained_on: cpu\n" in card and "a toaster" in card and "| transformer, text encoder | 2 | 4 | 8 |" in card
+    assert Image.open(tmp_path / "docs" / "sana-tiny.png").width == 8 * 32
+    stored = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    refined = load_file(tmp_path / "decoder" / "vae" / "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(stored, {name: tensor.bfloat16() for name, tensor in refined.items()}, rtol=0, atol=0)
+
+    monkeypatch.setattr(publish, "HELD_OUT", (("fox", "flat", "red"),))
+    with pytest.raises(UserError, match="no such pairs where they should be: fox, flat"):
+        publish.main(flags)
+
+
+class Painter:
+    """A pipeline that paints gray."""
+
+    def __call__(self, texts):
+        return Namespace(images=[Image.new("RGB", (32, 32), "gray") for _ in texts])
 
 
 def test_the_tokenizer_reads_any_text(dataset, tmp_path):

@@ -101,7 +101,7 @@ DEFECTS = {
     "k and v swapped": ("B * H), k, v, k_norm", "B * H), v, k, k_norm"),
     "state: the mask of tokens off by one": ("inside = (t < N)", "inside = (t <= N)"),
     "apply: the mask of tokens off by one": ("stored = (t < N)[:, None] & (d", "stored = (t <= N)[:, None] & (d"),
-    "z of a channel too far": ("normaliser = tl.load(state_ptr + D * D + d", "normaliser = tl.load(state_ptr + D * D + d + 1"),
+    "z of a channel too far": ("tl.load(state_ptr + D * D + d", "tl.load(state_ptr + D * D + d + 1"),
     "a chunk is left out": ("for part in range(parts)", "for part in range(parts - 1)"),
     "a chunk too long": ("first = tl.program_id(0) * chunk", "first = tl.program_id(0) * (chunk - 1)"),
     "no eps": ("(below + eps)", "below"),

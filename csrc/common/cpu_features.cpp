@@ -15,7 +15,7 @@
 namespace sana {
 namespace {
 
-constexpr const char* kNames[kIsas] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[kIsas] = {"portable", "avx2", "avxvnni", "avx512", "amx"};
 
 #if defined(__x86_64__)
 bool bit(uint32_t word, int index) { return word >> index & 1; }
@@ -46,7 +46,7 @@ Isa detect() {
   const uint64_t state = enabled_state();
   if (!(fma && f16c && bit(b7, 5) && (state & 0x6) == 0x6)) return Isa::portable;
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && bit(c7, 11) && bit(a71, 5);
-  if (!(avx512 && (state & 0xe6) == 0xe6)) return Isa::avx2;
+  if (!(avx512 && (state & 0xe6) == 0xe6)) return bit(a71, 4) ? Isa::avxvnni : Isa::avx2;
 #if defined(SANA_EMULATE_TILES)
   return Isa::amx;  // see common/tiles.h
 #endif
@@ -54,8 +54,15 @@ Isa detect() {
   if (!(amx && (state & 0x60000) == 0x60000 && request_tiles())) return Isa::avx512;
   return Isa::amx;
 }
+
+bool detect_avxvnni() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  return bit(a, 4);
+}
 #else
 Isa detect() { return Isa::portable; }
+bool detect_avxvnni() { return false; }
 #endif
 
 Isa best() {
@@ -69,6 +76,8 @@ constexpr Isa kBuilt =
     Isa::amx;
 #elif defined(SANA_HAVE_AVX512)
     Isa::avx512;
+#elif defined(SANA_HAVE_AVXVNNI)
+    Isa::avxvnni;
 #elif defined(SANA_HAVE_AVX2)
     Isa::avx2;
 #else
@@ -81,11 +90,14 @@ std::atomic<Isa> cap{kBuilt};
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool cpu_has(Isa isa) { return isa <= best(); }
+bool cpu_has(Isa isa) {
+  static const bool avxvnni = detect_avxvnni();
+  return isa <= best() && (isa != Isa::avxvnni || avxvnni);
+}
 
 Isa active_isa() {
-  const Isa allowed = cap.load(std::memory_order_relaxed);
-  return allowed < best() ? allowed : best();
+  const Isa allowed = cap.load(std::memory_order_relaxed), isa = allowed < best() ? allowed : best();
+  return cpu_has(isa) ? isa : Isa::avx2;
 }
 
 bool set_isa_cap(const char* name) {

@@ -4,10 +4,11 @@
 
 namespace sana {
 
-// In order: each tier includes those before it. avx2 stands for AVX2 + FMA + F16C; avx512 for F, BW, DQ, VL, VNNI and
-// BF16; amx for tiles of int8 and bf16.
-enum class Isa : int { portable, avx2, avx512, amx };
-constexpr int kIsas = 4;
+// In order: each tier includes those before it, but for avxvnni, which some processors with AVX-512 lack. avx2 stands for
+// AVX2 + FMA + F16C; avxvnni for that and int8 dot products of 256 bits; avx512 for F, BW, DQ, VL, VNNI and BF16; amx for
+// tiles of int8 and bf16.
+enum class Isa : int { portable, avx2, avxvnni, avx512, amx };
+constexpr int kIsas = 5;
 
 const char* isa_name(Isa isa);
 bool cpu_has(Isa isa);  // the processor has the tier and the operating system lets us use it
@@ -18,7 +19,7 @@ bool set_isa_cap(const char* name);  // false: the name is not known; nothing ch
 template <class Kernels>
 const Kernels& choose(const Kernels* const (&by_isa)[kIsas]) {
   int isa = static_cast<int>(active_isa());
-  while (by_isa[isa] == nullptr) --isa;
+  while (by_isa[isa] == nullptr || !cpu_has(Isa(isa))) --isa;
   return *by_isa[isa];
 }
 

@@ -1,8 +1,8 @@
 // One row of a matrix per block of threads, kept in registers between its passes, and its 8-bit form: what modulate and
 // quantize share.
 //
-// Thread t holds V neighbouring values of every blockDim.x * V, 16 in all: pack i begins at channel (i * threads + t) * V,
-// so that a warp reads and writes whole lines of memory. V = 16 bytes' worth where rows allow it, else 1.
+// Thread t holds V neighbouring values of every blockDim.x * V, 16 in all: pack i begins at channel (i * threads + t) *
+// V, so that a warp reads and writes whole lines of memory. V = 16 bytes' worth where rows allow it, else 1.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -79,7 +79,7 @@ struct Row {
   template <class F>
   __device__ float sum(int C, F f) {
     float total = 0;
-    each_pack(C, [&](float(&values)[V], int) {
+    each_pack(C, [&](float (&values)[V], int) {
       for (int i = 0; i < V; ++i) total += f(values[i]);
     });
     return block_reduce(total, Add());
@@ -88,7 +88,7 @@ struct Row {
   // The row as 8-bit values and their scale, to the bit as sana_kernels/gemm/reference.py says.
   __device__ void store_quantized(int64_t row, const QuantizedRows& out, int C) {
     float largest = 0;
-    each_pack(C, [&](float(&values)[V], int) {
+    each_pack(C, [&](float (&values)[V], int) {
       for (int i = 0; i < V; ++i) largest = max(largest, fabsf(values[i]));
     });
     largest = block_reduce(largest, Largest());

@@ -1,4 +1,5 @@
-// Rows of 8-bit values as the CUDA kernels write them: the C++ interface. sana_kernels/gemm/reference.py specifies them.
+// Rows of 8-bit values as the CUDA kernels write them: the C++ interface. sana_kernels/gemm/reference.py specifies
+// them.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// What stands around the convolutions of the DC-AE decoder, on NVIDIA GPUs: the C++ interface. The arithmetic is specified
-// in sana_kernels/conv2d/reference.py.
+// What stands around the convolutions of the DC-AE decoder, on NVIDIA GPUs: the C++ interface. The arithmetic is
+// specified in sana_kernels/conv2d/reference.py.
 #pragma once
 
 #include <stdint.h>

@@ -5,12 +5,12 @@
 //
 // Layouts: x, residual, out (B, H, W, C) contiguous, that is rows of C; weight, bias (C); all float, half or bfloat16.
 //
-// Tiling: the decoder's rows are short (128 to 1024 channels) and many (a million at 1024 px), so a row belongs to 4 to 32
-// lanes of a warp, as many as it has pieces of 16 bytes: at C = 128 in 16 bits a warp has two rows and no idle lane. The
-// sum needs shuffles and no barrier. The second pass over the row finds it in the L1 cache.
+// Tiling: the decoder's rows are short (128 to 1024 channels) and many (a million at 1024 px), so a row belongs to 4 to
+// 32 lanes of a warp, as many as it has pieces of 16 bytes: at C = 128 in 16 bits a warp has two rows and no idle lane.
+// The sum needs shuffles and no barrier. The second pass over the row finds it in the L1 cache.
 //
-// Bytes: 2 or 3 elements per value. FLOPs: about 8 per value. Bound by memory: a residual block's norm at 1024 px (C = 128
-// in bfloat16) moves 805 MB, 190 us at 4.3 TB/s.
+// Bytes: 2 or 3 elements per value. FLOPs: about 8 per value. Bound by memory: a residual block's norm at 1024 px (C =
+// 128 in bfloat16) moves 805 MB, 190 us at 4.3 TB/s.
 #include "common/cuda_common.cuh"
 #include "common/cuda_status.h"
 #include "common/launch.cuh"
@@ -70,9 +70,9 @@ template <class T>
 cudaError_t run(const RmsNorm& args, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   const auto pointer = [](const void* data) { return static_cast<const T*>(data); };
-  const Problem<T> p = {pointer(args.x),           pointer(args.weight), pointer(args.bias),
-                        pointer(args.residual),    static_cast<T*>(args.out), args.rows,
-                        static_cast<int>(args.C),  args.activation,      args.eps};
+  const Problem<T> p = {pointer(args.x),          pointer(args.weight),      pointer(args.bias),
+                        pointer(args.residual),   static_cast<T*>(args.out), args.rows,
+                        static_cast<int>(args.C), args.activation,           args.eps};
   bool vectors = args.C % V == 0;
   for (const void* data : {args.x, args.weight, args.bias, args.residual, static_cast<const void*>(args.out)})
     vectors = vectors && reinterpret_cast<uintptr_t>(data) % 16 == 0;

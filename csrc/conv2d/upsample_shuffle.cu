@@ -1,16 +1,18 @@
 // The end of the DC-AE decoder's upsampling on NVIDIA GPUs, sm_80 and newer: four phases become pixels, plus bias and
 // shortcut.
 //
-// Algorithm (sana_kernels/conv2d/reference.py): a nearest-neighbour x2 and a 3 x 3 convolution are four 2 x 2 convolutions
-// of the small image, one per phase (dy, dx) of the output pixels. The library makes `phases` of them; then
-//     out[2h + dy][2w + dx][c] = phases[h + dy][w + dx][(2 dy + dx) C + c] + bias[c] + x[h][w][(4 c + 2 dy + dx) / repeats]
+// Algorithm (sana_kernels/conv2d/reference.py): a nearest-neighbour x2 and a 3 x 3 convolution are four 2 x 2
+// convolutions of the small image, one per phase (dy, dx) of the output pixels. The library makes `phases` of them;
+// then
+//     out[2h + dy][2w + dx][c] = phases[h + dy][w + dx][(2 dy + dx) C + c] + bias[c]
+//                                + x[h][w][(4 c + 2 dy + dx) / repeats]
 // where the last term, channels repeated and shuffled into pixels, is the shortcut without parameters.
 //
-// Layouts: NHWC, contiguous: phases (B, H + 1, W + 1, 4 C), x (B, H, W, 4 C / repeats), out (B, 2H, 2W, C); float, half or
-// bfloat16.
+// Layouts: NHWC, contiguous: phases (B, H + 1, W + 1, 4 C), x (B, H, W, 4 C / repeats), out (B, 2H, 2W, C); float, half
+// or bfloat16.
 //
-// Tiling: a thread makes the four pixels of one h, w in 8 channels: what it needs of x are 32 / repeats neighbours, read
-// once. Neighbouring threads have neighbouring channels.
+// Tiling: a thread makes the four pixels of one h, w in 8 channels: what it needs of x are 32 / repeats neighbours,
+// read once. Neighbouring threads have neighbouring channels.
 //
 // Bytes: 4 B H W C elements twice, and 1 / repeats of that for x. FLOPs: 2 per output. Bound by memory: to 1024 px with
 // C = 128 in bfloat16 672 MB, 156 us at 4.3 TB/s. The convolution before it has 4/9 of the multiply-adds of the 3 x 3.

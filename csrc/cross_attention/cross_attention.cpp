@@ -41,7 +41,7 @@ constexpr const CrossAttentionKernels* kAvx512 = &cross_attention_avx512;
 #else
 constexpr const CrossAttentionKernels* kAvx512 = nullptr;
 #endif
-constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, kAvx2, kAvx512, nullptr};
+constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, kAvx2, nullptr, kAvx512, nullptr};
 
 }  // namespace
 

@@ -31,15 +31,15 @@ struct Epilogue {
   int64_t gate_stride;
   Values residual;  // (images, rows of one image, N)
   int64_t residual_stride[2];
-  void* out;  // (M, N)
-  DType dtype;      // of out
+  void* out;    // (M, N)
+  DType dtype;  // of out
   bool silu;
   bool vectors;         // everything can be read and written eight values at a time
   int64_t M, N, image;  // image: rows of one image
 };
 
-// x (M, K), weight (N, K) int8, contiguous, K a multiple of 64, both at multiples of 16 bytes. `tile`: an index into TILES
-// of sana_kernels/gemm/cuda.py.
+// x (M, K), weight (N, K) int8, contiguous, K a multiple of 64, both at multiples of 16 bytes. `tile`: an index into
+// TILES of sana_kernels/gemm/cuda.py.
 struct GemmW8A8 {
   const void *x, *weight;
   int64_t K;
@@ -57,7 +57,8 @@ struct Int4Rows {
   int64_t groups;  // Kp / groups values each
 };
 
-// rows of K elements of `dtype`, `stride` elements apart, divided by smooth (K) where that is not null, to groups of 64.
+// rows of K elements of `dtype`, `stride` elements apart, divided by smooth (K) where that is not null, to groups
+// of 64.
 struct QuantizeInt4 {
   const void* x;
   Values smooth;
@@ -67,8 +68,8 @@ struct QuantizeInt4 {
   float* scale;
 };
 
-// sums = x weight^T + low up^T: x and weight in `weight.groups` groups of 64; low (M, rank), up (N, rank) half or bfloat16,
-// contiguous, at multiples of 16 bytes, the rank a multiple of 8, or null.
+// sums = x weight^T + low up^T: x and weight in `weight.groups` groups of 64; low (M, rank), up (N, rank) half or
+// bfloat16, contiguous, at multiples of 16 bytes, the rank a multiple of 8, or null.
 struct GemmW4A4 {
   Int4Rows x, weight;
   const void *low, *up;

@@ -1,24 +1,25 @@
-// SVDQuant's matrix product on NVIDIA GPUs with 4-bit tensor cores, sm_80, 86 and 89: 4-bit rows with a scale per group of
-// 64, and a low-rank branch in 16 bits, fused.
+// SVDQuant's matrix product on NVIDIA GPUs with 4-bit tensor cores, sm_80, 86 and 89: 4-bit rows with a scale per group
+// of 64, and a low-rank branch in 16 bits, fused.
 //
 // Algorithm (arXiv 2411.05007; sana_kernels/gemm/int4_reference.py, sana_kernels/quant/formats.py):
-//     sums[m][n] = sum over groups g of x_scale[m][g] * weight_scale[n][g] * (sum over k in g of x[m][k] * weight[n][k])
+//     sums[m][n] = sum over groups g of x_scale[m][g] * weight_scale[n][g] * (sum over k in g of x[m][k] * w[n][k])
 //                  + sum over r of low[m][r] * up[n][r]
-// then the epilogue (gemm/epilogue.cuh). The sum within a group is exact in int32, over groups it is a float: in half, as
-// others accumulate, large scales overflow. low = x down^T, of the unquantised x, is a product of the library: 32 outputs per
-// token, 3 % of the work.
+// then the epilogue (gemm/epilogue.cuh). The sum within a group is exact in int32, over groups it is a float: in half,
+// as others accumulate, large scales overflow. low = x down^T, of the unquantised x, is a product of the library: 32
+// outputs per token, 3 % of the work.
 //
-// Layouts: x (M, Kp / 2), weight (N, Kp / 2) bytes, row-major, low nibble first: what mma calls row and column, so nothing is
-// packed; scales (rows, Kp / 64) floats; low (M, rank), up (N, rank) half or bfloat16.
+// Layouts: x (M, Kp / 2), weight (N, Kp / 2) bytes, row-major, low nibble first: what mma calls row and column, so
+// nothing is packed; scales (rows, Kp / 64) floats; low (M, rank), up (N, rank) half or bfloat16.
 //
-// Tiling: gemm/tile.cuh. A group is 32 bytes, the K of one mma.m16n8k64, so every mma ends in its own scaling. Scales travel
-// with the slabs. The low-rank branch runs through the same loop, with 16-bit mma into the same sums.
+// Tiling: gemm/tile.cuh. A group is 32 bytes, the K of one mma.m16n8k64, so every mma ends in its own scaling. Scales
+// travel with the slabs. The low-rank branch runs through the same loop, with 16-bit mma into the same sums.
 //
-// Bytes: (M K + N K) / 2, scales an eighth of that, M N elements. Multiply-adds: M N (K + rank). At M = 2048, N = K = 2240:
-// 10e9 multiply-adds. An mma of 8192 of them is followed by 16 scalings per lane, about 20 instructions with its share of
-// loads, so instructions are the bound: on an A100 (108 multiprocessors, four instructions per cycle each, 1.41 GHz) 1.25e6
-// mma * 21 instructions take 43 us, against 12 us at its 4-bit rate and 8 us at its int8 rate times two. From sm_90 on, this
-// mma is a sequence of 200 instructions: there the weight runs through gemm_w8a8.cu.
+// Bytes: (M K + N K) / 2, scales an eighth of that, M N elements. Multiply-adds: M N (K + rank). An mma of 8192 of them
+// is followed by 16 scalings per lane, with its share of loads about 21 instructions, which are the bound: at M = 2048,
+// N = K = 2240, 1.25e6 mma take an A100 (108 multiprocessors, four instructions per cycle each, 1.41 GHz) 43 us,
+// against 17 us at its 4-bit rate and 33 us at its int8 rate: groups of 64 cost most of what 4 bits gain, and memory,
+// half of int8's, is what remains. From sm_90 on, this mma is a sequence of 200 instructions: there the weight runs
+// through gemm_w8a8.cu.
 #include "common/cuda_status.h"
 #include "common/launch.cuh"
 #include "gemm/epilogue.cuh"
@@ -33,8 +34,8 @@ struct Scales {
   int groups;
 };
 
-// Sums of int32 accumulators that start here are the bits of the float 2^23 + 2^22 + sum, while |sum| < 2^22; a group's is
-// at most 7 * 7 * 64. It saves the conversion, which runs at a quarter of an addition's rate.
+// Sums of int32 accumulators that start here are the bits of the float 2^23 + 2^22 + sum, while |sum| < 2^22; a group's
+// is at most 7 * 7 * 64. It saves the conversion, which runs at a quarter of an addition's rate.
 constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 
@@ -69,26 +70,25 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         load_scales<T::BM, T::kThreads>(to, scales.x, m, x.rows, 2 * slab, scales.groups);
         load_scales<T::BN, T::kThreads>(to + 2 * T::BM, scales.weight, n, weight.rows, 2 * slab, scales.groups);
       },
-      [&](int stage, int half, int i, int j, const uint32_t(&fx)[4], const WeightFragment& fw) {
+      [&](int stage, int half, int i, int j, const uint32_t (&fx)[4], const WeightFragment& fw) {
         int32_t group[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
         mma_m16n8k64_s4(group, fx, fw.b);
         const float* xs = stage_scales + stage * kStageScales + half * T::BM + row + i * 16;
         const float* ws = stage_scales + stage * kStageScales + 2 * T::BM + half * T::BN + column + j * 8;
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-          sums[i][j][r] += (__int_as_float(group[r]) - kMagic) * (xs[r / 2 * 8] * ws[r % 2]);
+        for (int r = 0; r < 4; ++r) sums[i][j][r] += (__int_as_float(group[r]) - kMagic) * (xs[r / 2 * 8] * ws[r % 2]);
       });
   __syncthreads();  // the slabs are overwritten
   if (low.data != nullptr) {
     const auto nothing = [](int, int) {};
     if (low_is_half) {
       multiply<T>(low, up, m, n, shared, nothing,
-                  [&](int, int, int i, int j, const uint32_t(&fx)[4], const WeightFragment& fw) {
+                  [&](int, int, int i, int j, const uint32_t (&fx)[4], const WeightFragment& fw) {
                     mma_m16n8k16_f16(sums[i][j], fx, fw.b);
                   });
     } else {
       multiply<T>(low, up, m, n, shared, nothing,
-                  [&](int, int, int i, int j, const uint32_t(&fx)[4], const WeightFragment& fw) {
+                  [&](int, int, int i, int j, const uint32_t (&fx)[4], const WeightFragment& fw) {
                     mma_m16n8k16_bf16(sums[i][j], fx, fw.b);
                   });
     }
@@ -107,10 +107,9 @@ cudaError_t run(const GemmW4A4& p, cudaStream_t stream) {
   const Scales scales = {p.x.scale, p.weight.scale, static_cast<int>(p.x.groups)};
   const dim3 grid(static_cast<unsigned>(ceil_div(e.M, T::BM)), static_cast<unsigned>(ceil_div(e.N, T::BN)));
   const size_t shared = T::Stages * (T::kStageBytes + 2 * (T::BM + T::BN) * sizeof(float));  // 72 KB, or 36
-  return launch_kernel<gemm_w4a4_kernel<T>>(grid, dim3(T::kThreads), shared, stream, operand(p.x.values, e.M, bytes),
-                                            operand(p.weight.values, e.N, bytes), scales,
-                                            operand(p.low, e.M, 2 * p.rank), operand(p.up, e.N, 2 * p.rank),
-                                            p.low_dtype == DType::f16, e);
+  return launch_kernel<gemm_w4a4_kernel<T>>(
+      grid, dim3(T::kThreads), shared, stream, operand(p.x.values, e.M, bytes), operand(p.weight.values, e.N, bytes),
+      scales, operand(p.low, e.M, 2 * p.rank), operand(p.up, e.N, 2 * p.rank), p.low_dtype == DType::f16, e);
 }
 
 }  // namespace

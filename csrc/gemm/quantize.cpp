@@ -26,7 +26,7 @@ constexpr const QuantizeKernels* kAvx512 = &quantize_avx512;
 #else
 constexpr const QuantizeKernels* kAvx512 = nullptr;
 #endif
-constexpr const QuantizeKernels* kByIsa[kIsas] = {&quantize_portable, kAvx2, kAvx512, nullptr};
+constexpr const QuantizeKernels* kByIsa[kIsas] = {&quantize_portable, kAvx2, nullptr, kAvx512, nullptr};
 
 }  // namespace
 

@@ -3,8 +3,8 @@
 // Algorithm (sana_kernels/gemm/reference.py, to the bit): scale = max |row| / most, values = row * (most / max |row|)
 // rounded to nearest even, with most = 127 for int8 and 448 for fp8 (e4m3).
 //
-// Layouts: x rows of K elements of float, half or bfloat16 at any stride; values (rows, K rounded up to a multiple of 64),
-// zeros beyond K; scale (rows) floats.
+// Layouts: x rows of K elements of float, half or bfloat16 at any stride; values (rows, K rounded up to a multiple of
+// 64), zeros beyond K; scale (rows) floats.
 //
 // Tiling: a block per row, which its threads keep in registers (common/rows.cuh): memory is read once.
 //
@@ -21,7 +21,8 @@ namespace sana {
 namespace {
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxRowThreads) quantize_kernel(const T* x, int64_t stride, int K, QuantizedRows out) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    quantize_kernel(const T* x, int64_t stride, int K, QuantizedRows out) {
   Row<V> row;
   row.load(x + blockIdx.x * stride, K);
   row.store_quantized(blockIdx.x, out, K);

@@ -1,13 +1,13 @@
 // Rows of 4-bit values with a scale per group of 64, on NVIDIA GPUs, sm_80 and newer: SVDQuant's activations.
 //
-// Algorithm (sana_kernels/quant/formats.py, to the bit): x / smooth; scale = max |group| / 7; values = x * (1 / scale) rounded
-// to nearest even.
+// Algorithm (sana_kernels/quant/formats.py, to the bit): x / smooth; scale = max |group| / 7; values = x * (1 / scale)
+// rounded to nearest even.
 //
-// Layouts: x rows of K elements of float, half or bfloat16 at any stride; smooth (K) of any of these; values (rows, Kp / 2),
-// the value of even k in the low nibble; scale (rows, Kp / 64); Kp: K rounded up to a multiple of 64.
+// Layouts: x rows of K elements of float, half or bfloat16 at any stride; smooth (K) of any of these; values (rows, Kp
+// / 2), the value of even k in the low nibble; scale (rows, Kp / 64); Kp: K rounded up to a multiple of 64.
 //
-// Tiling: eight lanes share a group, eight values each: the largest is known after three shuffles, memory is read once, and a
-// lane writes four bytes.
+// Tiling: eight lanes share a group, eight values each: the largest is known after three shuffles, memory is read once,
+// and a lane writes four bytes.
 //
 // Bytes: one element read and half a byte written per value, 12 MB at 2 x 1024 tokens of K = 2240 in bfloat16, 3 us at
 // 4.3 TB/s. FLOPs: a division and 3 more per value. Bound by memory.

@@ -1,13 +1,13 @@
 // The main loop that all matrix products on tensor cores share: a block's tile of x weight^T, K in slabs of 64 bytes.
 //
-// mma.sync takes 32 bytes of K per instruction whatever the type: 16 values of 16 bits, 32 of 8 or 64 of 4, in registers
-// that ldmatrix fills in the same way (common/ptx.cuh). So this loop knows bytes only; what an instruction does with them
-// is the caller's.
+// mma.sync takes 32 bytes of K per instruction whatever the type: 16 values of 16 bits, 32 of 8 or 64 of 4, in
+// registers that ldmatrix fills in the same way (common/ptx.cuh). So this loop knows bytes only; what an instruction
+// does with them is the caller's.
 //
-// Shared memory holds `Stages` slabs of both operands. While warps multiply one slab, cp.async brings the next ones; one
-// barrier per slab says both that it has landed for all threads and that nobody reads the one to be overwritten. A row's
-// four pieces of 16 bytes lie in an order that depends on the row, so that the eight rows of an ldmatrix, 64 bytes apart,
-// meet eight different banks.
+// Shared memory holds `Stages` slabs of both operands. While warps multiply one slab, cp.async brings the next ones;
+// one barrier per slab says both that it has landed for all threads and that nobody reads the one to be overwritten. A
+// row's four pieces of 16 bytes lie in an order that depends on the row, so that the eight rows of an ldmatrix, 64
+// bytes apart, meet eight different banks.
 #pragma once
 
 #include "common/cuda_common.cuh"
@@ -56,10 +56,9 @@ struct WeightFragment {
   uint32_t b[2];
 };
 
-// Calls step(stage, half of the slab, i, j, fragment of x, fragment of weight) for all tiles i, j of the warp, and that for
-// every 32 bytes of K in order.
-// also_load(stage, slab) may start further copies for a slab. m, n: the block's first row of x and of weight. On return
-// all copies have landed; other warps may still read `shared`.
+// Calls step(stage, half of the slab, i, j, fragment of x, fragment of weight) for all tiles i, j of the warp, and that
+// for every 32 bytes of K in order. also_load(stage, slab) may start further copies for a slab. m, n: the block's first
+// row of x and of weight. On return all copies have landed; other warps may still read `shared`.
 template <class T, class AlsoLoad, class Step>
 __device__ void multiply(const Operand& x, const Operand& weight, int64_t m, int64_t n, uint8_t* shared,
                          AlsoLoad also_load, Step step) {

@@ -47,7 +47,7 @@ constexpr const LinearAttentionKernels* kAvx512 = &linear_attention_avx512;
 #else
 constexpr const LinearAttentionKernels* kAvx512 = nullptr;
 #endif
-constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_portable, kAvx2, kAvx512, nullptr};
+constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_portable, kAvx2, nullptr, kAvx512, nullptr};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -6,31 +6,31 @@
 //     state[j][D] = sum over tokens n of relu(k[n][j])
 //     out[n][d]   = (relu(q[n]) . state[:][d]) / (relu(q[n]) . state[:][D] + eps)
 // Kernels: (0) with qk-norm, 1/RMS of every row of q and of k; (1) the state of every chunk of tokens; (2) the sum of
-// the chunks; (3) the output. (1) and (3) exist twice: for bfloat16 with D = 32, SANA's, on tensor cores, and plainly for
-// everything else. Everything is accumulated in float, in an order that depends only on the shape: no atomics.
+// the chunks; (3) the output. (1) and (3) exist twice: for bfloat16 with D = 32, SANA's, on tensor cores, and plainly
+// for everything else. Everything is accumulated in float, in an order that depends only on the shape: no atomics.
 //
 // Layouts: q, k, v (B, N, H, D) of float, half or bfloat16 with any strides, the last one 1, so that a packed QKV
 // projection is read in place; out (B, N, H, D) contiguous. Scratch, in floats: the chunks' states, B * H * chunks * D
 // * (D + 1), and with qk-norm 1/RMS of the rows of q and k, 2 * B * N.
 //
-// Tiling, plain: blocks of 16 x 16 threads; W = D rounded up to 16, 32, 64 or 128. (1) one block per chunk (at least 128
-// tokens, at most 16 chunks) and head; 32 tokens at a time go through shared memory, each thread owns (W/16)^2 entries
-// of the state. (3) one block per 32 tokens and head; the state lies in shared memory, each thread owns 2 * W/16
-// outputs.
+// Tiling, plain: blocks of 16 x 16 threads; W = D rounded up to 16, 32, 64 or 128. (1) one block per chunk (at least
+// 128 tokens, at most 16 chunks) and head; 32 tokens at a time go through shared memory, each thread owns (W/16)^2
+// entries of the state. (3) one block per 32 tokens and head; the state lies in shared memory, each thread owns 2 *
+// W/16 outputs.
 //
 // Tiling, tensor cores: (1) the same chunks; each of four warps brings 32 tokens at a time to its own shared memory,
-// two tiles ahead of each other, and multiplies their transposes, so that no barrier stands in the loop; the four states
-// are added at the end. (3) a warp keeps the state in registers, as mma's right-hand side, and goes through four tiles of
-// 16 tokens. A sum over j may run in any order and columns may lie anywhere, so lane t of four takes q's channels
-// 8 t ... 8 t + 7 and makes the same ones of the output: 16 bytes each, straight between memory and registers.
+// two tiles ahead of each other, and multiplies their transposes, so that no barrier stands in the loop; the four
+// states are added at the end. (3) a warp keeps the state in registers, as mma's right-hand side, and goes through four
+// tiles of 16 tokens. A sum over j may run in any order and columns may lie anywhere, so lane t of four takes q's
+// channels 8 t ... 8 t + 7 and makes the same ones of the output: 16 bytes each, straight between memory and registers.
 // Precision: relu(k) and v are bfloat16 as they come, so their products are exact. What is not, a normed q or k and the
 // state, is split into two bfloat16, whose sum has 16 bits, and products of both parts are added.
 //
 // Bytes: 4 * B * N * H * D elements (read q, k, v; write out), plus the chunk states, which stay in the L2 cache.
 // FLOPs: 4 * B * N * H * D * (D + 1). At D = 32 and 2 bytes per element that is 16.5 FLOPs per byte. On tensor cores
 // memory is the bound: 2 x 1024 tokens of 70 heads 37 MB, 9 us at 4.3 TB/s. Plainly, near the balance of a GPU's float
-// units and its memory (H100: 67e12 / 3.35e12 = 20), each multiply-add also costs about one read of shared memory (W/16 =
-// 2: four reads feed four of them), so that shared memory is the bound, at about 50 us.
+// units and its memory (H100: 67e12 / 3.35e12 = 20), each multiply-add also costs about one read of shared memory (W/16
+// = 2: four reads feed four of them), so that shared memory is the bound, at about 50 us.
 #include <type_traits>
 
 #include "common/cuda_common.cuh"
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(float* state, int64_t chu
 template <class T, int W>
 __global__ void __launch_bounds__(kThreads) apply_kernel(Problem<T> p) {
   constexpr int R = W / kSide, S = kTokens / kSide;
-  float(*state)[W + 1] = reinterpret_cast<float(*)[W + 1]>(dynamic_shared<float>());  // [D], the sum of k at [..][W]
-  float(*q)[W + 1] = state + p.D;                                                     // [kTokens]
+  float (*state)[W + 1] = reinterpret_cast<float (*)[W + 1]>(dynamic_shared<float>());  // [D], the sum of k at [..][W]
+  float (*q)[W + 1] = state + p.D;                                                      // [kTokens]
   const int b = blockIdx.x / p.H, h = blockIdx.x % p.H;
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
   const int64_t first = int64_t(blockIdx.y) * kTokens;
@@ -220,11 +220,11 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Problem<T> p) {
 
 // ---- bfloat16 and D = 32, on tensor cores
 
-constexpr int kHead = 32;            // D
-constexpr int kRow = 2 * kHead;      // bytes of a token's row of one head
+constexpr int kHead = 32;        // D
+constexpr int kRow = 2 * kHead;  // bytes of a token's row of one head
 constexpr int kWarps = 4;
-constexpr int kWarpTokens = 32;      // in a warp's shared memory at a time
-constexpr int kWarpTiles = 4;        // of 16 tokens, of which a warp makes the outputs
+constexpr int kWarpTokens = 32;  // in a warp's shared memory at a time
+constexpr int kWarpTiles = 4;    // of 16 tokens, of which a warp makes the outputs
 using Bf16 = __nv_bfloat16;
 using Pair = __nv_bfloat162;
 
@@ -299,8 +299,9 @@ __global__ void __launch_bounds__(32 * kWarps) state_bf16_kernel(Problem<Bf16> p
           low[r] = split.low;
         }
         for (int half = 0; half < (normed ? 2 : 1); ++half) {
-          const uint32_t(&key)[4] = half == 0 ? fk : low;
-          for (int j = 0; j < 4; ++j) mma_m16n8k16_bf16(state[i][j], key, {fv[j / 2][j % 2 * 2], fv[j / 2][j % 2 * 2 + 1]});
+          const uint32_t (&key)[4] = half == 0 ? fk : low;
+          for (int j = 0; j < 4; ++j)
+            mma_m16n8k16_bf16(state[i][j], key, {fv[j / 2][j % 2 * 2], fv[j / 2][j % 2 * 2 + 1]});
           mma_m16n8k16_bf16(sum[i], key, ones);
         }
       }
@@ -334,8 +335,8 @@ __global__ void __launch_bounds__(32 * kWarps) apply_bf16_kernel(Problem<Bf16> p
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const Bf16* q = p.q.at(b, h);
   const bool normed = p.q_weight.data != nullptr;
-  // mma's k = 16 s + 8 r + 2 t + i stands for channel j = 8 t + 4 s + 2 r + i, its column g of tile d for 8 (g / 2) + 2 d +
-  // g % 2; tile 4 has the sum of k in every column.
+  // mma's k = 16 s + 8 r + 2 t + i stands for channel j = 8 t + 4 s + 2 r + i, its column g of tile d for 8 (g / 2) + 2
+  // d + g % 2; tile 4 has the sum of k in every column.
   uint32_t high[2][5][2], low[2][5][2];
   const float* state = p.state + blockIdx.x * p.chunks * kHead * (kHead + 1);
   for (int s = 0; s < 2; ++s) {

@@ -39,7 +39,7 @@ constexpr const DepthwiseGluKernels* kAvx512 = &depthwise_glu_avx512;
 #else
 constexpr const DepthwiseGluKernels* kAvx512 = nullptr;
 #endif
-constexpr const DepthwiseGluKernels* kByIsa[kIsas] = {&depthwise_glu_portable, kAvx2, kAvx512, nullptr};
+constexpr const DepthwiseGluKernels* kByIsa[kIsas] = {&depthwise_glu_portable, kAvx2, nullptr, kAvx512, nullptr};
 
 constexpr int64_t kTasksPerThread = 4;
 

@@ -1,22 +1,24 @@
 // The middle of SANA's Mix-FFN on NVIDIA GPUs, sm_80 and newer: depthwise 3 x 3 convolution, bias, gated linear unit.
 //
 // Algorithm (sana_kernels/mix_ffn/reference.py), in float and rounded once:
-//     d[y][x][c] = bias[c] + sum over dy, dx of weight[c][dy][dx] * h[y + dy - 1][x + dx - 1][c]     zeros beyond the image
-//     u[y][x][c] = d[y][x][c] * SiLU(d[y][x][F + c])      for c < F
+//     d[y][x][c] = bias[c] + sum over dy, dx of weight[c][dy][dx] * h[y + dy - 1][x + dx - 1][c]     zeros beyond the
+//     image u[y][x][c] = d[y][x][c] * SiLU(d[y][x][F + c])      for c < F
 // For 8-bit rows, u is written in h's dtype and read back by csrc/gemm/quantize.cu: the largest |u| of a token is known
 // only when all F channels are, and a block that owned whole tokens would keep F = 5600 channels of few of them: with 4
 // tokens it would read every value of h 4.5 times, here 1.6. u (23 MB at 1024 px) stays in the L2 cache in between.
 //
-// Layouts: h (B, H, W, 2F), u (B, H, W, F), NHWC, contiguous, of float, half or bfloat16; weight (2F, 1, 3, 3), bias (2F).
+// Layouts: h (B, H, W, 2F), u (B, H, W, F), NHWC, contiguous, of float, half or bfloat16; weight (2F, 1, 3, 3), bias
+// (2F).
 //
-// Tiling: a block makes 8 x 8 tokens of 64 channels. It copies 10 x 10 tokens of 64 values and their 64 gates into shared
-// memory, 16 bytes at a time and asynchronously; the copy fills what lies beyond the image with zeros. Warp w then walks
-// down column w, each lane with two channels: every row of three tokens that it reads is the top of one output, the middle
-// of the one above and the bottom of the one above that, so that 12 values read make 36 multiply-adds.
+// Tiling: a block makes 8 x 8 tokens of 64 channels. It copies 10 x 10 tokens of 64 values and their 64 gates into
+// shared memory, 16 bytes at a time and asynchronously; the copy fills what lies beyond the image with zeros. Warp w
+// then walks down column w, each lane with two channels: every row of three tokens that it reads is the top of one
+// output, the middle of the one above and the bottom of the one above that, so that 12 values read make 36
+// multiply-adds.
 //
-// Bytes: 3 B N F elements, and 1.6 - 1 times 2 B N F from the L2 cache. FLOPs: 36 per output, and a SiLU. At 2 x 1024 tokens
-// of F = 5600 in bfloat16: 69 MB, 16 us at 4.3 TB/s; 11.5e6 outputs at about 50 instructions each, 20 us of a GPU with 132
-// multiprocessors. Instructions and memory are both near their bounds.
+// Bytes: 3 B N F elements, and 1.6 - 1 times 2 B N F from the L2 cache. FLOPs: 36 per output, and a SiLU. At 2 x 1024
+// tokens of F = 5600 in bfloat16: 69 MB, 16 us at 4.3 TB/s; 11.5e6 outputs at about 50 instructions each, 20 us of a
+// GPU with 132 multiprocessors. Instructions and memory are both near their bounds.
 #include "common/cuda_common.cuh"
 #include "common/cuda_status.h"
 #include "common/launch.cuh"

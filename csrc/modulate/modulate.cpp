@@ -38,7 +38,7 @@ constexpr const ModulateKernels* kAvx512 = &modulate_avx512;
 #else
 constexpr const ModulateKernels* kAvx512 = nullptr;
 #endif
-constexpr const ModulateKernels* kByIsa[kIsas] = {&modulate_portable, kAvx2, kAvx512, nullptr};
+constexpr const ModulateKernels* kByIsa[kIsas] = {&modulate_portable, kAvx2, nullptr, kAvx512, nullptr};
 
 using Floats = std::unique_ptr<float[]>;
 

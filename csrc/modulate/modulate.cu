@@ -7,15 +7,15 @@
 // The variance is the mean of (x - mean)^2, taken after the mean is known: activations with outliers would cancel in
 // E[x^2] - mean^2.
 //
-// Layouts: x, y (B, N, C) of float, half or bfloat16 with any strides of B and N; shift, scale, gate (B, C) in that type or
-// in float; out (B, N, C) contiguous; 8-bit rows (B * N, C rounded up to a multiple of 64) and a float each.
+// Layouts: x, y (B, N, C) of float, half or bfloat16 with any strides of B and N; shift, scale, gate (B, C) in that
+// type or in float; out (B, N, C) contiguous; 8-bit rows (B * N, C rounded up to a multiple of 64) and a float each.
 //
 // Tiling: a block per token. Its threads keep the row in registers, 16 values each (common/rows.cuh), so that memory is
 // read once however many passes there are: three reductions over the block cost two barriers each, and the other blocks
 // of the multiprocessor (12 of 160 threads at C = 2240) hide them.
 //
-// Bytes: modulate 2 B N C elements, or one element and one byte each; gate_residual 3 B N C elements. FLOPs: about 8 and 2
-// per element. Both are bound by memory: at 2 x 1024 tokens of C = 2240 in bfloat16 18 MB, 4 us at 4.3 TB/s.
+// Bytes: modulate 2 B N C elements, or one element and one byte each; gate_residual 3 B N C elements. FLOPs: about 8
+// and 2 per element. Both are bound by memory: at 2 x 1024 tokens of C = 2240 in bfloat16 18 MB, 4 us at 4.3 TB/s.
 #include <initializer_list>
 
 #include "common/cuda_status.h"
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) modulate_kernel(ModulateProble
   const float mean = row.sum(p.C, [](float x) { return x; }) / p.C;
   const float variance = row.sum(p.C, [&](float x) { return (x - mean) * (x - mean); }) / p.C;
   const float inverse = rsqrtf(variance + p.eps);
-  row.each_pack(p.C, [&](float(&x)[V], int channel) {
+  row.each_pack(p.C, [&](float (&x)[V], int channel) {
     float shift[V], scale[V];
     p.shift.read(b, channel, shift);
     p.scale.read(b, channel, scale);
@@ -119,8 +119,8 @@ template <class T>
 cudaError_t run(const Modulate& p, const QuantizedRows& quantized, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   const ModulateProblem<T> problem = {
-      static_cast<const T*>(p.x.data), p.x.stride[0], p.x.stride[1],           rows_of<T>(p.shift), rows_of<T>(p.scale),
-      static_cast<T*>(p.out),          quantized,     p.N,                     static_cast<int>(p.C), p.eps};
+      static_cast<const T*>(p.x.data), p.x.stride[0], p.x.stride[1], rows_of<T>(p.shift),   rows_of<T>(p.scale),
+      static_cast<T*>(p.out),          quantized,     p.N,           static_cast<int>(p.C), p.eps};
   const dim3 grid(static_cast<unsigned>(p.B * p.N));
   const dim3 block = row_threads(quantized.values != nullptr ? quantized.width : p.C);
   const bool vectors = sana::aligned<T, V>(p.x.data, {p.x.stride[0], p.x.stride[1], p.C}) && aligned<T, V>(p.shift) &&

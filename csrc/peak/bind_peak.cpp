@@ -46,6 +46,9 @@ std::vector<Kind> kinds() {
 #ifdef SANA_HAVE_AVX2
   if (cpu_has(Isa::avx2)) found.push_back({"fp32_avx2", Element::fp32, peak_fp32_avx2, 1 << 14});
 #endif
+#ifdef SANA_HAVE_AVXVNNI
+  if (cpu_has(Isa::avxvnni)) found.push_back({"int8_avxvnni", Element::int8, peak_int8_avxvnni, 1 << 14});
+#endif
 #ifdef SANA_HAVE_AVX512
   if (cpu_has(Isa::avx512)) {
     found.push_back({"fp32_avx512", Element::fp32, peak_fp32_avx512, 1 << 14});

@@ -14,6 +14,7 @@ double peak_fp32_portable(const void* operands, int iterations);
 double peak_fp32_avx2(const void* operands, int iterations);
 double peak_fp32_avx512(const void* operands, int iterations);
 double peak_bf16_avx512(const void* operands, int iterations);
+double peak_int8_avxvnni(const void* operands, int iterations);
 double peak_int8_avx512(const void* operands, int iterations);
 double peak_bf16_amx(const void* operands, int iterations);
 double peak_int8_amx(const void* operands, int iterations);

@@ -207,18 +207,18 @@ def linear_attention(
 ) -> Tensor:
     """As the reference; arguments as `_check` and `accepts_heads` let them through."""
     B, N, H, D = q.shape
-    tokens, lanes = head_tile(D, q.dtype)
+    tokens, lanes, warps = head_tile(D, q.dtype)
     chunk = state_chunk(N)
     parts = _empty_state(triton.cdiv(N, chunk), B, H, D, q.device)
     launch(
         state_kernel, (len(parts), B * H), k, v, k_norm, None if k_norm is None else inverse_rms(k, norm_eps), parts,
-        B, H, N, D, chunk, *k.stride()[:3], *v.stride()[:3], BLOCK_T=tokens, BLOCK_D=lanes, num_warps=4,
+        B, H, N, D, chunk, *k.stride()[:3], *v.stride()[:3], BLOCK_T=tokens, BLOCK_D=lanes, num_warps=warps,
     )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
         apply_kernel, (triton.cdiv(N, tokens), B * H), q, _sum(parts), q_norm, k_norm,
         None if q_norm is None else inverse_rms(q, norm_eps), out, H, N, D, *q.stride()[:3], eps,
-        BLOCK_T=tokens, BLOCK_D=lanes, num_warps=4,
+        BLOCK_T=tokens, BLOCK_D=lanes, num_warps=warps,
     )  # fmt: skip
     return out
 

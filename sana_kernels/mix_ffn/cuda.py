@@ -39,12 +39,12 @@ def depthwise_glu_quantized(
 
 
 def accepts_mix_ffn(x, x_scale, height, width, expand_weight, *rest) -> str | None:
+    if expand_weight.ndim != 2:
+        return "it takes weights as rows (N, K), not packed"
     if x_scale is None:
         return accepts(x)
     if x.dtype != torch.int8:
         return f"its 8-bit products are of int8; {x.dtype} is left to triton"
-    if expand_weight.ndim != 2:
-        return "it takes weights as rows (N, K), not packed"
     F = expand_weight.shape[0] // 2
     return None if F <= MAX_ROW else f"it supports F up to {MAX_ROW}, not {F}"
 

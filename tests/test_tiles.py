@@ -1,0 +1,72 @@
+"""The table of tiles: what it is for, that the choice is a function of the shape, and what `sana tune` makes of it."""
+
+import json
+
+import pytest
+import torch
+
+from sana_bench import tune
+from sana_kernels import tiles
+from sana_kernels.tiles import Tile
+from sana_model import cli
+
+
+def test_the_choice_weighs_speed_against_idle_multiprocessors():
+    """The example of tiles.py: half of the last tile of 2240 columns is empty, and yet it is the fastest choice."""
+    assert tiles.gemm_tile(torch.bfloat16, False, 2, 1024, 2240, 90)[:2] == (128, 128)
+    assert tiles.gemm_tile(torch.bfloat16, False, 2, 1024, 11200, 90)[:2] == (128, 256)
+    assert tiles.gemm_tile(torch.bfloat16, False, 1, 64, 1152, 90)[:2] == (64, 64)
+    assert tiles.gemm_tile(torch.int8, True, 2, 1024, 11200, 90)[:2] == (128, 128)  # no registers for a larger one
+
+
+@pytest.mark.parametrize("arch", [80, 86, 87, 89, 90, 100, 103, 120, 121])
+def test_every_architecture_has_tiles_of_every_dtype(arch):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn):
+        if dtype == torch.float8_e4m3fn and arch < 89:
+            continue
+        for residual in (False, True):
+            for tile, speed in tiles.candidates(dtype, residual, arch):
+                assert 0 < speed <= 1 and all(n & (n - 1) == 0 for n in tile[:4])
+            assert tiles.candidates(dtype, residual, arch)[0][1] == 1
+        assert tiles.attention_tile(dtype, arch).n % 32 == 0
+
+
+def test_chunks_depend_on_the_number_of_tokens_alone():
+    for tokens in (1, 256, 257, 1024, 4096, 16384, 65536):
+        chunk = tiles.state_chunk(tokens)
+        assert chunk % 128 == 0 and chunk >= 256 and -(-tokens // chunk) <= 8
+
+
+def fake_seconds(kind, dtype, tile):
+    """Larger tiles are faster, 8 warps and k = 64 best; 128 × 256 does not fit in 8 bits."""
+    if dtype == torch.int8 and tile.m * tile.n > 128 * 128:
+        return None
+    return 1e-12 / (tile.m * tile.n) * (1 + (tile.warps != 8) + (tile.k != 64) + tile.stages / 10)
+
+
+def test_a_proposal_is_a_table(monkeypatch):
+    proposal = tune.propose(["gemm", "linear_attention_from"], 90, 78, fake_seconds, say=lambda text: None)
+    text = tune.render(proposal)
+    assert json.loads(text) == proposal
+    monkeypatch.setattr(tiles, "TABLE", {int(arch): entry for arch, entry in json.loads(text).items()})
+    assert tiles.candidates(torch.bfloat16, False, 90)[0] == (Tile(128, 256, 64, 8, 2), 1.0)
+    assert tiles.candidates(torch.float16, True, 90)[0] == (Tile(128, 256, 64, 8, 2), 1.0)
+    eight_bits = tiles.candidates(torch.int8, False, 90)
+    assert {tile[:2] for tile, _ in eight_bits} == {(64, 256), (128, 128), (64, 128), (128, 64), (64, 64)}
+    assert eight_bits[-1] == (Tile(64, 64, 64, 8, 2), 0.25)
+    assert proposal["90"]["processors"] == 78
+    assert proposal["80"] == json.loads(json.dumps(tiles.TABLE[80]))  # the others stay as they are
+
+
+def test_the_table_is_written_as_tune_writes_it():
+    """So that a proposal differs from it in what was measured alone."""
+    table = {str(arch): entry for arch, entry in tiles.TABLE.items()}
+    assert tune.render(table) == tiles.Path(tiles.__file__).with_suffix(".json").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
+def test_without_a_gpu_it_says_so(capsys):
+    assert cli.main(["tune"]) == 3
+    assert "torch sees none here" in capsys.readouterr().err
+    assert cli.main(["tune", "softmax"]) == 2
+    assert "choose one of gemm, linear_attention_from" in capsys.readouterr().err
