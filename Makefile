@@ -3,7 +3,7 @@
 #   make paint     a picture in out.png, with the small embedded model      make test     every test this machine can run
 #   make bench     the benchmarks                                           make ci       what a merge has to pass
 #   make readme    tables of README.md from bench/results                   make wheel    dist/*.whl
-#   make lint      make format     make clean
+#   make lint      make format     make clean                               make asan     op tests under AddressSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a 3d render of a fox on a teal background
 OUT ?= out.png
 
-.PHONY: install paint test ci lint format wheel bench readme clean
+.PHONY: install paint test asan ci lint format wheel bench readme clean
 .DEFAULT_GOAL := install
 
 # Editable, so that the source tree is what runs and what the tests see. Built again when the C++ or the packaging changes.
@@ -39,6 +39,13 @@ paint: $(VENV)/run
 # A worker per core, one torch thread in each: OpenMP threads that wait for one another crawl on a shared machine.
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=20 $(PYTEST_ARGS)
+
+# The CPU kernels with bounds checks in every load and store. CPython and torch leak by design.
+OP_TESTS := $(addprefix tests/test_,gemm.py quantize.py modulate.py mix_ffn.py depthwise_glu.py linear_attention.py cross_attention.py)
+asan: $(VENV)/dev
+	SANA_BUILD=asan SANA_CUDA=0 $(BIN)/python setup.py build_ext --build-lib build/asan
+	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  SANA_CPU_MODULE=$$(ls build/asan/sana_kernels/_cpu*.so) $(BIN)/python -m pytest -q -n auto $(OP_TESTS)
 
 # Where nvcc is found: every CUDA kernel for every target, and none may spill.
 ci: lint test

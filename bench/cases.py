@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sana_kernels.gemm import fake_quantize
+from sana_kernels.gemm.reference import quantize
 from sana_kernels.quant.formats import quantize_int4
 from sana_model.config import BUILT_IN
+from sana_model.settings import DTYPES, PRECISIONS, QUANTIZED
 
 OUTLIER, OUTLIER_SHARE = 30.0, 0.001
+WITH_W8A8 = (*DTYPES, "w8a8")
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,12 @@ class Case:
     macs: int  # multiply-adds
     make: Callable[["Inputs"], tuple]
 
-    def arguments(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> tuple:
+    precisions: tuple[str, ...] = tuple(DTYPES)
+
+    def arguments(self, precision: str = "bf16", device: torch.device | str = "cpu", seed: int = 0) -> tuple:
         """The same values for the same seed, whatever the device."""
-        return self.make(Inputs(dtype, torch.device(device), torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(seed)
+        return self.make(Inputs(PRECISIONS[precision], torch.device(device), generator, QUANTIZED.get(precision)))
 
     def __str__(self) -> str:
         return f"{self.op}/{self.name}"
@@ -42,6 +49,14 @@ class Inputs:
     dtype: torch.dtype
     device: torch.device
     generator: torch.Generator
+    quantized: torch.dtype | None = None  # what `rows` makes
+
+    def rows(self, *shape: int, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Operands of a matrix product: (values, None), or quantised with their scales."""
+        x = self(*shape, scale=scale)
+        if self.quantized is None:
+            return x, None
+        return fake_quantize(x, self.quantized, "") if x.is_meta else quantize(x, self.quantized)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         if self.device.type == "meta":
@@ -115,10 +130,20 @@ def _gemm(name: str, B: int, M: int, K: int, N: int, silu: bool = False, gated: 
     def make(inputs: Inputs) -> tuple:
         bias = inputs(N, scale=0.1) if silu else None
         gate, residual = (inputs(B, 6, N)[:, 5], inputs(B, M, N)) if gated else (None, None)
-        weight = inputs(N, K, scale=K**-0.5)
-        return inputs(B, M, K), None, weight, None, bias, silu, gate, residual, inputs.dtype
+        weight = inputs.rows(N, K, scale=K**-0.5)
+        return *inputs.rows(B, M, K), *weight, bias, silu, gate, residual, inputs.dtype
 
-    return Case("gemm", name, {"B": B, "M": M, "K": K, "N": N}, B * M * K * N, make)
+    return Case("gemm", name, {"B": B, "M": M, "K": K, "N": N}, B * M * K * N, make, WITH_W8A8)
+
+
+def _quantize_gemm(gemm: Case) -> Case:
+    """The same product in W8A8, of 16-bit rows that are quantised first."""
+
+    def make(inputs: Inputs) -> tuple:
+        _, _, *rest = gemm.make(inputs)
+        return inputs(*(gemm.shape[size] for size in "BMK")), None, *rest
+
+    return replace(gemm, name=f"{gemm.name}+quantize", make=make, precisions=("w8a8",))
 
 
 def _quantize_int4(name: str, B: int, N: int, C: int) -> Case:
@@ -178,23 +203,12 @@ def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case
 
     def make(inputs: Inputs) -> tuple:
         return (
-            inputs(B, N, C), None, height, width, inputs(2 * F, C, scale=C**-0.5), None, inputs(2 * F, scale=0.1),
-            inputs(2 * F, 1, 3, 3, scale=1 / 3), inputs(2 * F, scale=0.1), inputs(C, F, scale=F**-0.5), None, None, None,
+            *inputs.rows(B, N, C), height, width, *inputs.rows(2 * F, C, scale=C**-0.5), inputs(2 * F, scale=0.1),
+            inputs(2 * F, 1, 3, 3, scale=1 / 3), inputs(2 * F, scale=0.1), *inputs.rows(C, F, scale=F**-0.5), None, None,
         )  # fmt: skip
 
     macs = B * N * (C * 2 * F + 2 * F * 9 + F * C)
-    return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make)
-
-
-def _depthwise_glu(name: str, B: int, height: int, width: int, F: int) -> Case:
-    N = height * width
-
-    def make(inputs: Inputs) -> tuple:
-        return (
-            inputs(B, N, 2 * F), height, width, inputs(2 * F, 1, 3, 3, scale=1 / 3), inputs(2 * F, scale=0.1),
-        )  # fmt: skip
-
-    return Case("depthwise_glu", name, {"B": B, "N": N, "F": F}, B * N * 2 * F * 9, make)
+    return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make, WITH_W8A8)
 
 
 def _rms_norm(name: str, side: int, C: int) -> Case:
@@ -229,7 +243,8 @@ def _published() -> list[Case]:
             _quantize(label, B, N, C),
             _gate_residual(label, B, N, C),
             _cross_attention(label, N, C, dit.cross_heads, 60, (1, 60)),
-            _gemm(f"{label}_qkv", B, N, C, 3 * C),
+            qkv := _gemm(f"{label}_qkv", B, N, C, 3 * C),
+            _quantize_gemm(qkv),
             _gemm(f"{label}_out", B, N, C, C, gated=True),
             _gemm(f"{label}_expand", B, N, C, 2 * F, silu=True),
             _gemm(f"{label}_project", B, N, F, C, gated=True),

@@ -1,4 +1,4 @@
-"""`sana bench image|kernels|quality|compare`. Imports nothing heavy before a command runs."""
+"""`sana bench image|kernels|quality|compare` and `sana tune`. Imports nothing heavy before a command runs."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ def add_parser(subparsers) -> None:
     kernels.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
     kernels.add_argument("--backends", metavar="A,B", help="default: all that can run here, and torch.compile")
     kernels.add_argument(
-        "--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16 (default: bf16,fp32)"
+        "--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16, w8a8 (default: bf16,fp32)"
     )
     _add_repeat(kernels, "rounds (default: 3)")
     _add_common(kernels, "the smallest case of each op, in bf16")

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ from sana_bench import check
 from sana_bench.cases import Case, cases
 from sana_bench.harness import Peaks, Results, interleave, statistics_ms
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
+from sana_kernels.gemm import PACKED, pack
+from sana_kernels.gemm.reference import dequantize
+from sana_kernels.quant.formats import Int4, dequantize_int4
 from sana_model.errors import MissingError, UserError
-from sana_model.settings import DTYPES
+from sana_model.settings import PRECISIONS, QUANTIZED
 
 COMPILED = "torch-compile"
 BASELINES = ("reference", COMPILED)
@@ -50,7 +54,7 @@ def select(
         raise UserError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
     wanted = backends.split(",") if backends else [*BACKENDS, *([] if quick else [COMPILED])]
     precisions = dtypes.split(",")
-    for what, given, known in (("backend", wanted, (*BACKENDS, COMPILED)), ("dtype", precisions, DTYPES)):
+    for what, given, known in (("backend", wanted, (*BACKENDS, COMPILED)), ("precision", precisions, PRECISIONS)):
         if unknown := [value for value in given if value not in known]:
             raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
     found = [case for case in cases(op) if name in case.name]
@@ -64,8 +68,13 @@ def select(
         precisions = precisions[:1]
     chosen, reasons = [], {}
     for case, precision in itertools.product(found, precisions):
-        meta = case.arguments(DTYPES[precision], "meta")
-        why = {b: None if b == COMPILED else why_not(case.op, b, *meta, device=device) for b in wanted}
+        if precision not in case.precisions:
+            continue
+        meta = case.arguments(precision, "meta")
+        able = [
+            b for b in wanted if backends or precision not in QUANTIZED or b not in BASELINES
+        ]  # PyTorch has no W8A8
+        why = {b: None if b == COMPILED else why_not(case.op, b, *meta, device=device) for b in able}
         reasons |= {b: reason for b, reason in why.items() if reason}
         chosen.append(Chosen(case, precision, tuple(b for b, reason in why.items() if reason is None)))
     if backends and (idle := [b for b in wanted if not any(b in one.backends for one in chosen)]):
@@ -77,7 +86,7 @@ def select(
 class Measured:
     """What is known of one backend on one case."""
 
-    call: Callable
+    time: Callable[[], list[float]]
     check: dict
     samples: list[float] = field(default_factory=list)  # ms
     rejected: int = 0
@@ -109,14 +118,14 @@ class KernelBench:
 
     def measure(self, one: Chosen, repeat: int) -> list[dict]:
         """The rows of one case."""
-        inputs = cold_inputs(one.case, DTYPES[one.precision], self.device, self.seed)
-        oracle = runner(one.case.op, "reference")(*(wide(a) for a in inputs[0]))
-        plain = runner(one.case.op, "reference")(*inputs[0])
+        inputs = cold_inputs(one.case, one.precision, self.device, self.seed)
+        plain, oracle = expected(one.case.op, inputs[0])
         measured = {}
         for backend in one.backends:
-            call = runner(one.case.op, backend)
-            measured[backend] = Measured(call, check.kernel_check(call(*inputs[0]), plain, oracle))
-        tasks = {name: lambda i, call=m.call: time_calls(call, inputs, self.device) for name, m in measured.items()}
+            call, own = runner(one.case.op, backend), [prepared(one.case.op, backend, given) for given in inputs]
+            checked = check.kernel_check(values(one.case.op, call(*own[0])), plain, oracle)
+            measured[backend] = Measured(lambda call=call, own=own: time_calls(call, own, self.device), checked)
+        tasks = {name: lambda i, time=m.time: time() for name, m in measured.items()}
         self.peaks.probe({"copy"}, windows=1)  # a window of it takes most of a second: not before each repetition
         kind = self.peaks.kind(one.precision)
         for name, samples, verdict in interleave(tasks, repeat, lambda: self.peaks.probe({kind})):
@@ -168,20 +177,52 @@ def thinned(samples: list[float], most: int = 200) -> list[float]:
 
 def runner(op: str, backend: str) -> Callable:
     """What computes an op on a backend: the registered kernel itself, or its reference under torch.compile."""
-    found = {kernel.backend: kernel.run for kernel in kernels(op)}
-    if backend == COMPILED:
-        return torch.compile(found["reference"], mode="max-autotune-no-cudagraphs", dynamic=False)
-    return found[backend]
+    run = _kernel(op, "reference" if backend == COMPILED else backend)
+    if op == "gemm":
+        run = partial(_gemm, run, _kernel("quantize", "reference" if backend == COMPILED else backend))
+    return torch.compile(run, mode="max-autotune-no-cudagraphs", dynamic=False) if backend == COMPILED else run
+
+
+def _kernel(op: str, backend: str) -> Callable:
+    return next(kernel.run for kernel in kernels(op) if kernel.backend == backend)
+
+
+def _gemm(run: Callable, quantize: Callable, x: Tensor, x_scale: Tensor | None, weight: Tensor, *rest) -> Tensor:
+    """gemm, of rows that are quantised first where only the weight is ("+quantize")."""
+    if x_scale is None and x.dtype != weight.dtype:
+        x, x_scale = quantize(x, weight.dtype)
+    return run(x, x_scale, weight, *rest)
+
+
+def prepared(op: str, backend: str, arguments: tuple) -> tuple:
+    """The arguments as a model hands them to this backend: weights are packed once, when it is loaded."""
+    weights = {"gemm": (2,), "mix_ffn": (4, 9)}.get(op, ()) if backend == "cpu" else ()
+    return tuple(pack(a) if i in weights and a.dtype in PACKED else a for i, a in enumerate(arguments))
+
+
+def expected(op: str, arguments: tuple) -> tuple[Tensor, Tensor]:
+    """What plain PyTorch makes of the arguments, and the truth in fp64."""
+    run = runner(op, "reference")
+    return values(op, run(*arguments)), values(op, run(*(wide(a) for a in arguments)))
+
+
+def values(op: str, result: Tensor | tuple) -> Tensor:
+    """A result as one tensor: of quantised rows what they stand for."""
+    if isinstance(result, Tensor):
+        return result
+    return dequantize_int4(Int4(*result)) if op == "quantize_int4" else dequantize(*result)
 
 
 def wide(value: object) -> object:
     """An argument of the fp64 oracle."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point and value.itemsize > 1 else value
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def cold_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> list[tuple]:
+def cold_inputs(case: Case, precision: str, device: torch.device, seed: int) -> list[tuple]:
     """As many copies of the arguments as it takes to be twice as large as the last cache, within reason."""
-    first = case.arguments(dtype, device, seed)
+    first = case.arguments(precision, device, seed)
     size = max(1, sum(a.nbytes for a in first if isinstance(a, Tensor)))
     copies = math.ceil(2 * last_cache_bytes(device) / size) + 1
     copies = max(2, min(copies, MOST_COPIES, MOST_BYTES // size))

@@ -192,6 +192,27 @@ def expectations() -> str:
     return "\n".join(lines)
 
 
+def notes(release: str, measured: str) -> str:
+    """The file that goes into bench/notes: what CUDA `release` reports, and what to expect."""
+    return f"""# Registers per thread and shared memory of every CUDA kernel
+
+As `ptxas -v` of CUDA {release} reports them; written by `{COMMAND}`. No kernel may have local memory
+(registers spilled to DRAM): that fails. Dynamic shared memory comes on top; the sources give its size.
+
+{measured}
+
+## Bytes, operations and expected time on an H200
+
+Written down before any of it was measured: what an op has to move between memory and chip in 16 bits (or in int8, where
+it says so) and to compute, and the longer of the two times at 4.3 TB/s of copying, 790e12 bf16 operations per second,
+twice that in int8, 60 % of either through mma.sync, and 4 instructions per cycle and multiprocessor (depthwise_glu: 50
+per output). A launch takes 2 to 3 µs more (linear_attention has 3, with qk-norm 4); what lies in the L2 cache, 50 MB,
+takes less. SVDQuant's W4A4 is for sm_80, 86 and 89.
+
+{expectations()}
+"""
+
+
 def main() -> int:
     nvcc = find_nvcc()
     if nvcc is None:
@@ -199,20 +220,7 @@ def main() -> int:
         return 3
     usages = measure(nvcc, sources())
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release [\d.]+, V([\d.]+)", version)[1]
-    NOTES.write_text(
-        "# Registers per thread and shared memory of every CUDA kernel\n\n"
-        f"As `ptxas -v` of CUDA {release} reports them; written by `{COMMAND}`. No kernel may have local memory\n"
-        "(registers spilled to DRAM): that fails. Dynamic shared memory comes on top; the sources give its size.\n\n"
-        f"{table(usages)}\n\n"
-        "## Bytes, operations and expected time on an H200\n\n"
-        "Written down before any of it was measured: what an op has to move between memory and chip in 16 bits (or in\n"
-        "int8, where it says so) and to compute, and the longer of the two times at 4.3 TB/s of copying, 790e12 bf16\n"
-        "operations per second, twice that in int8, 60 % of either through mma.sync, and 4 instructions per cycle and\n"
-        "multiprocessor (depthwise_glu: 50 per output). A launch takes 2 to 3 µs more (linear_attention has 3, with\n"
-        "qk-norm 4); what lies in the L2 cache, 50 MB, takes less. SVDQuant's W4A4 is for sm_80, 86 and 89.\n\n"
-        f"{expectations()}\n"
-    )
+    NOTES.write_text(notes(re.search(r"release [\d.]+, V([\d.]+)", version)[1], table(usages)))
     print(table(usages))
     offenders = [u for u in usages if u.local]
     for u in offenders:

@@ -10,7 +10,7 @@ import torch
 
 from sana_bench import check
 from sana_bench.cases import CASES
-from sana_bench.kernels import cold_inputs, runner, wide
+from sana_bench.kernels import cold_inputs, expected, prepared, runner, values
 from sana_kernels.backend import BACKENDS, why_not
 
 
@@ -18,15 +18,14 @@ from sana_kernels.backend import BACKENDS, why_not
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case, backend, benchmark):
     device = torch.device("cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
-    inputs = cold_inputs(case, torch.bfloat16, device, seed=0)
+    inputs = cold_inputs(case, "bf16" if "bf16" in case.precisions else case.precisions[0], device, seed=0)
     reason = why_not(case.op, backend, *inputs[0])
     if reason is not None:
         pytest.skip(reason)
-    call, plain = runner(case.op, backend), runner(case.op, "reference")
-    oracle = plain(*(wide(a) for a in inputs[0]))
-    checked = check.kernel_check(call(*inputs[0]), plain(*inputs[0]), oracle)
+    call, own = runner(case.op, backend), [prepared(case.op, backend, given) for given in inputs]
+    checked = check.kernel_check(values(case.op, call(*own[0])), *expected(case.op, inputs[0]))
     assert checked["passed"], checked
-    turns = itertools.cycle(inputs)
+    turns = itertools.cycle(own)
 
     def once() -> None:
         call(*next(turns))

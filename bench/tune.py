@@ -2,7 +2,8 @@
 
 For a matrix product the table wants speeds, not a winner per shape: each tile of a grid is timed on a product that keeps the
 whole chip busy, and of each tile's settings (k, warps, stages) the fastest stays. For `linear_attention_from` the fastest
-tile on SANA's shape stays. Nothing is applied: whoever has looked at the proposal copies it over the table.
+tile on SANA's shape stays. Nothing is applied: whoever has looked at the proposal copies it over the table, and has
+`python -m sana_bench.resources_triton` check that no kernel spills in it.
 """
 
 import importlib
@@ -34,9 +35,10 @@ def propose(ops: list[str], arch: int, processors: int, seconds: Seconds, say: C
     table = {str(name): entry for name, entry in tiles.TABLE.items()}
     entry = json.loads(json.dumps(tiles.TABLE[tiles.known(arch)])) | {"processors": processors}
     for kind, dtype in itertools.product(itertools.chain.from_iterable(OPS[op] for op in ops), DTYPES):
-        best: dict[
-            tuple[int, int], tuple[float, Tile]
-        ] = {}  # tile → time per element of the result, with what settings
+        name = str(dtype).removeprefix("torch.")
+        if name not in entry[kind]:  # fp8 on Ampere
+            continue
+        best: dict[tuple[int, int], tuple[float, Tile]] = {}  # (m, n) → time of a multiply-add, and in what settings
         for tile in space(kind, dtype):
             time = seconds(kind, dtype, tile)
             if time is not None and (time, tile) < best.get((tile.m, tile.n), (float("inf"), tile)):
@@ -48,7 +50,6 @@ def propose(ops: list[str], arch: int, processors: int, seconds: Seconds, say: C
         rows = [[*tile, round(found[0][0] / time, 2)] for time, tile in found]
         for row in rows:
             say(f"{kind}, {dtype}: {row}")
-        name = str(dtype).removeprefix("torch.")
         entry[kind][name] = rows[0][:5] if kind == "attention" else rows
         if dtype == torch.bfloat16:
             entry[kind]["float16"] = entry[kind][name]
@@ -77,7 +78,7 @@ def wanted(op: str | None) -> list[str]:
 
 
 def measure(kind: str, dtype: torch.dtype, tile: Tile) -> float | None:
-    """Seconds per multiply-add on this GPU, the median of 20 calls; None where the tile cannot run or spills too much."""
+    """Seconds per multiply-add on this GPU, the median of 20 calls; None where the tile cannot run."""
     from triton.runtime.errors import OutOfResources
 
     call, macs = _attention(dtype, tile) if kind == "attention" else _product(dtype, tile, "residual" in kind)
@@ -90,7 +91,9 @@ def measure(kind: str, dtype: torch.dtype, tile: Tile) -> float | None:
             call()
             end.record()
         torch.cuda.synchronize()
-    except (OutOfResources, RuntimeError):
+    except (OutOfResources, RuntimeError) as error:  # Triton's compiler gives up with a RuntimeError
+        if isinstance(error, torch.AcceleratorError):
+            raise
         return None
     return sorted(start.elapsed_time(end) for start, end in events)[10] / 1e3 / macs
 

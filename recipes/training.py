@@ -66,7 +66,10 @@ class Training:
         return slice(self.rank, None, self.processes)
 
     def update(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`, gradients clipped to norm 1; the running average follows."""
+        """One step down the gradient of `loss`, gradients clipped to norm 1; the running average follows.
+
+        `loss` is the mean over this process's share; the shares of a batch differ by one image at most.
+        """
         loss = loss / self.processes
         loss.backward()
         loss = loss.detach()
@@ -220,6 +223,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError or MissingError for flags that no run can start with; make the folder of the run."""
     if min(args.steps, args.batch, args.every) < 1:
         raise UserError("--steps, --batch and --every must be at least 1")
+    if args.batch < processes()[1]:
+        raise UserError(f"--batch {args.batch} is too small for {processes()[1]} processes: each needs an image")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise MissingError("torch sees no NVIDIA GPU; use --device cpu")
     args.out.mkdir(parents=True, exist_ok=True)

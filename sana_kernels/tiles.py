@@ -80,7 +80,7 @@ def state_chunk(tokens: int) -> int:
 def head_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(tokens, lanes, warps) of a program of linear attention, which takes one head: 2048 elements, or 1024 of fp32."""
     lanes = max(16, 1 << (head_dim - 1).bit_length())
-    return 4096 // dtype.itemsize // lanes, lanes, 8 if dtype == torch.float32 and lanes > 32 else 4
+    return 4096 // dtype.itemsize // lanes, lanes, 4 if lanes * dtype.itemsize <= 128 else 8
 
 
 def glu_tile(channels: int, whole_rows: bool) -> tuple[int, int, int]:

@@ -40,13 +40,13 @@ def silu(x):
 
 
 @triton.jit
-def quantize_rows(y, DTYPE: tl.constexpr):
-    """fp32 (T, K), with zeros beyond a row's end → values (T, K) in DTYPE and scales (T,): gemm/reference.py to the bit.
+def quantize_rows(y, dtype: tl.constexpr):
+    """fp32 (T, K), with zeros beyond a row's end → values (T, K) in dtype and scales (T,): gemm/reference.py to the bit.
 
     The clamp comes before the rounding, where it changes nothing, so that no compiler can fuse the product with the sum that
     rounds. The cast to e4m3 rounds by itself.
     """
-    MOST: tl.constexpr = 127.0 if DTYPE.is_int() else 448.0
+    MOST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
     largest = tl.max(tl.abs(y), 1)
     zero = largest < 2.0**-100
     largest = tl.where(zero, 1.0, largest)
@@ -54,6 +54,6 @@ def quantize_rows(y, DTYPE: tl.constexpr):
     scale = tl.where(zero, 0.0, tl.div_rn(largest, most))
     factor = tl.where(zero, 0.0, tl.div_rn(most, largest))
     y = tl.minimum(tl.maximum(y * factor[:, None], -MOST), MOST)
-    if DTYPE.is_int():
+    if dtype == tl.int8:
         y = (y + 12582912.0) - 12582912.0  # 1.5 · 2²³: nothing below 1 survives the sum
-    return y.to(DTYPE), scale
+    return y.to(dtype), scale

@@ -32,16 +32,22 @@ def accepts_rows(x, *args) -> str | None:
 
 def accepts_gemm(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> str | None:
     others = (dtype, *(t.dtype for t in (bias, gate, residual) if t is not None))
-    return _operands(x, weight) or next(filter(None, map(_dtype, others)), None)
+    tokens = () if residual is None else (residual,)
+    return _operands(x, weight) or _offsets(*tokens) or next(filter(None, map(_dtype, others)), None)
 
 
 def accepts_heads(q, k, v, q_norm, k_norm, norm_eps, eps) -> str | None:
-    if q.shape[3] % 8 or q.shape[3] > 64:
-        return f"it supports head dims that are multiples of 8 up to 64, not {q.shape[3]}"
+    most = 64 if q.dtype == torch.float32 else 128
+    if q.shape[3] % 8 or q.shape[3] > most:
+        return f"it supports head dims that are multiples of 8 up to {most} in {q.dtype}, not {q.shape[3]}"
     for weight in (q_norm, k_norm):
         if weight is not None and (weight.dtype not in (q.dtype, torch.float32) or weight.stride(0) != 1):
             return f"it takes contiguous q_norm and k_norm in {q.dtype} or float32, not {weight.dtype}"
-    return _dtype(q.dtype) or (None if q_norm is None and k_norm is None else _row(q.shape[2] * q.shape[3]))
+    return (
+        _dtype(q.dtype)
+        or _offsets(q, k, v)
+        or (None if q_norm is None and k_norm is None else _row(q.shape[2] * q.shape[3]))
+    )
 
 
 def accepts_from(x, x_scale, weight, weight_scale, head_dim, eps) -> str | None:
@@ -51,22 +57,18 @@ def accepts_from(x, x_scale, weight, weight_scale, head_dim, eps) -> str | None:
 
 
 def accepts_glu(h, height, width, weight, bias, dtype=None) -> str | None:
-    if h.shape[1] * h.shape[2] >= MAX_ELEMENTS:
-        return f"it supports images of fewer than 2³¹ elements, not {h.shape[1] * h.shape[2]}"
     if dtype is None:
-        return _dtype(h.dtype)
+        return _dtype(h.dtype) or _offsets(h)
     if h.dtype == torch.float32:
         return "it quantises the convolution of bfloat16 and float16, not of float32"
-    return _dtype(h.dtype) or _row(h.shape[2] // 2) or _fp8(dtype)
+    return _dtype(h.dtype) or _offsets(h) or _row(h.shape[2] // 2) or _fp8(dtype)
 
 
 def accepts_ffn(
     x, x_scale, height, width, expand_weight, expand_scale, expand_bias, depthwise_weight, *rest
 ) -> str | None:
-    project_weight = rest[1]
-    if x.shape[1] * depthwise_weight.shape[0] >= MAX_ELEMENTS:
-        return f"it supports images of fewer than 2³¹ elements, not {x.shape[1] * depthwise_weight.shape[0]}"
-    return _operands(x, expand_weight) or _operands(x, project_weight) or _row(depthwise_weight.shape[0] // 2)
+    project_weight, F = rest[1], depthwise_weight.shape[0] // 2
+    return _operands(x, expand_weight) or _operands(x, project_weight) or _row(F)
 
 
 def _operands(x, weight) -> str | None:
@@ -74,9 +76,16 @@ def _operands(x, weight) -> str | None:
         return f"it multiplies int8, fp8 (e4m3), float32, bfloat16 and float16, not {x.dtype}"
     if weight.ndim != 2 or weight.stride(1) != 1:
         return "it takes weights as contiguous rows (N, K), not packed"
-    if max(x.shape[1] * x.stride(1), x.shape[1] * weight.shape[0], weight.numel()) >= MAX_ELEMENTS:
-        return "it supports images and weights of fewer than 2³¹ elements"
-    return _fp8(x.dtype)
+    if max(x.shape[1], weight.stride(0)) * weight.shape[0] >= MAX_ELEMENTS:
+        return "it supports weights, and results of an image, of fewer than 2³¹ elements"
+    return _offsets(x) or _fp8(x.dtype)
+
+
+def _offsets(*tokens: torch.Tensor) -> str | None:
+    """(B, N, ...) tensors, of which an image is addressed with 32 bits."""
+    if any(t.shape[1] * t.stride(1) >= MAX_ELEMENTS for t in tokens):
+        return "it supports images that span fewer than 2³¹ elements"
+    return None
 
 
 def _dtype(dtype: torch.dtype) -> str | None:

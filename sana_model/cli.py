@@ -1,4 +1,4 @@
-"""The `sana` command: generate, show, verify, convert, doctor, bench.
+"""The `sana` command: generate, show, verify, convert, doctor, bench, tune.
 
 Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk);
 130 Ctrl-C; 1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports

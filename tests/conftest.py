@@ -1,8 +1,10 @@
 """What has to be true before the first test module is imported, and what is reset before every test."""
 
+import importlib.machinery
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,18 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 # The default of this Triton setting changes between releases, and with it the last bits of every kernel.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def load_extension(path: str, name: str):
+    """A compiled module from a file, under another name than its own."""
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+if instrumented := os.environ.get("SANA_CPU_MODULE"):  # `make asan`
+    sys.modules["sana_kernels._cpu"] = load_extension(instrumented, "sana_kernels._cpu")
 
 
 def pytest_configure(config):

@@ -154,10 +154,15 @@ def cuda_module(*edits: Edit, only: tuple[str, ...] = ("",)) -> types.ModuleType
     header. The kernels are a library of their own, because their machine poisons all thread_local variables of its library.
     """
 
-    def compile_one(source: Path) -> Path:
-        return _object(source, edits if str(source.relative_to(ROOT)).startswith(only) else ())
+    def concerned(source: Path) -> bool:
+        return str(source.relative_to(ROOT)).startswith(only)
 
-    kernels = _library(compile_one, sorted(CSRC.rglob("*.cu")))
+    def compile_one(source: Path) -> Path:
+        return _object(source, edits if concerned(source) else ())
+
+    # Of an inline function that several objects have, the linker keeps the first: that of an edited one.
+    sources = sorted(CSRC.rglob("*.cu"), key=lambda source: (not concerned(source), source))
+    kernels = _library(compile_one, sources)
     source = CSRC / "bind_cuda.cpp"
     binding = _cached("binding_{}.o", (source.read_text(), sorted(_headers(source).items())), _make_binding)
     link = ("-shared", "-fPIC", binding, kernels, "-Wl,-rpath,$ORIGIN")

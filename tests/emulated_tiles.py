@@ -8,8 +8,6 @@ The emulator stops the process where a kernel reads a tile that was never writte
 
 import contextlib
 import fcntl
-import importlib.machinery
-import importlib.util
 import os
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import load_extension
 
 from sana_kernels import _cpu, backend
 
@@ -39,10 +38,7 @@ def module() -> types.ModuleType:
         built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     path = next((BUILD / "sana_kernels").glob("_cpu*.so"))
-    loader = importlib.machinery.ExtensionFileLoader("emulated._cpu", str(path))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader("emulated._cpu", loader))
-    loader.exec_module(found)
-    return found
+    return load_extension(str(path), "emulated._cpu")
 
 
 @contextlib.contextmanager

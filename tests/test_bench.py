@@ -144,7 +144,7 @@ def test_gpu_peaks_and_timing():
     device = torch.device("cuda")
     peaks = harness.peaks(device, window=0.01)
     assert all(rate > 1e11 for rate in peaks.best.values())
-    inputs = kernels.cold_inputs(CASES[0], torch.bfloat16, device, 0)
+    inputs = kernels.cold_inputs(CASES[0], "bf16", device, 0)
     assert min(kernels.time_calls(kernels.runner(CASES[0].op, "reference"), inputs, device)) > 0
 
 
@@ -207,7 +207,7 @@ def test_a_wrong_kernel_fails(tiny_kernels, monkeypatch):
 
 @pytest.mark.parametrize("case", [c for c in CASES if "tiny" in c.name or "stage5" in c.name], ids=str)
 def test_cold_inputs_are_the_same_values_in_the_same_strides_elsewhere(case):
-    first = case.arguments(torch.float32)
+    first = case.arguments("fp32")
     other = kernels.clone(first)
     tensors = [(a, b) for a, b in zip(first, other, strict=True) if isinstance(a, torch.Tensor)]
     for a, b in tensors:

@@ -26,6 +26,10 @@ def test_no_kernel_spills_on_any_target(nvcc):
     assert not missing, f"{resources.NOTES.name} lacks {sorted(missing)}; write it again: {resources.COMMAND}"
 
 
+def test_expectations_stand_in_the_notes():
+    assert resources.expectations() in resources.NOTES.read_text(), f"write them again: {resources.COMMAND}"
+
+
 @pytest.mark.slow
 def test_every_ptx_instruction_assembles_for_every_target(nvcc):
     usages = resources.measure(nvcc, [emulated.ROOT / "tests" / "emulator_kernels.cu"])

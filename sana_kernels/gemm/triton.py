@@ -137,7 +137,7 @@ def _contiguous(scale: Tensor | None) -> Tensor | None:
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As the reference; arguments as the public function and `accepts_quantize` let them through."""
+    """As the reference; arguments as the public function and `accepts_rows` let them through."""
     values, scales = empty_quantized(x.shape, dtype, x.device)
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     block, warps = row_tile(x.shape[-1])

@@ -13,7 +13,7 @@ qk-RMSNorm takes one more launch per tensor, for 1 / RMS of each token. That is 
 result.
 
 Precision: φ(k) and v as they are in 16 bits have exact products on tensor cores; sums are fp32. Where one factor is fp32
-(S, or v / RMS), it is split into two TF32 values, 21 bits, and the other one, of 16 bits, is exact in TF32. fp32 inputs
+(S, or v / RMS), it is split into two TF32 values, 22 bits, and the other one, of 16 bits, is exact in TF32. fp32 inputs
 are multiplied in fp32. Projected q, k and v are rounded to 16 bits, as the reference rounds them.
 
 Layout: results (B, N, H, D) contiguous; S and z (chunks, B, H, D + 1, D) fp32, z last. Tiles: tiles.head_tile and
@@ -42,9 +42,9 @@ def split_dot(a, b, total):
 
 
 @triton.jit
-def wide_dot(a, b, total, BITS: tl.constexpr):
-    """total + a b, both fp32, with a of values that have so many bits and b of any."""
-    if BITS == 32:
+def wide_dot(a, b, total, dtype: tl.constexpr):
+    """total + a b, both fp32, with a of values of this dtype and b of any."""
+    if dtype == tl.float32:
         return tl.dot(a, b, total, input_precision="ieee")
     return split_dot(a, b, total)
 
@@ -88,7 +88,7 @@ def state_kernel(
             inverse = tl.load(inverse_ptr + image * N + t, mask=t < N, other=0.0)[:, None]
             k = relu(tl.where(negative[None, :], -k, k))
             normaliser += tl.sum(k * inverse, 0)
-            state = wide_dot(tl.trans(k), v.to(tl.float32) * inverse, state, k_ptr.dtype.element_ty.primitive_bitwidth)
+            state = wide_dot(tl.trans(k), v.to(tl.float32) * inverse, state, k_ptr.dtype.element_ty)
     out_ptr += ((tl.program_id(0) * B + image) * H + head) * (D + 1) * D
     tl.store(out_ptr + d[:, None] * D + d[None, :], state, mask=(d < D)[:, None] & (d < D)[None, :])
     tl.store(out_ptr + D * D + d, normaliser, mask=d < D)
@@ -128,7 +128,7 @@ def apply_kernel(
         state *= tl.abs(weight)[:, None]
         normaliser *= tl.abs(weight)
     q = relu(q)
-    above = wide_dot(q, state, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), q_ptr.dtype.element_ty.primitive_bitwidth)
+    above = wide_dot(q, state, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), q_ptr.dtype.element_ty)
     below = tl.sum(q * normaliser[None, :], 1)
     if q_norm_ptr is not None:
         inverse = tl.load(inverse_ptr + image * N + t, mask=t < N, other=0.0)
@@ -194,7 +194,7 @@ def projected_apply_kernel(
     at = state_ptr + ((c // D) * (D + 1) + c % D)[:, None] * D + (c % D)[None, :]
     state = tl.load(at, mask=(c < C)[:, None] & same_head, other=0.0)
     normaliser = tl.load(state_ptr + ((c // D) * (D + 1) + D) * D + c % D, mask=c < C, other=0.0)
-    above = wide_dot(q, state, tl.zeros((BLOCK_T, BLOCK_C), tl.float32), DTYPE.primitive_bitwidth)
+    above = wide_dot(q, state, tl.zeros((BLOCK_T, BLOCK_C), tl.float32), DTYPE)
     below = tl.sum(tl.reshape(q * normaliser[None, :], (BLOCK_T, BLOCK_C // D, D)), 2) + eps
     o = tl.reshape(above, (BLOCK_T, BLOCK_C // D, D)) / below[:, :, None]
     out_at = out_ptr + image * N * C + (t[:, None] * C + c[None, :])
