@@ -29,7 +29,7 @@ from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.settings import PRECISIONS, precisions_for
 
 PERTURBED = {"PAGCFGSanaLinearAttnProcessor2_0": 3, "PAGIdentitySanaLinearAttnProcessor2_0": 2}
-"""diffusers' processors of perturbed-attention guidance, and into how many parts they cut the batch: the last is perturbed."""
+"""diffusers' processors of perturbed-attention guidance; into how many parts they cut the batch, the last one perturbed."""
 
 
 def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:

@@ -224,10 +224,10 @@ def load(
 ) -> Pipeline:
     """Load a model: a built-in name, a diffusers folder, a single file (with `base` for the other parts) or a hub id.
 
-    `precision` (fp32 | bf16 | fp16 | w8a8) is the DiT's, by default what the folder's sana.json asks for, or bf16; text encoder
-    and decoder default to bf16, or fp32 beside an fp32 DiT. `low_memory` lets the text encoder go after encoding, has only
-    one of it and the DiT on a GPU, and decodes in tiles. `picture`: fields of `Settings` that are going to be painted;
-    what is wrong with them, or too large for this machine, is refused before anything is loaded.
+    `precision` (fp32 | bf16 | fp16 | w8a8) is the DiT's, by default what the folder's sana.json asks for, or bf16; text
+    encoder and decoder default to bf16, or fp32 beside an fp32 DiT. `low_memory` lets the text encoder go after encoding,
+    has only one of it and the DiT on a GPU, and decodes in tiles. `picture`: fields of `Settings` that are going to be
+    painted; what is wrong with them, or too large for this machine, is refused before anything is loaded.
     Raises UserError for a model that cannot be read and MissingError where this machine cannot run it.
     """
     target = _device(device, backend)

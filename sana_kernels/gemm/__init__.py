@@ -47,7 +47,8 @@ def gemm(
     """residual + gate · SiLU(x weightᵀ + bias), each part where asked for.
 
     x: (B, M, K), weight: (N, K) or what `pack` made of it; both of one floating dtype, or both `Quantized` in one dtype.
-    bias: (N,). residual: (B, M, N); gate: (B, N), only beside a residual. Floating tensors have last stride 1. Returns (B, M, N), contiguous, in `dtype`: by default residual's, else x's, else bf16.
+    bias: (N,). residual: (B, M, N); gate: (B, N), only beside a residual. Floating tensors have last stride 1.
+    Returns (B, M, N), contiguous, in `dtype`: by default residual's, else x's, else bf16.
     `reference.py` states the arithmetic. Raises ValueError or TypeError for arguments that no backend takes,
     BackendUnavailable where `backend` cannot run.
     """
