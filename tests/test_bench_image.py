@@ -146,7 +146,7 @@ def test_a_wrong_run_prints_fail_and_no_speedup(paint):
             prepare(settings)
             ops = run.pipeline.dit.ops
             run.pipeline.dit.ops = replace(
-                ops, modulate=lambda x, shift, scale, eps: ops.modulate(x, scale, shift, eps=eps)
+                ops, modulate=lambda x, shift, scale, **options: ops.modulate(x, scale, shift, **options)
             )
 
         run.prepare = wrong

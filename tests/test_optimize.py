@@ -116,9 +116,7 @@ def test_our_own_pipeline():
     sana_kernels.restore(pipe)
     after = pipe(**arguments)
     assert torch.equal(after.latents, before.latents) and after.plan["backend"] == "reference"
-    with pytest.raises(
-        UserError, match=r"in bf16, from which fp32 cannot be made; load it with precision='fp32'"
-    ):
+    with pytest.raises(UserError, match=r"in bf16, from which fp32 cannot be made; load it with precision='fp32'"):
         sana_kernels.optimize(pipe, "fp32")
 
 

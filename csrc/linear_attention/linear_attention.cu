@@ -19,8 +19,8 @@
 // W/16 outputs.
 //
 // Tiling, tensor cores: (1) the same chunks; each of four warps brings 32 tokens at a time to its own shared memory,
-// two tiles ahead of each other, and multiplies their transposes, so that no barrier stands in the loop; the four
-// states are added at the end. (3) a warp keeps the state in registers, as mma's right-hand side, and goes through four
+// the next ones while it multiplies the transposes of these, so that no barrier stands in the loop; the four states are
+// added at the end. (3) a warp keeps the state in registers, as mma's right-hand side, and goes through four
 // tiles of 16 tokens. A sum over j may run in any order and columns may lie anywhere, so lane t of four takes q's
 // channels 8 t ... 8 t + 7 and makes the same ones of the output: 16 bytes each, straight between memory and registers.
 // Precision: relu(k) and v are bfloat16 as they come, so their products are exact. What is not, a normed q or k and the

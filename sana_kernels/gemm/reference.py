@@ -29,9 +29,9 @@ def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor
     x, most = x.float(), MOST[dtype]
     largest = x.abs().amax(-1)
     zero = largest < SMALLEST
-    scale = torch.where(zero, 0, largest / most)
-    factor = torch.full_like(largest, most) / largest  # `most / largest` would multiply by a reciprocal: two roundings
-    values = x * torch.where(zero, 0, factor)[..., None]
+    divisor = torch.full_like(largest, most)  # dividing by or of a number, PyTorch may round twice
+    scale = torch.where(zero, 0, largest / divisor)
+    values = x * torch.where(zero, 0, divisor / largest)[..., None]
     if dtype == torch.int8:
         values = values.round()
     values = values.clamp(-most, most).to(dtype)
