@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from functools import partial
 
+import emulated_tiles
 import pytest
 import torch
-from compare import assert_close, assert_kernel
+from compare import assert_close, assert_kernel, relative_rms
 from diffusers.models.transformers.sana_transformer import GLUMBConv
-from variants import DTYPES, device_of, double, run, signed, variants
+from variants import DTYPES, device_of, double, isa_cap, isas, run, signed, variants
 
 import sana_kernels
 
@@ -104,3 +105,35 @@ def test_wrong_arguments_get_one_sentence(change, error, message):
     with pytest.raises(error, match=message) as raised:
         sana_kernels.mix_ffn(*change(list(Case(1, 3, 5, 16, 40).make(torch.float32))))
     assert "\n" not in str(raised.value)
+
+
+BANDS = [Case(2, 70, 16, 64, 160), Case(1, 3, 600, 64, 96), Case(1, 1, 1100, 64, 96), Case(3, 2, 2, 96, 160)]
+
+
+@pytest.mark.parametrize("case", BANDS, ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "w8a8"])
+@pytest.mark.parametrize("variant", [*(f"cpu:{isa}" for isa in isas()), "cpu:amx (emulated)"])
+def test_bands_are_the_whole_bit_for_bit(variant, precision, case):
+    """The op in bands of rows equals its three steps over whole images, whichever rows a band begins and ends with."""
+    if variant.endswith("amx (emulated)"):
+        if case is not BANDS[0]:
+            pytest.skip("one case is enough for the emulator")
+        context = emulated_tiles.cpu()
+    else:
+        context = isa_cap(variant.removeprefix("cpu:"))
+    x, height, width, we, be, wd, bd, wp = case.make(torch.float32)
+    gate, residual = torch.randn(case.B, case.C), signed(case.B, height * width, case.C, dtype=torch.bfloat16)
+    with context:
+        if precision == "w8a8":
+            x, we, wp = (sana_kernels.quantize(t) for t in (x, we, wp))
+        else:
+            x, we, wp = x.bfloat16(), we.bfloat16(), wp.bfloat16()
+        cpu, dtype = {"backend": "cpu"}, torch.int8 if precision == "w8a8" else None
+        y = sana_kernels.mix_ffn(x, height, width, we, be, wd, bd, wp, gate=gate, residual=residual, **cpu)
+        h = sana_kernels.gemm(x, we, be, silu=True, **cpu)
+        u = sana_kernels.depthwise_glu(h, height, width, wd, bd, quantize=dtype, **cpu)
+        assert torch.equal(y, sana_kernels.gemm(u, wp, gate=gate, residual=residual, **cpu))
+    plain = sana_kernels.mix_ffn(
+        x, height, width, we, be, wd, bd, wp, gate=gate, residual=residual, backend="reference"
+    )
+    assert relative_rms(y - residual, plain - residual) < 2e-2
