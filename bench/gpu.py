@@ -1,0 +1,294 @@
+"""`make gpu` and `make gpu-more`: everything that an NVIDIA GPU is wanted for, in one command, with no network.
+
+    python bench/gpu.py quick --out DIR    in 8 minutes: build, GPU tests, compute-sanitizer, one shape per op, a picture
+    python bench/gpu.py more --out DIR     a list of measurements, one JSON each; what is there is not measured again
+
+This is run as a script, because it builds and installs the package that it is part of (editable, into the Python that
+runs it). So only children of it import the package; each has a time limit, and none that fails or hangs stops the rest.
+All they print goes to DIR/log.txt, and a table comes last.
+
+Exit status: 0; 1 where something failed; 2 for a wrong flag; 3 without a GPU; 130 after Ctrl-C.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = [sys.executable]
+QUICK_SECONDS = 475.0  # and a few more, to stop a child that hangs: 8 minutes
+GRACE = 5.0  # seconds between asking a child to stop and killing it
+ROW_SECONDS = 20 * 60  # the most that one row of `more` may take
+LEAST_SECONDS = 30  # no row is begun with less time than this
+
+BUILD = ["-m", "pip", "--disable-pip-version-check", "install", "-v", "--no-build-isolation", "--no-deps", "-e", "."]
+GPU = "import torch; print(torch.cuda.get_device_name())"  # fails where torch sees none
+FACTS = """
+import json
+from sana_bench.runs import BASELINES
+from sana_kernels.backend import OPS, backend_status
+from sana_model.settings import PRECISIONS
+print(json.dumps({"precisions": [*PRECISIONS], "baselines": BASELINES, "ops": OPS, "cuda": backend_status("cuda")}))
+"""
+
+MODELS = ("sana-0.6b", "sana-1.6b", "sana-sprint-0.6b", "sana-sprint-1.6b")
+SIZES, BATCHES = (512, 1024, 2048, 4096), (1, 4, 8)
+MOST_PIXELS = 4096**2  # of a batch: one picture of the largest size
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step or row. `verdict`: ok | FAIL | skipped | out of time."""
+
+    name: str
+    verdict: str
+    detail: str
+    seconds: float | None = None  # None: measured earlier
+
+
+def execute(name: str, command: list[str], seconds: float, log: Path, **environment: str) -> tuple[Outcome, str]:
+    """Run a command in the checkout for at most `seconds` → what became of it, and what it printed.
+
+    Nothing that it started outlives this call.
+    """
+    start = time.monotonic()
+    with log.open("ab") as file:
+        file.write(f"\n$ {shlex.join(command)}\n".encode())
+        file.flush()
+        begin = file.tell()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            verdict = "FAIL" if process.wait(max(0.0, seconds)) else "ok"
+        except subprocess.TimeoutExpired:
+            verdict = "out of time"
+        finally:
+            _stop(process)
+    output = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip(" =") for line in output.splitlines() if line.strip(" =")]
+    return Outcome(name, verdict, lines[-1][:200] if lines else "no output", time.monotonic() - start), output
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End a child and whatever it started: like Ctrl-C, so that it tells how far it came, and then by force."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Runner:
+    """Both lists of work, and what became of it."""
+
+    def __init__(self, out: Path, seconds: float):
+        self.out, self.log, self.partial = out, out / "log.txt", out / ".partial"
+        self.start, self.seconds = time.monotonic(), seconds
+        self.outcomes: list[Outcome] = []
+        self.rows: dict[str, list[str]] = {}
+
+    def left(self, until: float) -> float:
+        """Seconds from now to `until`, which is counted from the start."""
+        return self.start + until - time.monotonic()
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        print(f"{outcome.name}: {outcome.verdict}: {outcome.detail}", file=sys.stderr, flush=True)
+
+    def build(self, until: float) -> dict | None:
+        """Build and install the package → what it knows (see FACTS); None where it cannot be imported afterwards."""
+        self.add(execute("build", [*PYTHON, *BUILD], self.left(until), self.log)[0])
+        outcome, output = execute("package", [*PYTHON, "-c", FACTS], self.left(self.seconds), self.log)
+        facts = json.loads(output[output.rindex("{") :]) if outcome.verdict == "ok" else None
+        if facts is None or facts["cuda"]:  # CUDA is off where nvcc failed; Triton can run without it
+            self.add(replace(outcome, verdict="FAIL", detail=facts["cuda"] if facts else outcome.detail))
+        return facts
+
+    def measure(self, name: str, command: list[str], seconds: float) -> Outcome:
+        """One `sana` command with its JSON, which appears as out/name.json when it is whole, and not before."""
+        self.partial.mkdir(exist_ok=True)
+        partial, final = (folder / f"{name}.json" for folder in (self.partial, self.out))
+        final.unlink(missing_ok=True)
+        full = [*PYTHON, "-m", "sana_model", *command, "--json", str(partial)]
+        outcome, _ = execute(name, full, seconds, self.log)
+        if outcome.verdict != "out of time" and (found := stored(partial)):
+            os.replace(partial, final)
+            return replace(found, seconds=outcome.seconds)
+        return replace(outcome, verdict="FAIL") if outcome.verdict == "ok" else outcome
+
+    def quick(self) -> None:
+        """Each step has to be over at its second; what one leaves of its time, the next ones have."""
+        facts = self.build(until=150)
+        if facts is None:
+            return
+        workers = ["-n", "8", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+        tests = [*PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *workers]
+        self.add(execute("tests", tests, self.left(240), self.log)[0])
+        for tool, until in (("memcheck", 275), ("racecheck", 310)):
+            self.add(self.sanitize(tool, until))
+        # With 1024 in its name, the smallest case of an op still is one of a published model.
+        self.add(self.measure("kernels", ["bench", "kernels", "--quick", "--case", "1024"], self.left(385)))
+        runs = ",".join(run for run in runs_of(facts) if run != "auto:fp16")
+        image = ["bench", "image", "--model", "sana-0.6b", "--size", "1024", "--steps", "20", "--runs", runs]
+        self.add(self.measure("image", image, self.left(self.seconds)))
+
+    def sanitize(self, tool: str, until: float) -> Outcome:
+        """compute-sanitizer over every CUDA op; it is not installed everywhere, and does not work in every sandbox."""
+        found = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+        if found is None:
+            return Outcome(tool, "skipped", "compute-sanitizer is not installed; the CUDA toolkit has it")
+        # Our kernels alone (namespace sana), and every tensor an allocation of its own, so that no overrun lands in
+        # another tensor. torch asks the driver for what may be missing: such answers are no errors.
+        options = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=_ZN4sana"]
+        options += ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = [found, *options, *PYTHON, "-m", "sana_bench.gpu", "ops"]
+        outcome, output = execute(tool, command, self.left(until), self.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if outcome.verdict == "out of time" or ("SUMMARY:" in output and "Device not supported" not in output):
+            return outcome
+        return replace(outcome, verdict="skipped", detail=f"compute-sanitizer does not work here: {outcome.detail}")
+
+    def more(self) -> None:
+        """What failed before comes last, so that no row can keep the others from being measured."""
+        facts = self.build(until=min(self.seconds, ROW_SECONDS))
+        self.rows = {} if facts is None else more_rows(facts)
+        for name in sorted(self.rows, key=lambda name: self.failure(name).exists()):
+            left = self.left(self.seconds)
+            if stored(self.out / f"{name}.json") or left < LEAST_SECONDS:
+                continue
+            outcome = self.measure(name, self.rows[name], min(ROW_SECONDS, left))
+            print(f"{name}: {outcome.verdict}: {outcome.detail}", file=sys.stderr, flush=True)
+            self.failure(name).unlink(missing_ok=True)
+            if not stored(self.out / f"{name}.json"):
+                note = self.partial / "failure"
+                note.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
+                os.replace(note, self.failure(name))
+
+    def failure(self, name: str) -> Path:
+        return self.out / f"{name}.failed.json"
+
+
+def runs_of(facts: dict, compiled: bool = False) -> list[str]:
+    """All precisions, and the baselines in bf16, as they are fastest, with or without torch.compile."""
+    own = [f"auto:{precision}" for precision in facts["precisions"] if precision != "fp32"]
+    gpu = [name for name in facts["baselines"] if name != "openvino"]
+    return own + [f"{name}:bf16" for name in gpu if name.endswith("-compile") == compiled]
+
+
+def more_rows(facts: dict) -> dict[str, list[str]]:
+    """Name → arguments of `sana`, in the order of their worth: pictures of 1024 px, ops, tiles, all other pictures."""
+    rows = {}
+    workloads = [(size, batch) for size in SIZES for batch in BATCHES if size * size * batch <= MOST_PIXELS]
+    workloads.sort(key=lambda one: (one != (1024, 1), one[0] * one[0] * one[1]))
+
+    def pictures(label: str, size: int, batch: int, runs: list[str]) -> None:
+        for model in MODELS:
+            options = ["--model", model, "--size", str(size), "--batch", str(batch), "--runs", ",".join(runs)]
+            rows[f"{label}_{model}_{size}_batch{batch}"] = ["bench", "image", *options]
+
+    triton = [run.replace("auto", "triton") for run in runs_of(facts) if run.startswith("auto")]
+    pictures("image", *workloads[0], ["auto:fp32", *triton, *runs_of(facts)])
+    pictures("compiled", *workloads[0], runs_of(facts, compiled=True))
+    for op in facts["ops"]:
+        rows[f"kernels_{op}"] = ["bench", "kernels", op, "--dtypes", ",".join(facts["precisions"])]
+    rows["tiles"] = ["tune"]
+    for size, batch in workloads[1:]:
+        pictures("image", size, batch, runs_of(facts))
+    return rows
+
+
+def stored(path: Path) -> Outcome | None:
+    """What a result file says, in a line; None where there is no whole one."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if "verdict" in document:
+        return Outcome(**document)
+    if "results" not in document:
+        return Outcome(path.stem, "ok", "a proposal of `sana tune`")
+    if not document["run"]["complete"]:
+        return None
+    rows = [row for row in document["results"] if row["kind"] in ("image", "kernel")]
+    failed = sum(row["status"] == "FAIL" for row in rows)
+    pictures = []
+    for row in (row for row in rows if row["kind"] == "image"):
+        per_image = row["status"]
+        if per_image == "ok":
+            per_image = f"{row['timing']['ms']['median'] / row['workload']['batch']:.1f} ms"
+        pictures.append(f"{row['backend']}:{row['precision']} {per_image}")
+    detail = f"per image: {', '.join(pictures)}" if pictures else f"{len(rows)} rows, {failed} of them FAIL"
+    return Outcome(path.stem, "FAIL" if failed else "ok", detail)
+
+
+def run_ops() -> int:
+    """Every CUDA op once in each dtype, on small and on awkward grids: what compute-sanitizer looks at."""
+    import torch
+
+    from sana_bench.cases import cases
+    from sana_bench.kernels import runner
+    from sana_kernels.backend import why_not
+
+    calls = 0
+    for case in (case for case in cases() if "tiny" in case.name or "768x1344" in case.name):
+        for precision in case.precisions:
+            if why_not(case.op, "cuda", *case.arguments(precision, "meta"), device="cuda") is None:
+                print(case, precision, flush=True)
+                runner(case.op, "cuda")(*case.arguments(precision, "cuda"))
+                torch.cuda.synchronize()
+                calls += 1
+    print(f"{calls} calls of CUDA ops")
+    return 0 if calls else 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu.py", description="What an NVIDIA GPU is wanted for, in one command.")
+    parser.add_argument("what", choices=("quick", "more", "ops"), help="ops: the calls that compute-sanitizer checks")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR", help="default: build/gpu")
+    parser.add_argument("--minutes", type=float, default=60, metavar="M", help="of `more` in all (default: 60)")
+    args = parser.parse_args(argv)
+    if args.what == "ops":
+        return run_ops()
+    gpu = subprocess.run([*PYTHON, "-c", GPU], capture_output=True, text=True)
+    if gpu.returncode:
+        print("gpu: no NVIDIA GPU can be used here: torch sees none, or is not installed", file=sys.stderr)
+        return 3
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    runner = Runner(args.out.resolve(), QUICK_SECONDS if args.what == "quick" else 60 * args.minutes)
+    interrupted = False
+    try:
+        runner.quick() if args.what == "quick" else runner.more()
+    except KeyboardInterrupt:
+        interrupted = True
+    shutil.rmtree(runner.partial, ignore_errors=True)
+    done = {name: stored(runner.out / f"{name}.json") for name in runner.rows}
+    outcomes = runner.outcomes + [one for name in done if (one := done[name] or stored(runner.failure(name)))]
+    print(f"\n{gpu.stdout.splitlines()[-1]}; log and results in {runner.out}")
+    width = max((len(one.name) for one in outcomes), default=0)
+    for one in outcomes:
+        took = "" if one.seconds is None else f"{one.seconds:.0f} s"
+        print(f"{one.name:<{width}}  {one.verdict:<11} {took:>6}  {one.detail}")
+    if missing := sum(one is None for one in done.values()):
+        print(f"{missing} of {len(done)} rows are missing; the same command goes on with them")
+    return 130 if interrupted else int(any(one.verdict in ("FAIL", "out of time") for one in outcomes))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout`, too, must not leave children behind
+    sys.exit(main())

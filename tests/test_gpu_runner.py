@@ -1,0 +1,280 @@
+"""`make gpu` without a GPU: bench/gpu.py with a Python in its place that only pretends to build, test and measure."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sana_bench import gpu
+
+# Its first argument is -c (a question of the runner) or -m (a step). FAKE has what to do differently: {word: action}
+# for the steps that have this word among their arguments.
+FAKE_PYTHON = """
+import json, os, signal, subprocess, sys, time
+args, actions = sys.argv[1:], json.loads(os.environ["FAKE"])
+if args[0] == "-c":
+    print("warning: of some library")
+    if "get_device_name" in args[1]:
+        print("Fake GPU")
+        sys.exit("no gpu" in actions)
+    else:
+        print(json.dumps({"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "diffusers-compile",
+              "openvino"], "ops": ["gemm"], "cuda": actions.get("cuda")}))
+    sys.exit()
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(args) + "\\n")
+action = next((actions[word] for word in args if word in actions), "work")
+if action == "hang":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print("child", child.pid, flush=True)
+    time.sleep(60)
+if action == "fail":
+    sys.exit("it broke")
+if "--json" in args:
+    row = {"kind": "image", "backend": "cuda", "precision": "bf16", "status": "ok", "workload": {"batch": 4},
+           "timing": {"ms": {"median": 200.0}}}
+    if action == "FAIL":
+        row["status"] = "FAIL"
+    document = {"run": {"complete": action != "partial"}, "results": [row]} if "bench" in args else {"90": {}}
+    with open(args[args.index("--json") + 1], "w") as file:
+        file.write(json.dumps(document)[: 20 if action == "torn" else None])
+    if action == "Ctrl-C":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+print("did", args[1])
+sys.exit(action in ("FAIL", "partial"))
+"""
+SANITIZER = """#!/bin/sh
+printf '%s\\n' "$*" "$PYTORCH_NO_CUDA_MEMORY_CACHING" "========= {line}"
+exit {status}
+"""
+ROW = "image_sana-0.6b_1024_batch1"
+KERNELS = "kernels_gemm"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs the runner → (exit status, what it printed); `run.calls()` has the steps that ran since, by their arguments."""
+    fake, out = tmp_path / "python.py", tmp_path / "out"
+    fake.write_text(FAKE_PYTHON)
+    monkeypatch.setattr(gpu, "PYTHON", [sys.executable, "-I", "-S", str(fake)])
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    monkeypatch.setattr(gpu, "MODELS", ("sana-0.6b",))
+    monkeypatch.setattr(gpu, "SIZES", (512, 1024))
+    monkeypatch.setattr(gpu, "BATCHES", (1,))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+
+    def run(what: str, *flags: str, **actions: str):
+        (tmp_path / "calls").write_text("")
+        monkeypatch.setenv("FAKE", json.dumps({word.replace("_", " "): action for word, action in actions.items()}))
+        status = gpu.main([what, "--out", str(out), *flags])
+        return status, capsys.readouterr().out
+
+    def sanitizer(line: str, status: int = 0) -> None:
+        (tmp_path / "compute-sanitizer").write_text(SANITIZER.format(line=line, status=status))
+        (tmp_path / "compute-sanitizer").chmod(0o755)
+
+    def calls() -> list[list[str]]:
+        return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    run.out, run.sanitizer, run.calls = out, sanitizer, calls
+    sanitizer("ERROR SUMMARY: 0 errors")
+    return run
+
+
+def verdicts(text: str) -> dict[str, str]:
+    """Name → verdict, of the table that comes last."""
+    lines = text.split("log and results in")[1].splitlines()[1:]
+    found = (
+        (line.split()[0], next(v for v in VERDICTS if f" {v} " in line)) for line in lines if "rows are" not in line
+    )
+    return dict(found)
+
+
+VERDICTS = ("ok", "FAIL", "skipped", "out of time")
+STEPS = ("build", "tests", "memcheck", "racecheck", "kernels", "image")
+
+
+def alive(pid: int) -> bool:
+    """Is it there, and no zombie that nobody has waited for?"""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+@pytest.mark.parametrize("what", ["quick", "more"])
+def test_without_a_gpu_it_says_so_and_does_nothing(run, what):
+    assert run(what, no_gpu="")[0] == 3
+    assert not run.calls() and not run.out.exists()
+
+
+# ---- quick
+
+
+def test_quick_does_every_step_and_prints_a_table(run):
+    status, text = run("quick")
+    assert status == 0 and verdicts(text) == dict.fromkeys(STEPS, "ok")
+    assert "cuda:bf16 50.0 ms" in text  # 200 ms for four pictures
+    pip, pytest_, kernels, image = run.calls()
+    assert pip[1] == "pip" and {"--no-build-isolation", "--no-deps"} <= {*pip}
+    assert pytest_[1] == "pytest" and "gpu" in pytest_
+    assert kernels[1:4] == ["sana_model", "bench", "kernels"]
+    assert image[image.index("--runs") + 1] == "auto:bf16,auto:w8a8,diffusers:bf16"
+    log = (run.out / "log.txt").read_text()
+    assert "--tool memcheck" in log and "--tool racecheck" in log and "gpu ops\n1\n" in log
+    assert {path.name for path in run.out.iterdir()} == {"log.txt", "kernels.json", "image.json"}
+
+
+@pytest.mark.parametrize("word, step", [("pip", "build"), ("pytest", "tests"), ("kernels", "kernels")])
+def test_a_step_that_fails_is_reported_and_does_not_stop_the_rest(run, word, step):
+    status, text = run("quick", **{word: "fail"})
+    assert status == 1 and verdicts(text) == dict.fromkeys(STEPS, "ok") | {step: "FAIL"}
+    assert "it broke" in text
+
+
+def test_a_step_that_hangs_is_ended_with_all_that_it_started(run, monkeypatch):
+    left = gpu.Runner.left
+    monkeypatch.setattr(gpu.Runner, "left", lambda self, until: 0.4 if until == 240 else left(self, until))
+    start = time.monotonic()
+    status, text = run("quick", pytest="hang")
+    assert time.monotonic() - start < 10
+    assert status == 1 and verdicts(text) == dict.fromkeys(STEPS, "ok") | {"tests": "out of time"}
+    child = next(line for line in (run.out / "log.txt").read_text().splitlines() if line.startswith("child"))
+    assert not alive(int(child.split()[1]))
+
+
+def test_every_step_is_given_the_time_until_its_second(run, monkeypatch):
+    given = []
+    execute = gpu.execute
+    monkeypatch.setattr(gpu, "execute", lambda name, command, seconds, *a, **k: given.append((name, seconds)) or execute(
+        name, command, seconds, *a, **k))  # fmt: skip
+    run("quick")
+    limits = [seconds for name, seconds in given if name in STEPS]
+    assert limits == sorted(limits) and limits[0] < 151 and 460 < limits[-1] <= gpu.QUICK_SECONDS
+    assert gpu.QUICK_SECONDS + 5 <= 8 * 60
+
+
+def test_a_build_without_cuda_fails_and_the_rest_goes_on(run):
+    status, text = run("quick", cuda="no nvcc was found")
+    assert status == 1 and verdicts(text) == dict.fromkeys(STEPS, "ok") | {"package": "FAIL"}
+    assert "no nvcc was found" in text
+
+
+@pytest.mark.parametrize(
+    "line, status, expected",
+    [
+        ("RACECHECK SUMMARY: 0 hazards displayed", 0, "ok"),
+        ("ERROR SUMMARY: 3 errors", 9, "FAIL"),
+        ("ERROR SUMMARY: 0 errors", 3, "FAIL"),  # the ops crashed
+        ("Error: Device not supported. ERROR SUMMARY: 1 error", 9, "skipped"),
+        ("Error: Unable to find injection library", 1, "skipped"),
+    ],
+)
+def test_what_compute_sanitizer_says(run, line, status, expected):
+    run.sanitizer(line, status)
+    runner = gpu.Runner(run.out, 60)
+    run.out.mkdir()
+    found = runner.sanitize("racecheck", 50)
+    assert found.verdict == expected and line in found.detail
+
+
+def test_no_compute_sanitizer_is_a_sentence(run, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda *args, **options: None)
+    status, text = run("quick")
+    assert status == 0 and verdicts(text) == dict.fromkeys(STEPS, "ok") | dict.fromkeys(STEPS[2:4], "skipped")
+
+
+# ---- more
+
+
+def test_more_measures_each_row_once(run):
+    status, text = run("more")
+    measured = {path.stem for path in run.out.glob("*.json")}
+    assert status == 0 and verdicts(text) == dict.fromkeys(("build", *measured), "ok")
+    assert measured == {ROW, "compiled_sana-0.6b_1024_batch1", KERNELS, "tiles", "image_sana-0.6b_512_batch1"}
+    (run.out / f"{KERNELS}.json").unlink()
+    (run.out / f"{ROW}.json").write_text('{"run": {"comp')  # of a disk that was full, say
+    status, text = run("more")
+    assert [call[2:4] for call in run.calls()[1:]] == [["bench", "image"], ["bench", "kernels"]]
+    assert status == 0 and len(verdicts(text)) == 6
+
+
+@pytest.mark.parametrize("action", ["fail", "partial", "torn"])
+def test_a_row_that_broke_leaves_no_result_and_is_tried_again_last(run, action):
+    status, text = run("more", **{"1024": action})
+    assert status == 1 and verdicts(text)[ROW] == "FAIL" and "2 of 5 rows" in text
+    assert not (run.out / f"{ROW}.json").exists() and not (run.out / ".partial").exists()
+    (run.out / f"{KERNELS}.json").unlink()
+    status, text = run("more")
+    assert status == 0 and not list(run.out.glob("*.failed.json"))
+    assert [call[3] for call in run.calls()[1:]] == ["kernels", "image", "image"]
+
+
+def test_a_row_that_fails_parity_is_a_result(run):
+    status, text = run("more", **{"1024": "FAIL"})
+    assert status == 1 and verdicts(text)[ROW] == "FAIL" and (run.out / f"{ROW}.json").exists()
+    run("more")
+    assert len(run.calls()) == 1  # the build
+
+
+def test_a_row_that_hangs_is_ended_and_the_next_one_measured(run, monkeypatch):
+    monkeypatch.setattr(gpu, "ROW_SECONDS", 0.5)
+    status, text = run("more", tune="hang")
+    assert (
+        status == 1
+        and verdicts(text)["tiles"] == "out of time"
+        and verdicts(text)["image_sana-0.6b_512_batch1"] == "ok"
+    )
+
+
+def test_ctrl_c_leaves_whole_files_and_a_table(run):
+    status, text = run("more", kernels="Ctrl-C")
+    assert status == 130 and verdicts(text)[ROW] == "ok" and KERNELS not in verdicts(text)
+    assert "3 of 5 rows are missing" in text
+    assert len(list(run.out.glob("*.json"))) == 2 and not (run.out / ".partial").exists()
+    assert run("more")[0] == 0 and len(run.calls()) == 1 + 3
+
+
+def test_no_row_is_begun_when_the_time_is_over(run):
+    status, text = run("more", "--minutes", "0.1")
+    assert status == 0 and verdicts(text) == {"build": "ok"} and "5 of 5 rows are missing" in text
+    assert len(run.calls()) == 1
+
+
+def test_more_has_every_workload_once():
+    facts = {"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "reference-compile"], "ops": ["gemm"]}
+    rows = gpu.more_rows(facts)
+    assert next(iter(rows)) == ROW
+    for model in gpu.MODELS:
+        for size, batch in ((512, 8), (1024, 4), (2048, 4), (4096, 1)):
+            assert f"image_{model}_{size}_batch{batch}" in rows
+    assert "image_sana-0.6b_4096_batch4" not in rows
+    assert "reference-compile:bf16" in rows["compiled_sana-1.6b_1024_batch1"][-1]
+    assert {"auto:fp32", "triton:w8a8", "diffusers:bf16"} <= {*rows[ROW][-1].split(",")}
+    assert all("-compile" not in row[-1] for name, row in rows.items() if name.startswith("image"))
+
+
+@pytest.mark.parametrize("flags", [["slow"], ["quick", "--out", __file__], ["more", "--minutes", "soon"]])
+def test_wrong_flags(run, monkeypatch, flags):
+    monkeypatch.setenv("FAKE", "{}")
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(flags)
+    assert stopped.value.code == 2
+
+
+def test_its_commands_are_understood(capsys):
+    """By the parser of `sana`, and by what stands for this checkout's precisions, baselines and ops."""
+    from sana_bench.runs import RunName
+    from sana_model import cli
+
+    exec(gpu.FACTS)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cuda"] is None or "GPU" in facts["cuda"] or "CUDA" in facts["cuda"]
+    for row in gpu.more_rows(facts).values():
+        args = cli.parser().parse_args([*row, "--json", "x.json"])
+        if "--runs" in row:
+            assert all(RunName.parse(run.replace("auto", "cuda")) for run in args.runs.split(","))
