@@ -78,6 +78,8 @@ def execute(name: str, command: list[str], seconds: float, log: Path, **environm
             _stop(process)
     output = log.read_bytes()[begin:].decode(errors="replace")
     lines = [line.strip(" =") for line in output.splitlines() if line.strip(" =")]
+    if verdict != "ok":
+        print("\n".join(lines[-15:]), file=sys.stderr)
     return Outcome(name, verdict, lines[-1][:200] if lines else "no output", time.monotonic() - start), output
 
 
@@ -135,7 +137,8 @@ class Runner:
         facts = self.build(until=150)
         if facts is None:
             return
-        workers = ["-n", "8", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+        count = str(min(8, os.cpu_count() or 1))  # most of the time goes to compiling kernels and to oracles on the CPU
+        workers = ["-n", count, "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
         tests = [*PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *workers]
         self.add(execute("tests", tests, self.left(240), self.log)[0])
         for tool, until in (("memcheck", 275), ("racecheck", 310)):

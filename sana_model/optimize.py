@@ -5,9 +5,10 @@
     pipe("a fox").images[0]
     sana_kernels.restore(pipe)                          # as it was
 
-The transformer stays where it is, and with it its configuration, LoRA hooks and place in the pipeline; only what its
-`forward` calls is exchanged for a `DiT` of ours on the same weights. Linear layers are copied into the layout, and the
-precision, that our kernels read. A `Pipeline` of ours is given another plan in the same way.
+The transformer stays where it is, with its configuration and its place in the pipeline; only its `forward` is exchanged for
+a `DiT` of ours on the same weights. Linear layers are copied into the layout, and the precision, that our kernels read, so
+what happens to the transformer afterwards (a LoRA, other weights, another device) asks for another `optimize`, and a call
+without it is refused. A `Pipeline` of ours is given another plan in the same way.
 """
 
 import copy
@@ -26,7 +27,10 @@ from sana_model.errors import MissingError, UserError
 from sana_model.packed import unpack_linear_layers
 from sana_model.pipeline import Pipeline
 from sana_model.plan import Plan, dtype_name, resolve
-from sana_model.settings import PRECISIONS, precisions_for
+from sana_model.settings import DTYPES, PRECISIONS, precisions_for
+
+PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
+"""diffusers' attention, which the DiT computes."""
 
 PERTURBED = {"PAGCFGSanaLinearAttnProcessor2_0": 3, "PAGIdentitySanaLinearAttnProcessor2_0": 2}
 """diffusers' processors of perturbed-attention guidance; into how many parts they cut the batch, the last one perturbed."""
@@ -52,7 +56,7 @@ def restore(pipe) -> None:
     if isinstance(pipe, Pipeline) and "_before_optimize" in pipe.__dict__:
         pipe.plan, pipe.dit = pipe.__dict__.pop("_before_optimize")
         pipe.model.dit = pipe.dit
-    elif not isinstance(pipe, Pipeline) and isinstance(forward := _transformer(pipe).__dict__.get("forward"), Forward):
+    elif not isinstance(pipe, Pipeline) and (forward := _installed(_transformer(pipe))) is not None:
         forward.undo()
     else:
         raise UserError("this pipeline was not optimised: there is nothing to restore")
@@ -72,26 +76,25 @@ def _plan(config, backend: str, device: torch.device, precisions: dict[str, str]
 
 
 def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
-    if "_before_optimize" in pipe.__dict__:
-        restore(pipe)
-    precision = precision or pipe.plan.precisions["dit"]
+    before, loaded_dit = pipe.__dict__.get("_before_optimize", (pipe.plan, pipe.dit))
+    loaded = before.precisions["dit"]
+    precision = precision or loaded
     precisions = precisions_for(precision) | {"dit": precision}
-    loaded = dtype_name(pipe.dtypes["dit"])
-    if pipe.plan.precisions["dit"] != loaded or PRECISIONS[precision] != pipe.dtypes["dit"]:
+    if loaded not in DTYPES or PRECISIONS[precision] != PRECISIONS[loaded]:
         raise UserError(
-            f"this pipeline's DiT was loaded in {pipe.plan.precisions['dit']}, from which {precision} cannot be made; load "
-            f"it with precision={precision!r}"
+            f"this pipeline's DiT was loaded in {loaded}, from which {precision} cannot be made; load it with"
+            f" precision={precision!r}"
         )
     plan = _plan(pipe.config, backend, pipe.device, precisions)
-    others = [row for row in pipe.plan.rows if row.part != "dit"]
-    plan = Plan(plan.backend, pipe.plan.precisions | {"dit": precision}, others + plan.rows, plan.clock)
-    tensors = itertools.chain(pipe.dit.parameters(), pipe.dit.buffers())
-    dit = copy.deepcopy(pipe.dit, {id(t): t for t in tensors})  # other modules, the same memory
+    others = [row for row in before.rows if row.part != "dit"]
+    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, plan.clock)
+    tensors = itertools.chain(loaded_dit.parameters(), loaded_dit.buffers())
+    dit = copy.deepcopy(loaded_dit, {id(t): t for t in tensors})  # other modules, the same memory
     for block in dit.blocks:
         unpack_linear_layers(block)
         plan.prepare("dit", block)
     dit.ops = plan.ops("dit")
-    pipe._before_optimize = pipe.plan, pipe.dit
+    pipe._before_optimize = before, loaded_dit
     pipe.plan, pipe.dit, pipe.model.dit = plan, dit, dit
     return plan
 
@@ -111,10 +114,18 @@ def _transformer(pipe) -> nn.Module:
     return transformer
 
 
+def _installed(transformer: nn.Module) -> "Forward | None":
+    forward = transformer.__dict__.get("forward")
+    return forward if isinstance(forward, Forward) else None
+
+
 def _optimize(pipe, precision: str | None, backend: str) -> Plan:
-    transformer = _transformer(pipe)
-    if isinstance(transformer.__dict__.get("forward"), Forward):
-        restore(pipe)
+    transformer, installed = _transformer(pipe), _installed(_transformer(pipe))
+    if "_hf_hook" in transformer.__dict__:
+        raise UserError(
+            "the transformer has a hook of accelerate (offloading?), which would undo this; remove it first"
+        )
+    _perturbed_blocks(transformer)
     values = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     dit_config = read_dit(values | {"_class_name": "SanaTransformer2DModel"}, "the transformer's configuration")
     precisions = precisions_for(precision or dtype_name(transformer.dtype))
@@ -131,6 +142,8 @@ def _optimize(pipe, precision: str | None, backend: str) -> Plan:
     check(checkpoint, dit, rules, "diffusers")
     fill(dit, checkpoint, rules, "diffusers", PRECISIONS[precisions["dit"]], lambda block: plan.prepare("dit", block))
     dit.ops = plan.ops("dit")
+    if installed is not None:
+        installed.undo()
     transformer.forward = Forward(transformer, dit)
     return plan
 
@@ -144,13 +157,11 @@ class Forward:
 
     def __init__(self, transformer: nn.Module, dit: DiT):
         self.transformer, self.dit = transformer, dit
-        self.before = transformer.__dict__.get("forward")  # a hook's
+        self._weights = _fingerprint(transformer)
         self._caption: tuple[Tensor, Tensor | None, TextContext] | None = None
 
     def undo(self) -> None:
         del self.transformer.forward
-        if self.before is not None:
-            self.transformer.forward = self.before
 
     @torch.no_grad()
     def __call__(
@@ -171,6 +182,10 @@ class Forward:
         if unsupported := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 f"the optimised DiT takes no {unsupported[0]}; sana_kernels.restore(pipe) brings the original back"
+            )
+        if _fingerprint(self.transformer) != self._weights:
+            raise UserError(
+                "the transformer has changed since it was optimised; call sana_kernels.optimize(pipe) again"
             )
         dit, rows = self.dit, len(hidden_states)
         time = dit.embedded_time(timestep.expand(rows), guidance)
@@ -193,9 +208,25 @@ class Forward:
 
     def _perturbed(self, rows: int) -> tuple[int, list[int]]:
         """Perturbed-attention guidance: how many of the rows, in which blocks, by diffusers' processors."""
-        parts = [PERTURBED.get(type(b.attn1.processor).__name__, 0) for b in self.transformer.transformer_blocks]
+        parts = _perturbed_blocks(self.transformer)
         layers = [i for i, part in enumerate(parts) if part]
         return (rows // max(parts) if layers else 0), layers
+
+
+def _perturbed_blocks(transformer: nn.Module) -> list[int]:
+    """By block, into how many parts its processor cuts the batch, 0 where it perturbs nothing. UserError for others."""
+    parts = []
+    for block in transformer.transformer_blocks:
+        names = [type(attention.processor).__name__ for attention in (block.attn1, block.attn2)]
+        if unknown := [name for name in names if name not in (*PROCESSORS, *PERTURBED)]:
+            raise UserError(f"the optimised DiT does not know the attention processor {unknown[0]}")
+        parts.append(PERTURBED.get(names[0], 0))
+    return parts
+
+
+def _fingerprint(transformer: nn.Module) -> list[tuple]:
+    """Which weights, where, and how often they were written to (which inference tensors don't tell)."""
+    return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in transformer.parameters()]
 
 
 def _same(kept: Tensor | None, now: Tensor | None) -> bool:

@@ -1,10 +1,12 @@
 """Linear layers whose weights lie as a backend's `gemm` reads them, in 16 bits or in 8.
 
-    pack_linear_layers(module, dtype, backend)      replaces the nn.Linear layers in a module that gain by it
+    pack_linear_layers(module, dtype, lambda name: "cpu")       replaces the nn.Linear layers in a module
 
 W8A8 follows SANA's paper (arXiv 2410.10629, section 3.3): the products over image tokens and of the text encoder run in
 int8; norms, the core of the linear attention, the keys and values of the caption, embeddings and the output layer do not.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,11 @@ HIGHER_PRECISION = ("kv",)  # names of layers that stay in 16 bits: they run onc
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b, computed by `gemm` of one backend. Weight and bias are buffers: nothing here is trained."""
+    """y = x Wᵀ + b, computed by `gemm` of one backend.
+
+    Weight and bias are buffers that keep their dtypes (`.to(dtype)` changes nothing) and are not part of a state_dict:
+    the layout is this machine's business, and checkpoints have their own.
+    """
 
     def __init__(self, layer: nn.Linear, quantized: torch.dtype | None, backend: str):
         super().__init__()
@@ -29,6 +35,11 @@ class PackedLinear(nn.Module):
         self.register_buffer("values", pack(values, backend), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else buffer.to(fn(buffer[:0]).device)
+        return self
 
     @property
     def weight(self) -> Tensor | Quantized:
@@ -54,25 +65,29 @@ class PackedLinear(nn.Module):
         return f"{self.in_features} → {self.out_features}, {self.values.dtype}, {self.backend}"
 
 
-def can_pack(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Does the packed layout take this layer? It has rows of 64 bytes, to which 8-bit ones are padded, and 16 columns."""
-    if not isinstance(layer, nn.Linear) or dtype not in PACKED or layer.out_features % 16:
+def can_pack(layer: nn.Linear, dtype: torch.dtype, backend: str) -> bool:
+    """Has this layer a form of its own on a backend? For the CPU's: 16 columns, and rows of 64 bytes (8 bits are padded)."""
+    if backend != "cpu":
+        return dtype.itemsize == 1
+    if dtype not in PACKED or layer.out_features % 16:
         return False
     return dtype.itemsize == 1 or (layer.weight.dtype == dtype and layer.in_features % 32 == 0)
 
 
 @torch.no_grad()
-def pack_linear_layers(module: nn.Module, dtype: torch.dtype, backend: str) -> None:
-    """Replace, in place, the linear layers in `module` by packed ones, where the packed layout takes them.
+def pack_linear_layers(module: nn.Module, dtype: torch.dtype, backend: Callable[[str], str]) -> None:
+    """Replace, in place, the linear layers in `module` by packed or quantised ones, where they have such a form.
 
-    dtype: torch.bfloat16, or torch.int8 for W8A8, of which layers called as in HIGHER_PRECISION are excepted.
+    dtype: torch.bfloat16, or torch.int8 for W8A8, of which layers called as in HIGHER_PRECISION are excepted. `backend`
+    tells from a layer's name which backend will run it; "library" and "reference" read 16-bit layers as they are.
     """
     for name, layer in list(module.named_modules()):
         parent, _, own = name.rpartition(".")
         kept = torch.bfloat16 if own in HIGHER_PRECISION else dtype
-        if can_pack(layer, kept):
+        if isinstance(layer, nn.Linear) and can_pack(layer, kept, backend(name)):
             quantized = kept if kept.itemsize == 1 else None
-            setattr(module.get_submodule(parent), own, PackedLinear(layer, quantized, backend))
+            where = "reference" if backend(name) == "library" else backend(name)
+            setattr(module.get_submodule(parent), own, PackedLinear(layer, quantized, where))
 
 
 def unpack_linear_layers(module: nn.Module) -> None:

@@ -55,6 +55,8 @@ class OpClock:
 
     def wrap(self, key: tuple[str, str], run: Callable) -> Callable:
         def on_cpu(*args, **kwargs):
+            if torch.compiler.is_compiling():  # a graph cannot read the clock
+                return run(*args, **kwargs)
             start = time.perf_counter()
             try:
                 return run(*args, **kwargs)
@@ -98,9 +100,12 @@ class Plan:
 
     def prepare(self, part: str, module: nn.Module) -> None:
         """Bring a block of the DiT or a layer of the text encoder, in place, into the form that its kernels read."""
-        backend, precision = self._backend(part, "gemm"), self.precisions[part]
-        if precision in QUANTIZED or backend == "cpu":
-            pack_linear_layers(module, QUANTIZED.get(precision) or PRECISIONS[precision], backend)
+        precision = self.precisions[part]
+
+        def backend(layer: str) -> str:
+            return self._backend(part, "mix_ffn" if layer.startswith("mix_ffn.") else "gemm")
+
+        pack_linear_layers(module, QUANTIZED.get(precision) or PRECISIONS[precision], backend)
 
     def _backend(self, part: str, op: str) -> str:
         return next((row.backend for row in self.rows if (row.part, row.op) == (part, op)), "reference")

@@ -141,13 +141,18 @@ def test_packed_weights_strided_rows_and_threads_change_nothing(variant, precisi
             torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(len(CPU) < 2, reason="this machine has one instruction set")
 def test_instruction_sets_agree():
     """Sums are exact in int8: only the order of a few fp32 operations differs."""
     x, weight = (sana_kernels.quantize(t) for t in (signed(1, 50, 1152), torch.randn(96, 1152)))
-    results = []
-    for variant in CPU:
-        results.append(gemm(variant, x, weight, dtype=torch.float32))
-        assert relative_rms(results[-1], results[0]) < 1e-7
+    results = [gemm(variant, x, weight, dtype=torch.float32) for variant in CPU]
+    assert len(results) > 1
+    for result in results:
+        assert relative_rms(result, results[0]) < 1e-7
+    assert (
+        relative_rms(gemm(CPU[0], Quantized(x.values, x.scale * (1 + 1e-6)), weight, dtype=torch.float32), results[0])
+        > 1e-7
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,8 @@ def test_instruction_sets_agree():
         ({"residual": torch.zeros(1, 4, 16)}, ValueError, r"residual of shape \(1, 3, 16\)"),
         ({"x": torch.zeros(1, 64, 3).mT}, ValueError, "contiguous channels"),
         ({"weight": torch.zeros(16, 64, device="meta")}, ValueError, "one device"),
+        ({"weight": torch.zeros(16, 64, 1, 1)}, ValueError, r"rows \(N, K\), or from pack; got \(16, 64, 1, 1\)"),
+        ({"weight": torch.zeros(1, 32, 31)}, ValueError, r"or from pack; got \(1, 32, 31\)"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(change, error, message):
@@ -185,3 +192,11 @@ def test_what_the_cpu_kernels_refuse(x, weight, message):
     with pytest.raises(BackendUnavailable, match=message):
         sana_kernels.gemm(x, weight, backend="cpu")
     assert sana_kernels.gemm(x, weight).shape == (1, 3, weight.shape[0])
+
+
+def test_packed_weights_are_for_the_cpu_kernels():
+    x, packed = torch.zeros(1, 3, 64).bfloat16(), pack(torch.zeros(16, 64).bfloat16())
+    with pytest.raises(BackendUnavailable, match=r"takes weights as rows \(N, K\), not packed"):
+        sana_kernels.gemm(x, packed, backend="reference")
+    with pytest.raises(ValueError, match="pack takes bf16 or int8 rows"):
+        pack(torch.zeros(24, 64).bfloat16())

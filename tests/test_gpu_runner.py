@@ -273,7 +273,6 @@ def test_its_commands_are_understood(capsys):
 
     exec(gpu.FACTS)
     facts = json.loads(capsys.readouterr().out)
-    assert facts["cuda"] is None or "GPU" in facts["cuda"] or "CUDA" in facts["cuda"]
     for row in gpu.more_rows(facts).values():
         args = cli.parser().parse_args([*row, "--json", "x.json"])
         if "--runs" in row:

@@ -99,6 +99,8 @@ def test_the_comparison_notices(dtype, mistake):
         (lambda a: [*a[:5], a[5].flatten(1), *a[6:]], ValueError, r"\(80, 1, 3, 3\)"),
         (lambda a: [a[0].half(), *a[1:]], TypeError, "takes one floating dtype.*got torch.float16"),
         (lambda a: [a[0].to("meta"), *a[1:]], ValueError, "tensors on one device"),
+        (lambda a: [a[0].mT.contiguous().mT, *a[1:]], ValueError, r"contiguous channels \(last stride 1\)"),
+        (lambda a: [*a[:3], a[3][:, :, None, None], *a[4:]], ValueError, r"as rows \(N, K\), or from pack; got"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(change, error, message):

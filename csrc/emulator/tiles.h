@@ -1,5 +1,6 @@
-// AMX tile instructions over ordinary memory, for tests: the semantics of Intel's Software Developer's Manual, and a stop
-// where a kernel would have read what was never written.
+// AMX tile instructions over ordinary memory, for tests: which bytes each of them reads and writes, and a stop where a
+// kernel would have read what was never written. Sums of bf16 products are added one by one in float; the processor adds
+// them in another order and takes subnormal numbers for zero.
 //
 // Defined only where SANA_EMULATE_TILES asks for it, in place of the compiler's macros of the same names.
 #pragma once
@@ -46,6 +47,8 @@ inline void load_config(const void* memory) {
   State& tiles = state();
   require(bytes[0] == 1, "palette 1 is the only one");
   for (int i = 1; i < 16; ++i) require(bytes[i] == 0, "reserved bytes of the configuration are zero");
+  for (int i = 0; i < 8; ++i)
+    require(bytes[56 + i] == 0 && bytes[32 + 2 * i] == 0 && bytes[33 + 2 * i] == 0, "there are only eight tiles");
   for (int t = 0; t < 8; ++t) {
     memcpy(&tiles.bytes_per_row[t], bytes + 16 + 2 * t, 2);
     tiles.rows[t] = bytes[48 + t];

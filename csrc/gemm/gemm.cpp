@@ -12,7 +12,9 @@
 // (M = 2048, K, N >= 1152) that is more than 400 FLOP per byte, so the bound is the multiply unit.
 #include "gemm/gemm.h"
 
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -53,8 +55,10 @@ constexpr int64_t kRowsPerTask = 512;
 
 int64_t second_level_cache() {
   static const int64_t bytes = [] {
-    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return size > 0 ? int64_t(size) : int64_t(1) << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return int64_t(size);
+#endif
+    return int64_t(1) << 20;
   }();
   return bytes;
 }
@@ -66,7 +70,9 @@ int64_t part_of(int64_t total, int64_t parts, int64_t unit) { return ceil_div(ce
 
 }  // namespace
 
-Status gemm_cpu(const Gemm& p, int threads) {
+Status gemm_cpu(const Gemm& given, int threads) {
+  Gemm p = given;
+  p.stream = p.stream && p.M * p.N * element_size(p.dtype) > second_level_cache();
   if (p.M < 1 || p.N < 16 || p.K < 1 || p.N % 16 || row_bytes(p) % 64) return Status::bad_shape;
   if (!valid(p.dtype)) return Status::bad_dtype;
   const GemmKernels& kernels = choose(kByIsa);

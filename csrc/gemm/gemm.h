@@ -11,7 +11,7 @@ namespace sana {
 // out = residual + gate * SiLU(x weight^T + bias), each part where asked for.
 //
 // x        M rows of K elements, bf16 or int8; a row's stride is in bytes
-// weight   packed: (N / 16, K / n, 16, n) with n elements in 4 bytes, so that 64 consecutive bytes are what one vector
+// weight   packed: (N / 16, K / n, 16 n) with n elements in 4 bytes, so that 64 consecutive bytes are what one vector
 //          (or one row of a tile) needs of 16 columns
 // N is a multiple of 16, K of 32 in bf16 and of 64 in int8.
 struct Gemm {
@@ -27,7 +27,7 @@ struct Gemm {
   int64_t M, N, K, image;
   DType dtype;  // of out and residual
   bool silu;
-  bool stream;  // nobody reads `out` soon: it may go past the caches
+  bool stream;  // out may go past the caches, if it is larger than they are: nobody reads its beginning before its end
 };
 
 inline bool is_int8(const Gemm& p) { return p.x_scale != nullptr; }

@@ -22,7 +22,7 @@ struct Largest {
   float get() const { return float_from_bits(bits); }
 };
 
-// To the nearest integer, ties to even. x * inverse exceeds 127 by no more than its rounding; NaN counts as 0.
+// To the nearest integer, ties to even. x * inverse exceeds 127 by no more than its rounding.
 static inline void to_int8(const float* x, int64_t count, float inverse, int8_t* values) {
   for (int64_t i = 0; i < count; ++i) {
     const float y = x[i] * inverse;

@@ -4,14 +4,14 @@
 //     h = SiLU(x expand^T + bias)       gemm            C -> 2F, bf16
 //     u = depthwise_glu(h)              depthwise_glu   2F -> F, bf16 or int8 with one scale per token
 //     out = epilogue(u project^T)       gemm            F -> C
-// At F = 2.5 C, h is five times as wide as x and its residual together. In bands it never leaves the caches: at C = 1152,
-// 256 tokens of h are 2.9 MB, while all of it, for two images of 1024 px, are 24 MB to be written and read again.
+// At F = 2.5 C, h is five times as wide as x. In bands it never leaves the last cache: at C = 1152, 512 tokens of h are
+// 5.9 MB, while all of it, for two images of 1024 px, are 24 MB to be written and read again.
 //
 // Bands: row i of u needs rows i - 1 to i + 1 of h, so u runs one row behind h, and two bands of h take turns in two
 // buffers: when band k is there, all rows of u up to the last but one of band k can be computed.
 //
 // Every step is spread over all threads and ends before the next begins. The weights stream from the last cache once per
-// band, so a band has about 256 tokens: enough work per byte of weights.
+// band, so a band has about 512 tokens: enough work per byte of weights.
 //
 // FLOPs: 2 N (C 2F + 18 F + F C). Bytes: x, residual, out, and the weights once per band. Bound: the multiply unit.
 #include "mix_ffn/mix_ffn.h"

@@ -66,8 +66,8 @@ PACKED = tuple(cpu.PER_LANE)  # the dtypes that `pack` packs
 def pack(weight: Tensor, backend: str = "cpu") -> Tensor:
     """A (N, K) matrix, bf16 or int8, once and for all in the layout that a backend's `gemm` and `mix_ffn` read.
 
-    For "cpu": (N / 16, K / n, 16, n) with n elements in 4 bytes; N is a multiple of 16, and K of 64 bytes. Other backends
-    read rows as they are.
+    For "cpu": (N / 16, K / n, 16 · n) with n elements in 4 bytes; N is a multiple of 16, and K of 64 bytes. Other backends
+    read rows as they are. Raises ValueError for another matrix.
     """
     return cpu.pack(weight) if backend == "cpu" else weight
 
@@ -82,16 +82,28 @@ def parts(rows: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
 
 
 def outputs(weight: Tensor) -> int:
-    """N of a weight, of rows (N, K) or packed (N / 16, K / n, 16, n)."""
+    """N of a weight, of rows (N, K) or packed."""
     return weight.shape[0] if weight.ndim == 2 else 16 * weight.shape[0]
 
 
 def inputs(weight: Tensor) -> int:
-    return weight.shape[1] if weight.ndim == 2 else weight.shape[1] * weight.shape[3]
+    return weight.shape[1] if weight.ndim == 2 else weight.shape[1] * weight.shape[2] // 16
+
+
+def check_weight(op: str, weight: Tensor) -> None:
+    """A matrix of rows, or what `pack` makes."""
+    packed = weight.ndim == 3 and weight.shape[2] * weight.element_size() == reference.STEP and weight.is_contiguous()
+    if not packed and weight.ndim != 2:
+        raise ValueError(f"{op} takes weights as rows (N, K), or from pack; got {tuple(weight.shape)}")
+
+
+def _rows_only(x, x_scale, weight, *args) -> str | None:
+    return "it takes weights as rows (N, K), not packed" if weight.ndim != 2 else None
 
 
 def _check(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> None:
-    if x.ndim != 3 or 0 in x.shape or weight.ndim not in (2, 4) or x.shape[2] != inputs(weight):
+    check_weight("gemm", weight)
+    if x.ndim != 3 or 0 in x.shape or x.shape[2] != inputs(weight):
         raise ValueError(
             f"gemm takes x (B, M, K) and weight (N, K), none of them 0; got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
@@ -136,7 +148,7 @@ register("quantize", "cuda", cuda.quantize, device="cuda", accepts=cuda.accepts_
 register("quantize", "cpu", cpu.quantize, device="cpu", accepts=cpu.accepts_quantize)
 define("quantize", "Tensor x, ScalarType dtype", fake_quantize, returns="(Tensor, Tensor)")
 
-register("gemm", "reference", reference.gemm)
+register("gemm", "reference", reference.gemm, accepts=_rows_only)
 triton_ops.register("gemm", "gemm", triton_ops.accepts_gemm)
 register("gemm", "cuda", cuda.gemm, device="cuda", accepts=cuda.accepts)
 register("gemm", "cpu", cpu.gemm, device="cpu", accepts=cpu.accepts)

@@ -10,15 +10,21 @@ PER_LANE = {torch.int8: 4, torch.bfloat16: 2}  # elements in 4 bytes
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(N, K) rows → (N / 16, K / n, 16, n), n elements in 4 bytes: the layout that every instruction set reads."""
+    """(N, K) rows → (N / 16, K / n, 16 · n), n elements in 4 bytes: the layout that every instruction set reads."""
+    n = PER_LANE.get(weight.dtype)
+    if n is None or weight.ndim != 2 or weight.shape[0] % 16 or weight.shape[1] * weight.element_size() % STEP:
+        raise ValueError(
+            "pack takes bf16 or int8 rows (N, K), N a multiple of 16 and K of 64 bytes;"
+            f" got {tuple(weight.shape)} of {weight.dtype}"
+        )
     N, K = weight.shape
-    n = PER_LANE[weight.dtype]
-    return weight.reshape(N // 16, 16, K // n, n).transpose(1, 2).contiguous()
+    return weight.reshape(N // 16, 16, K // n, n).transpose(1, 2).flatten(2)
 
 
 def unpack(weight: Tensor) -> Tensor:
     """The rows that `pack` was given."""
-    return weight.transpose(1, 2).reshape(16 * weight.shape[0], -1)
+    panels = weight.unflatten(2, (16, PER_LANE[weight.dtype]))
+    return panels.transpose(1, 2).reshape(16 * weight.shape[0], -1)
 
 
 def accepts(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> str | None:

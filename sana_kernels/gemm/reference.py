@@ -12,7 +12,8 @@ Products of int8 values are summed as int32, exactly, and y = sum · (x's scale 
 zeros to a multiple of 64 values for the matrix units.
 
 Precision: 8-bit products and all that follows them are fp32, rounded once, to the result's dtype. Of other operands, every
-operation rounds to their dtype, as PyTorch does; a kernel may leave out any rounding but the last.
+operation rounds to their dtype, as PyTorch does; a kernel may leave out any rounding but the last, and take subnormal
+operands for zero.
 """
 
 import torch

@@ -52,7 +52,7 @@ def linear_attention_from(
 
 
 def _check_from(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor | None, head_dim: int) -> None:
-    if x.ndim != 3 or 0 in x.shape or x.stride(2) != 1 or weight.ndim not in (2, 4) or x.shape[2] != inputs(weight):
+    if x.ndim != 3 or 0 in x.shape or x.stride(2) != 1 or weight.ndim != 2 or x.shape[2] != inputs(weight):
         raise ValueError(
             "linear_attention_from takes x (B, N, K), none of them 0 and last stride 1, and weight (3 · H · head_dim, K);"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sana_kernels import triton_ops
 from sana_kernels.backend import call, define, register
-from sana_kernels.gemm import Quantized, fake_quantize, inputs, outputs, parts
+from sana_kernels.gemm import Quantized, check_weight, fake_quantize, inputs, outputs, parts
 from sana_kernels.gemm.reference import MOST, STEP
 from sana_kernels.mix_ffn import cpu, cuda, reference
 
@@ -91,6 +91,10 @@ def _check(
     project_weight, project_scale, gate, residual,
 ) -> None:  # fmt: skip
     _check_grid("mix_ffn", x, height, width)
+    for weight in (expand_weight, project_weight):
+        check_weight("mix_ffn", weight)
+    if any(t is not None and t.stride(-1) != 1 for t in (x, residual, gate)):
+        raise ValueError("mix_ffn takes tensors with contiguous channels (last stride 1); call .contiguous()")
     B, N = x.shape[:2]
     C, F = outputs(project_weight), outputs(expand_weight) // 2
     padded = [C, F] if x_scale is None else [-(-size // STEP) * STEP for size in (C, F)]
@@ -121,6 +125,13 @@ def _check(
         )
     if any(t is not None and t.device != x.device for t in (*matrices, *others, gate, residual)):
         raise ValueError("mix_ffn takes tensors on one device")
+
+
+def _rows_only(
+    x, x_scale, height, width, expand_weight, expand_scale, expand_bias, weight, bias, project_weight, *rest
+):
+    packed = expand_weight.ndim != 2 or project_weight.ndim != 2
+    return "it takes weights as rows (N, K), not packed" if packed else None
 
 
 def _fake(x, x_scale, height, width, *rest):
@@ -157,7 +168,7 @@ define(
     returns="(Tensor, Tensor)",
 )
 
-register("mix_ffn", "reference", reference.mix_ffn)
+register("mix_ffn", "reference", reference.mix_ffn, accepts=_rows_only)
 register("mix_ffn", "cpu", cpu.mix_ffn, device="cpu", accepts=cpu.accepts_mix_ffn)
 triton_ops.register("mix_ffn", "mix_ffn", triton_ops.accepts_ffn)
 register("mix_ffn", "cuda", cuda.mix_ffn, device="cuda", accepts=cuda.accepts_mix_ffn)

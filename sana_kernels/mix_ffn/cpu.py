@@ -78,10 +78,10 @@ def mix_ffn(
     """As the reference; arguments as `_check` of this package and `accepts_mix_ffn` let them through."""
     dtype = residual.dtype if residual is not None else x.dtype if x_scale is None else torch.bfloat16
     if x.dtype not in gemm.PER_LANE:
-        h = F.silu(F.linear(x, expand_weight, expand_bias), inplace=True)
+        h = F.silu(F.linear(x, expand_weight, expand_bias.to(x.dtype)), inplace=True)
         u = depthwise_glu(h, height, width, depthwise_weight, depthwise_bias)
         return library_gemm(u, None, project_weight, None, None, False, gate, residual, dtype)
-    expand_weight, project_weight = (w if w.ndim == 4 else gemm.pack(w) for w in (expand_weight, project_weight))
+    expand_weight, project_weight = (w if w.ndim == 3 else gemm.pack(w) for w in (expand_weight, project_weight))
     x, stride = gemm.rows(x)
     depthwise = [t.contiguous() for t in (depthwise_weight, depthwise_bias)]
     floats = [gemm.as_float(t) for t in (x_scale, expand_scale, project_scale, expand_bias, gate)]
