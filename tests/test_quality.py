@@ -222,7 +222,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys):
     assert document["run"]["complete"]
     rows = document["results"]
     assert [r["precision"] for r in rows] == ["fp32", "bf16", "bf16"][: len(rows)]
-    assert rows[0]["workload"] == asdict(quality.Workload(64, 64, 2, 4.5, 3, 3))
+    assert rows[0]["workload"] == asdict(quality.Workload(64, 64, 2, 3.0, 3, 3))
     assert not any("concept_accuracy" in r["metrics"] for r in rows)  # random weights: nothing to recognise
     assert out.with_suffix(".md").read_text() == capsys.readouterr().out
     with Image.open(out.with_suffix(".png")) as sheet:
