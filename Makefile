@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= a 3d render of a fox on a teal background
 OUT ?= out.png
+PAGES := README.md docs/sana-tiny.md
 
 .PHONY: install paint test asan ci lint format wheel bench gpu gpu-more readme clean
 .DEFAULT_GOAL := install
@@ -55,7 +56,7 @@ ci: lint test
 	$(BIN)/sana bench kernels --quick
 	$(BIN)/sana bench image --quick
 	$(BIN)/sana bench quality --quick
-	$(BIN)/python -m sana_bench.report README.md --check
+	for page in $(PAGES); do $(BIN)/python -m sana_bench.report $$page --check || exit 1; done
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -81,7 +82,7 @@ gpu-more:
 	$(PYTHON) bench/gpu.py more --out $(GPU_OUT) --minutes $(GPU_MINUTES)
 
 readme: $(VENV)/run
-	$(BIN)/python -m sana_bench.report README.md
+	for page in $(PAGES); do $(BIN)/python -m sana_bench.report $$page; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sana_kernels/*.so .pytest_cache .ruff_cache
