@@ -115,6 +115,7 @@ def write(args, folder: Path) -> None:
     save_diffusers(folder, loaded)
     write_text(folder / "README.md", card(args))
     shutil.copyfile(ROOT / "recipes" / "NOTICE", folder / "NOTICE")
+    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
 
 
 def main(argv: list[str] | None = None) -> None:

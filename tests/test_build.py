@@ -108,7 +108,7 @@ def test_wheel_contents(wheel):
     model = {
         name.removeprefix("sana_model/checkpoints/sana-tiny/") for name in names if "checkpoints/sana-tiny" in name
     }
-    assert {"model_index.json", "README.md", "NOTICE", "vae/diffusion_pytorch_model.safetensors"} <= model
+    assert {"model_index.json", "README.md", "LICENSE", "NOTICE", "vae/diffusion_pytorch_model.safetensors"} <= model
 
 
 @pytest.mark.slow
