@@ -492,6 +492,7 @@ def test_the_shipped_model_can_be_made_from_runs(dataset, vae, tmp_path, monkeyp
     for folder in ("docs", "recipes"):
         (tmp_path / folder).mkdir()
     (tmp_path / "recipes" / "NOTICE").write_text("MIT")
+    (tmp_path / "LICENSE").write_text("Apache")
     common = [
         "--data",
         str(dataset),
