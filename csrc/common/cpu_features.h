@@ -15,7 +15,31 @@ bool cpu_has(Isa isa);  // the processor has the tier and the operating system l
 Isa active_isa();
 bool set_isa_cap(const char* name);  // false: the name is not known; nothing changed
 
-// The entry for the active tier, or the best below it where an op has none; the portable entry always exists.
+// An op's table of kernels has a slot per tier, in the order of Isa: {&op_portable, SANA_AVX2(&op_avx2), nullptr,
+// SANA_AVX512(&op_avx512), nullptr}. A slot is empty where the op has no kernel for the tier, or, through these macros,
+// where the compiler could not target it.
+#if defined(SANA_HAVE_AVX2)
+#define SANA_AVX2(kernels) kernels
+#else
+#define SANA_AVX2(kernels) nullptr
+#endif
+#if defined(SANA_HAVE_AVXVNNI)
+#define SANA_AVXVNNI(kernels) kernels
+#else
+#define SANA_AVXVNNI(kernels) nullptr
+#endif
+#if defined(SANA_HAVE_AVX512)
+#define SANA_AVX512(kernels) kernels
+#else
+#define SANA_AVX512(kernels) nullptr
+#endif
+#if defined(SANA_HAVE_AMX)
+#define SANA_AMX(kernels) kernels
+#else
+#define SANA_AMX(kernels) nullptr
+#endif
+
+// The entry for the active tier, or the best below it whose slot is filled; the portable slot always is.
 template <class Kernels>
 const Kernels& choose(const Kernels* const (&by_isa)[kIsas]) {
   int isa = static_cast<int>(active_isa());

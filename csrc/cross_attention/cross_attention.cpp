@@ -31,17 +31,8 @@ namespace {
 
 constexpr int64_t kTokens = 256;  // of one task
 
-#if defined(SANA_HAVE_AVX2)
-constexpr const CrossAttentionKernels* kAvx2 = &cross_attention_avx2;
-#else
-constexpr const CrossAttentionKernels* kAvx2 = nullptr;
-#endif
-#if defined(SANA_HAVE_AVX512)
-constexpr const CrossAttentionKernels* kAvx512 = &cross_attention_avx512;
-#else
-constexpr const CrossAttentionKernels* kAvx512 = nullptr;
-#endif
-constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, kAvx2, nullptr, kAvx512, nullptr};
+constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, SANA_AVX2(&cross_attention_avx2),
+                                                        nullptr, SANA_AVX512(&cross_attention_avx512), nullptr};
 
 }  // namespace
 

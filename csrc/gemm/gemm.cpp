@@ -27,27 +27,8 @@
 namespace sana {
 namespace {
 
-#if defined(SANA_HAVE_AVX2)
-constexpr const GemmKernels* kAvx2 = &gemm_avx2;
-#else
-constexpr const GemmKernels* kAvx2 = nullptr;
-#endif
-#if defined(SANA_HAVE_AVXVNNI)
-constexpr const GemmKernels* kAvxvnni = &gemm_avxvnni;
-#else
-constexpr const GemmKernels* kAvxvnni = nullptr;
-#endif
-#if defined(SANA_HAVE_AVX512)
-constexpr const GemmKernels* kAvx512 = &gemm_avx512;
-#else
-constexpr const GemmKernels* kAvx512 = nullptr;
-#endif
-#if defined(SANA_HAVE_AMX)
-constexpr const GemmKernels* kAmx = &gemm_amx;
-#else
-constexpr const GemmKernels* kAmx = nullptr;
-#endif
-constexpr const GemmKernels* kByIsa[kIsas] = {&gemm_portable, kAvx2, kAvxvnni, kAvx512, kAmx};
+constexpr const GemmKernels* kByIsa[kIsas] = {&gemm_portable, SANA_AVX2(&gemm_avx2), SANA_AVXVNNI(&gemm_avxvnni),
+                                              SANA_AVX512(&gemm_avx512), SANA_AMX(&gemm_amx)};
 
 // Enough that the weights of a task are worth loading; the fewer, the more of its share a core that is busy elsewhere
 // leaves to the others.

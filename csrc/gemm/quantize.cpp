@@ -16,17 +16,8 @@ namespace {
 
 constexpr int64_t kRows = 16;  // of one task
 
-#if defined(SANA_HAVE_AVX2)
-constexpr const QuantizeKernels* kAvx2 = &quantize_avx2;
-#else
-constexpr const QuantizeKernels* kAvx2 = nullptr;
-#endif
-#if defined(SANA_HAVE_AVX512)
-constexpr const QuantizeKernels* kAvx512 = &quantize_avx512;
-#else
-constexpr const QuantizeKernels* kAvx512 = nullptr;
-#endif
-constexpr const QuantizeKernels* kByIsa[kIsas] = {&quantize_portable, kAvx2, nullptr, kAvx512, nullptr};
+constexpr const QuantizeKernels* kByIsa[kIsas] = {&quantize_portable, SANA_AVX2(&quantize_avx2), nullptr,
+                                                  SANA_AVX512(&quantize_avx512), nullptr};
 
 }  // namespace
 

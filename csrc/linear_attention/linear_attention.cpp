@@ -37,17 +37,8 @@ namespace {
 constexpr int64_t kMinChunk = 128, kMaxTasks = 64;
 constexpr int64_t kBlock = 32;  // tokens of one apply task
 
-#if defined(SANA_HAVE_AVX2)
-constexpr const LinearAttentionKernels* kAvx2 = &linear_attention_avx2;
-#else
-constexpr const LinearAttentionKernels* kAvx2 = nullptr;
-#endif
-#if defined(SANA_HAVE_AVX512)
-constexpr const LinearAttentionKernels* kAvx512 = &linear_attention_avx512;
-#else
-constexpr const LinearAttentionKernels* kAvx512 = nullptr;
-#endif
-constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_portable, kAvx2, nullptr, kAvx512, nullptr};
+constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_portable, SANA_AVX2(&linear_attention_avx2),
+                                                         nullptr, SANA_AVX512(&linear_attention_avx512), nullptr};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -29,17 +29,8 @@
 namespace sana {
 namespace {
 
-#if defined(SANA_HAVE_AVX2)
-constexpr const DepthwiseGluKernels* kAvx2 = &depthwise_glu_avx2;
-#else
-constexpr const DepthwiseGluKernels* kAvx2 = nullptr;
-#endif
-#if defined(SANA_HAVE_AVX512)
-constexpr const DepthwiseGluKernels* kAvx512 = &depthwise_glu_avx512;
-#else
-constexpr const DepthwiseGluKernels* kAvx512 = nullptr;
-#endif
-constexpr const DepthwiseGluKernels* kByIsa[kIsas] = {&depthwise_glu_portable, kAvx2, nullptr, kAvx512, nullptr};
+constexpr const DepthwiseGluKernels* kByIsa[kIsas] = {&depthwise_glu_portable, SANA_AVX2(&depthwise_glu_avx2), nullptr,
+                                                      SANA_AVX512(&depthwise_glu_avx512), nullptr};
 
 constexpr int64_t kTasksPerThread = 4;
 

@@ -28,17 +28,8 @@ namespace {
 
 constexpr int64_t kTokens = 16;  // of one task
 
-#if defined(SANA_HAVE_AVX2)
-constexpr const ModulateKernels* kAvx2 = &modulate_avx2;
-#else
-constexpr const ModulateKernels* kAvx2 = nullptr;
-#endif
-#if defined(SANA_HAVE_AVX512)
-constexpr const ModulateKernels* kAvx512 = &modulate_avx512;
-#else
-constexpr const ModulateKernels* kAvx512 = nullptr;
-#endif
-constexpr const ModulateKernels* kByIsa[kIsas] = {&modulate_portable, kAvx2, nullptr, kAvx512, nullptr};
+constexpr const ModulateKernels* kByIsa[kIsas] = {&modulate_portable, SANA_AVX2(&modulate_avx2), nullptr,
+                                                  SANA_AVX512(&modulate_avx512), nullptr};
 
 using Floats = std::unique_ptr<float[]>;
 

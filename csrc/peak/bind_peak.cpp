@@ -35,33 +35,27 @@ enum class Element { fp32, bf16, int8 };
 
 struct Kind {
   const char* name;
+  Isa isa;
   Element element;
-  PeakLoop loop;
+  PeakLoop loop;  // null: this compiler could not target it
   int iterations;  // of one call: a fraction of a millisecond, so that the clock is read often enough and costs nothing
 };
 
 // What this processor can run, slowest instruction set first.
 std::vector<Kind> kinds() {
-  std::vector<Kind> found = {{"fp32_portable", Element::fp32, peak_fp32_portable, 1 << 13}};
-#ifdef SANA_HAVE_AVX2
-  if (cpu_has(Isa::avx2)) found.push_back({"fp32_avx2", Element::fp32, peak_fp32_avx2, 1 << 14});
-#endif
-#ifdef SANA_HAVE_AVXVNNI
-  if (cpu_has(Isa::avxvnni)) found.push_back({"int8_avxvnni", Element::int8, peak_int8_avxvnni, 1 << 14});
-#endif
-#ifdef SANA_HAVE_AVX512
-  if (cpu_has(Isa::avx512)) {
-    found.push_back({"fp32_avx512", Element::fp32, peak_fp32_avx512, 1 << 14});
-    found.push_back({"bf16_avx512", Element::bf16, peak_bf16_avx512, 1 << 14});
-    found.push_back({"int8_avx512", Element::int8, peak_int8_avx512, 1 << 14});
-  }
-#endif
-#ifdef SANA_HAVE_AMX
-  if (cpu_has(Isa::amx)) {
-    found.push_back({"bf16_amx", Element::bf16, peak_bf16_amx, 1 << 12});
-    found.push_back({"int8_amx", Element::int8, peak_int8_amx, 1 << 12});
-  }
-#endif
+  const Kind all[] = {
+      {"fp32_portable", Isa::portable, Element::fp32, peak_fp32_portable, 1 << 13},
+      {"fp32_avx2", Isa::avx2, Element::fp32, SANA_AVX2(peak_fp32_avx2), 1 << 14},
+      {"int8_avxvnni", Isa::avxvnni, Element::int8, SANA_AVXVNNI(peak_int8_avxvnni), 1 << 14},
+      {"fp32_avx512", Isa::avx512, Element::fp32, SANA_AVX512(peak_fp32_avx512), 1 << 14},
+      {"bf16_avx512", Isa::avx512, Element::bf16, SANA_AVX512(peak_bf16_avx512), 1 << 14},
+      {"int8_avx512", Isa::avx512, Element::int8, SANA_AVX512(peak_int8_avx512), 1 << 14},
+      {"bf16_amx", Isa::amx, Element::bf16, SANA_AMX(peak_bf16_amx), 1 << 12},
+      {"int8_amx", Isa::amx, Element::int8, SANA_AMX(peak_int8_amx), 1 << 12},
+  };
+  std::vector<Kind> found;
+  for (const Kind& kind : all)
+    if (kind.loop != nullptr && cpu_has(kind.isa)) found.push_back(kind);
   return found;
 }
 
