@@ -1,52 +1,34 @@
 // The module sana_kernels._cpu: addresses and sizes from Python to the CPU kernels. Shapes, dtypes and strides were
-// checked in Python; here the GIL is released and a status becomes an exception.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// checked in Python.
 #include <algorithm>
 #include <array>
-#include <cstdint>
 #include <cstdlib>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 #include <vector>
 
+#include "common/bind.h"
 #include "common/build_info.h"
 #include "common/cpu_features.h"
 #include "cross_attention/cross_attention.h"
 #include "gemm/quantize.h"
 #include "linear_attention/bind_linear_attention.h"
 #include "mix_ffn/depthwise_glu.h"
-#include "modulate/modulate.h"
+#include "modulate/bind_modulate.h"
 
-namespace py = pybind11;
 using namespace sana;
 
 void bind_gemm(py::module_& module);     // csrc/gemm
 void bind_mix_ffn(py::module_& module);  // csrc/mix_ffn
 void bind_peak(py::module_& module);     // csrc/peak
 
+std::string sana::failure(Status status) { return status_text(status); }
+
 namespace {
-
-using Row = std::tuple<Address, int64_t, int>;  // (B, C): address, stride of B, dtype
-using Strides2 = std::array<int64_t, 2>;
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-float* floats(Address address) { return static_cast<float*>(pointer(address)); }
-
-void raise_unless_ok(const char* op, Status status) {
-  if (status != Status::ok) throw std::runtime_error(std::string(op) + ": " + status_text(status));
-}
 
 void py_linear_attention(const std::array<Address, 4>& qkv_out, const std::array<int64_t, 4>& shape,
                          const std::array<std::array<int64_t, 3>, 3>& strides, int dtype,
-                         const std::array<NormWeight, 2>& norms, float norm_eps, float eps, int threads) {
+                         const std::array<Typed, 2>& norms, float norm_eps, float eps, int threads) {
   const LinearAttention p = linear_attention_args(qkv_out, shape, strides, dtype, norms, norm_eps, eps);
-  py::gil_scoped_release release;
-  raise_unless_ok("linear_attention", linear_attention_cpu(p, threads));
+  call("linear_attention", linear_attention_cpu, p, threads);
 }
 
 void py_cross_attention(const std::array<Address, 4>& qkv_out, const std::optional<std::vector<int64_t>>& lengths,
@@ -60,60 +42,38 @@ void py_cross_attention(const std::array<Address, 4>& qkv_out, const std::option
   std::copy_n(strides[1].begin(), 3, p.k_stride);
   std::copy_n(strides[2].begin(), 3, p.v_stride);
   p.dtype = DType(dtype);
-  py::gil_scoped_release release;
-  raise_unless_ok("cross_attention", cross_attention_cpu(p, threads));
+  call("cross_attention", cross_attention_cpu, p, threads);
 }
 
-ImageRows image_rows(const Row& row) { return {pointer(std::get<0>(row)), std::get<1>(row), DType(std::get<2>(row))}; }
-
-TokenRows token_rows(Address x, const Strides2& strides) { return {pointer(x), {strides[0], strides[1]}}; }
-
-// `out_scale`: null for a result in the dtype of x.
-void py_modulate(Address x, Address out, Address out_scale, const std::array<int64_t, 3>& shape,
-                 const Strides2& strides, int dtype, const Row& shift, const Row& scale, float eps, int threads) {
-  const Modulate p = {token_rows(x, strides),
-                      image_rows(shift),
-                      image_rows(scale),
-                      pointer(out),
-                      shape[0],
-                      shape[1],
-                      shape[2],
-                      DType(dtype),
-                      eps,
-                      floats(out_scale)};
-  py::gil_scoped_release release;
-  raise_unless_ok("modulate", modulate_cpu(p, threads));
+// `out_scale`: None for a result in the dtype of x.
+void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address out, Optional out_scale,
+                 const std::array<int64_t, 3>& shape, int dtype, float eps, int threads) {
+  const Modulate p = {token_rows(x), image_rows(shift), image_rows(scale), pointer(out), shape[0],
+                      shape[1],      shape[2],          DType(dtype),      eps,          pointer<float>(out_scale)};
+  call("modulate", modulate_cpu, p, threads);
 }
 
-void py_gate_residual(Address x, Address y, Address out, const std::array<int64_t, 3>& shape, const Strides2& x_strides,
-                      const Strides2& y_strides, int dtype, const Row& gate, int threads) {
-  const GateResidual p = {token_rows(x, x_strides),
-                          token_rows(y, y_strides),
-                          image_rows(gate),
-                          pointer(out),
-                          shape[0],
-                          shape[1],
-                          shape[2],
-                          DType(dtype)};
-  py::gil_scoped_release release;
-  raise_unless_ok("gate_residual", gate_residual_cpu(p, threads));
+void py_gate_residual(const Tokens& x, const Tokens& y, const Row& gate, Address out,
+                      const std::array<int64_t, 3>& shape, int dtype, int threads) {
+  const GateResidual p = {token_rows(x), token_rows(y), image_rows(gate), pointer(out),
+                          shape[0],      shape[1],      shape[2],         DType(dtype)};
+  call("gate_residual", gate_residual_cpu, p, threads);
 }
 
 void py_quantize(Address x, Address values, Address scale, int64_t rows, int64_t K, int64_t stride, int dtype,
                  int threads) {
-  const Quantize p = {pointer(x), static_cast<int8_t*>(pointer(values)), floats(scale), rows, K, stride, DType(dtype)};
-  py::gil_scoped_release release;
-  raise_unless_ok("quantize", quantize_cpu(p, threads));
+  const Quantize p = {pointer(x), pointer<int8_t>(values), pointer<float>(scale), rows, K, stride, DType(dtype)};
+  call("quantize", quantize_cpu, p, threads);
 }
 
-// `out_scale`: null for a result in the dtype of h. dtypes: of h, weight and bias.
-void py_depthwise_glu(Address h, Address weight, Address bias, Address out, Address out_scale,
-                      const std::array<int64_t, 4>& shape, const std::array<int, 3>& dtypes, int threads) {
-  const DepthwiseGlu p = {pointer(h),        pointer(weight),  pointer(bias),    pointer(out),
-                          floats(out_scale), shape[0],         shape[1],         shape[2],
-                          shape[3],          DType(dtypes[0]), DType(dtypes[1]), DType(dtypes[2])};
-  py::gil_scoped_release release;
-  raise_unless_ok("depthwise_glu", depthwise_glu_cpu(p, threads));
+// pointers: h, weight, bias, out; `out_scale`: None for a result in the dtype of h; dtypes: of h, weight and bias.
+void py_depthwise_glu(const std::array<Address, 4>& pointers, Optional out_scale, const std::array<int64_t, 4>& shape,
+                      const std::array<int, 3>& dtypes, int threads) {
+  const auto [h, weight, bias, out] = pointers;
+  const DepthwiseGlu p = {pointer(h),       pointer(weight), pointer(bias), pointer(out), pointer<float>(out_scale),
+                          shape[0],         shape[1],        shape[2],      shape[3],     DType(dtypes[0]),
+                          DType(dtypes[1]), DType(dtypes[2])};
+  call("depthwise_glu", depthwise_glu_cpu, p, threads);
 }
 
 std::string unknown_isa(const std::string& what) {

@@ -1,56 +1,31 @@
 // The module sana_kernels._cuda: addresses and sizes from Python to the CUDA kernels, nothing else. What a caller may
 // pass is checked in Python; a launch that CUDA refuses raises RuntimeError in CUDA's own words.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
+#include "common/bind.h"
 #include "common/build_info.h"
 #include "common/cuda_status.h"
 #include "conv2d/conv2d_cuda.h"
 #include "gemm/gemm_cuda.h"
 #include "linear_attention/bind_linear_attention.h"
 #include "mix_ffn/depthwise_glu_cuda.h"
+#include "modulate/bind_modulate.h"
 #include "modulate/modulate_cuda.h"
 
-namespace py = pybind11;
 using namespace sana;
+
+std::string sana::failure(Status status) {
+  return status == Status::cuda_error ? std::string("CUDA: ") + cuda_error_text() : status_text(status);
+}
 
 namespace {
 
-void raise_unless_ok(Status status) {
-  if (status == Status::cuda_error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_text());
-  if (status != Status::ok) throw std::invalid_argument(status_text(status));
-}
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-using Row = std::tuple<Address, int64_t, int>;                 // (B, C): address, stride of B, dtype
-using Tokens = std::tuple<Address, int64_t, int64_t>;          // (B, N, C): address, strides of B and N
 using EightBit = std::tuple<Address, Address, int64_t, bool>;  // values, scale, values in a row, fp8
-
-ImageRows image_rows(const Row& row) { return {pointer(std::get<0>(row)), std::get<1>(row), DType(std::get<2>(row))}; }
-
-TokenRows token_rows(const Tokens& x) { return {pointer(std::get<0>(x)), {std::get<1>(x), std::get<2>(x)}}; }
 
 QuantizedRows quantized_rows(const EightBit& rows) {
   const auto [values, scale, width, fp8] = rows;
-  return {pointer(values), static_cast<float*>(pointer(scale)), width, fp8};
-}
-
-// Calls a kernel's entry point without the GIL.
-template <class... Args>
-void launch(Status (*entry)(Args...), const std::common_type_t<Args>&... args) {
-  Status status;
-  {
-    const py::gil_scoped_release release;
-    status = entry(args...);
-  }
-  raise_unless_ok(status);
+  return {pointer(values), pointer<float>(scale), width, fp8};
 }
 
 void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address out,
@@ -58,38 +33,29 @@ void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address ou
                  Address stream) {
   const Modulate p = {token_rows(x), image_rows(shift), image_rows(scale), pointer(out), shape[0],
                       shape[1],      shape[2],          DType(dtype),      eps};
-  launch(modulate_cuda, p, quantized ? quantized_rows(*quantized) : QuantizedRows{}, pointer(stream));
+  call("modulate", modulate_cuda, p, quantized ? quantized_rows(*quantized) : QuantizedRows{}, pointer(stream));
 }
 
 void py_gate_residual(const Tokens& x, const Tokens& y, const Row& gate, Address out,
                       const std::array<int64_t, 3>& shape, int dtype, Address stream) {
   const GateResidual p = {token_rows(x), token_rows(y), image_rows(gate), pointer(out),
                           shape[0],      shape[1],      shape[2],         DType(dtype)};
-  launch(gate_residual_cuda, p, pointer(stream));
+  call("gate_residual", gate_residual_cuda, p, pointer(stream));
 }
 
 void py_quantize(Address x, const std::array<int64_t, 3>& shape, int dtype, const EightBit& out, Address stream) {
   const Quantize p = {pointer(x), shape[0], shape[1], shape[2], DType(dtype)};
-  launch(quantize_cuda, p, quantized_rows(out), pointer(stream));
+  call("quantize", quantize_cuda, p, quantized_rows(out), pointer(stream));
 }
 
 void py_depthwise_glu(const std::array<Address, 4>& pointers, const std::array<int64_t, 4>& shape,
                       const std::array<int, 3>& dtypes, Address stream) {
-  const DepthwiseGluArgs p = {pointer(pointers[0]),
-                              pointer(pointers[1]),
-                              pointer(pointers[2]),
-                              pointer(pointers[3]),
-                              shape[0],
-                              shape[1],
-                              shape[2],
-                              shape[3],
-                              DType(dtypes[0]),
-                              DType(dtypes[1]),
-                              DType(dtypes[2])};
-  launch(depthwise_glu_cuda, p, pointer(stream));
+  const auto [h, weight, bias, out] = pointers;
+  const DepthwiseGluArgs p = {pointer(h),       pointer(weight),  pointer(bias),   pointer(out),
+                              shape[0],         shape[1],         shape[2],        shape[3],
+                              DType(dtypes[0]), DType(dtypes[1]), DType(dtypes[2])};
+  call("depthwise_glu", depthwise_glu_cuda, p, pointer(stream));
 }
-
-using Typed = std::optional<std::pair<Address, int>>;  // address and dtype, or None
 
 Values values(const Typed& given) { return given ? Values{pointer(given->first), DType(given->second)} : Values{}; }
 
@@ -102,8 +68,8 @@ using EpilogueArgs = std::tuple<Address, Address, Typed, Typed, int64_t, Typed, 
 Epilogue epilogue(const EpilogueArgs& args, const std::array<int64_t, 3>& shape) {
   const auto& [x_scale, weight_scale, bias, gate, gate_stride, residual, residual_stride, out, silu, vectors] = args;
   Epilogue e = {};
-  e.x_scale = static_cast<float*>(pointer(x_scale));
-  e.weight_scale = static_cast<float*>(pointer(weight_scale));
+  e.x_scale = pointer<float>(x_scale);
+  e.weight_scale = pointer<float>(weight_scale);
   e.bias = values(bias);
   e.gate = values(gate);
   e.gate_stride = gate_stride;
@@ -120,7 +86,7 @@ Epilogue epilogue(const EpilogueArgs& args, const std::array<int64_t, 3>& shape)
 void py_gemm_w8a8(Address x, Address weight, int64_t K, const std::array<int64_t, 3>& shape, const EpilogueArgs& args,
                   int tile, Address stream) {
   const GemmW8A8 p = {pointer(x), pointer(weight), K, tile, epilogue(args, shape)};
-  launch(gemm_w8a8_cuda, p, pointer(stream));
+  call("gemm_w8a8", gemm_w8a8_cuda, p, pointer(stream));
 }
 
 using Int4Args = std::tuple<Address, Address, int64_t>;                    // values, scale, groups of a row
@@ -128,14 +94,14 @@ using Branch = std::optional<std::tuple<Address, Address, int64_t, int>>;  // lo
 
 Int4Rows int4_rows(const Int4Args& rows) {
   const auto [values, scale, groups] = rows;
-  return {pointer(values), static_cast<float*>(pointer(scale)), groups};
+  return {pointer(values), pointer<float>(scale), groups};
 }
 
 void py_quantize_int4(Address x, const Typed& smooth, const std::array<int64_t, 3>& shape, int dtype, Address out,
                       Address scale, Address stream) {
   const QuantizeInt4 p = {pointer(x), values(smooth), shape[0],     shape[1],
-                          shape[2],   DType(dtype),   pointer(out), static_cast<float*>(pointer(scale))};
-  launch(quantize_int4_cuda, p, pointer(stream));
+                          shape[2],   DType(dtype),   pointer(out), pointer<float>(scale)};
+  call("quantize_int4", quantize_int4_cuda, p, pointer(stream));
 }
 
 void py_gemm_w4a4(const Int4Args& x, const Int4Args& weight, const Branch& branch, const std::array<int64_t, 3>& shape,
@@ -143,43 +109,29 @@ void py_gemm_w4a4(const Int4Args& x, const Int4Args& weight, const Branch& branc
   const auto [low, up, rank, dtype] = branch.value_or(std::tuple(Address{0}, Address{0}, int64_t{0}, int(DType::bf16)));
   const GemmW4A4 p = {int4_rows(x), int4_rows(weight), pointer(low), pointer(up),
                       rank,         DType(dtype),      large,        epilogue(args, shape)};
-  launch(gemm_w4a4_cuda, p, pointer(stream));
+  call("gemm_w4a4", gemm_w4a4_cuda, p, pointer(stream));
 }
 
 void py_gemm_w4a16(Address x, int dtype, int64_t K, int64_t group, const Int4Args& weight,
                    const std::array<int64_t, 3>& shape, const EpilogueArgs& args, Address stream) {
   const GemmW4A16 p = {pointer(x), DType(dtype), K, group, int4_rows(weight), epilogue(args, shape)};
-  launch(gemm_w4a16_cuda, p, pointer(stream));
+  call("gemm_w4a16", gemm_w4a16_cuda, p, pointer(stream));
 }
 
 void py_rms_norm(const std::array<Address, 5>& pointers, const std::array<int64_t, 2>& shape, int dtype, int activation,
                  float eps, Address stream) {
-  const RmsNorm p = {pointer(pointers[0]),
-                     pointer(pointers[1]),
-                     pointer(pointers[2]),
-                     pointer(pointers[3]),
-                     pointer(pointers[4]),
-                     shape[0],
-                     shape[1],
-                     DType(dtype),
-                     Activation(activation),
-                     eps};
-  launch(rms_norm_cuda, p, pointer(stream));
+  const auto [x, weight, bias, residual, out] = pointers;
+  const RmsNorm p = {pointer(x), pointer(weight), pointer(bias), pointer(residual),      pointer(out),
+                     shape[0],   shape[1],        DType(dtype),  Activation(activation), eps};
+  call("rms_norm", rms_norm_cuda, p, pointer(stream));
 }
 
 void py_upsample_shuffle(const std::array<Address, 4>& pointers, const std::array<int64_t, 5>& shape, int dtype,
                          Address stream) {
-  const UpsampleShuffle p = {pointer(pointers[0]),
-                             pointer(pointers[1]),
-                             pointer(pointers[2]),
-                             pointer(pointers[3]),
-                             shape[0],
-                             shape[1],
-                             shape[2],
-                             shape[3],
-                             shape[4],
-                             DType(dtype)};
-  launch(upsample_shuffle_cuda, p, pointer(stream));
+  const auto [phases, x, bias, out] = pointers;
+  const UpsampleShuffle p = {pointer(phases), pointer(x), pointer(bias), pointer(out), shape[0],
+                             shape[1],        shape[2],   shape[3],      shape[4],     DType(dtype)};
+  call("upsample_shuffle", upsample_shuffle_cuda, p, pointer(stream));
 }
 
 }  // namespace
@@ -201,15 +153,10 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.def(
       "linear_attention",
       [](const std::array<Address, 4>& pointers, const std::array<int64_t, 4>& shape,
-         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<NormWeight, 2>& norms,
+         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, const std::array<Typed, 2>& norms,
          float norm_eps, float eps, Address scratch, Address stream) {
         const LinearAttention p = linear_attention_args(pointers, shape, strides, dtype, norms, norm_eps, eps);
-        Status status;
-        {
-          const py::gil_scoped_release release;
-          status = linear_attention_cuda(p, reinterpret_cast<float*>(scratch), reinterpret_cast<void*>(stream));
-        }
-        raise_unless_ok(status);
+        call("linear_attention", linear_attention_cuda, p, pointer<float>(scratch), pointer(stream));
       },
       py::arg("pointers"), py::arg("shape"), py::arg("strides"), py::arg("dtype"), py::arg("norms"),
       py::arg("norm_eps"), py::arg("eps"), py::arg("scratch"), py::arg("stream"),

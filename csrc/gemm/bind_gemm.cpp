@@ -1,50 +1,31 @@
 // gemm for Python. Shapes, dtypes and strides were checked there.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <optional>
-#include <stdexcept>
-#include <string>
 
+#include "common/bind.h"
 #include "gemm/gemm.h"
 
-namespace py = pybind11;
 using namespace sana;
 
 namespace {
-
-using Address = uintptr_t;
-using Optional = std::optional<Address>;
-
-template <class T>
-T* pointer(Optional address) {
-  return address ? reinterpret_cast<T*>(*address) : nullptr;
-}
 
 // x, weight, out; x's stride in bytes; M, N, K, rows per image; scales of x and weight, bias, gate (float32); residual.
 void py_gemm(Address x, Address weight, Address out, int64_t x_stride, const std::array<int64_t, 4>& shape,
              const std::array<Optional, 4>& floats, Optional residual, int dtype, bool silu, int threads) {
   Gemm p{};
-  p.x = pointer<void>(x);
+  p.x = pointer(x);
   p.x_stride = x_stride;
   p.x_scale = pointer<float>(floats[0]);
-  p.weight = pointer<void>(weight);
+  p.weight = pointer(weight);
   p.weight_scale = pointer<float>(floats[1]);
   p.bias = pointer<float>(floats[2]);
   p.gate = pointer<float>(floats[3]);
-  p.residual = pointer<void>(residual);
-  p.out = pointer<void>(out);
+  p.residual = pointer(residual);
+  p.out = pointer(out);
   p.M = shape[0], p.N = shape[1], p.K = shape[2], p.image = shape[3];
   p.dtype = DType(dtype);
   p.silu = silu;
   p.stream = true;
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = gemm_cpu(p, threads);
-  }
-  if (status != Status::ok) throw std::runtime_error(std::string("gemm: ") + status_text(status));
+  call("gemm", gemm_cpu, p, threads);
 }
 
 }  // namespace

@@ -1,25 +1,16 @@
 // The arguments of linear_attention as Python passes them, for both binding modules: addresses, sizes, strides, dtypes.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <cstdint>
-#include <optional>
-#include <utility>
 
+#include "common/bind.h"
 #include "linear_attention/linear_attention.h"
 
 namespace sana {
 
-using Address = uintptr_t;
-using NormWeight = std::optional<std::pair<Address, int>>;  // address and dtype, or None
-
 inline LinearAttention linear_attention_args(const std::array<Address, 4>& qkv_out, const std::array<int64_t, 4>& shape,
                                              const std::array<std::array<int64_t, 3>, 3>& strides, int dtype,
-                                             const std::array<NormWeight, 2>& norms, float norm_eps, float eps) {
-  const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+                                             const std::array<Typed, 2>& norms, float norm_eps, float eps) {
   LinearAttention p = {};
   p.q = pointer(qkv_out[0]);
   p.k = pointer(qkv_out[1]);

@@ -37,7 +37,7 @@ struct Kind {
   const char* name;
   Isa isa;
   Element element;
-  PeakLoop loop;  // null: this compiler could not target it
+  PeakLoop loop;   // null: this compiler could not target it
   int iterations;  // of one call: a fraction of a millisecond, so that the clock is read often enough and costs nothing
 };
 

@@ -41,7 +41,7 @@ def depthwise_glu_quantized(
 def _run(h: Tensor, height: int, width: int, weight: Tensor, bias: Tensor, out: Tensor, scale: Tensor | None) -> None:
     weight, bias = weight.contiguous(), bias.contiguous()
     extension("_cpu")[0].depthwise_glu(
-        h.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), 0 if scale is None else scale.data_ptr(),
+        [t.data_ptr() for t in (h, weight, bias, out)], gemm.address(scale),
         (h.shape[0], height, width, h.shape[2] // 2), [DTYPE_CODES[t.dtype] for t in (h, weight, bias)],
         torch.get_num_threads(),
     )  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
+from sana_kernels.gemm.cpu import address
 from sana_kernels.gemm.reference import STEP
 
 
@@ -33,8 +34,8 @@ def modulate_quantized(
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor, out_scale: Tensor | None) -> None:
     extension("_cpu")[0].modulate(
-        x.data_ptr(), out.data_ptr(), 0 if out_scale is None else out_scale.data_ptr(), x.shape, x.stride()[:2],
-        DTYPE_CODES[x.dtype], _row(shift), _row(scale), eps, torch.get_num_threads(),
+        tokens(x), row(shift), row(scale), out.data_ptr(), address(out_scale), x.shape, DTYPE_CODES[x.dtype], eps,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -42,12 +43,16 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """As the reference; arguments as `_check` and `_accepts` of this package let them through."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     extension("_cpu")[0].gate_residual(
-        x.data_ptr(), y.data_ptr(), out.data_ptr(), x.shape, x.stride()[:2], y.stride()[:2], DTYPE_CODES[x.dtype],
-        _row(gate), torch.get_num_threads(),
+        tokens(x), tokens(y), row(gate), out.data_ptr(), x.shape, DTYPE_CODES[x.dtype], torch.get_num_threads()
     )  # fmt: skip
     return out
 
 
-def _row(row: Tensor) -> tuple[int, int, int]:
+def row(x: Tensor) -> tuple[int, int, int]:
     """A (B, C) tensor as C++ sees it: address, stride of B, dtype."""
-    return row.data_ptr(), row.stride(0), DTYPE_CODES[row.dtype]
+    return x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype]
+
+
+def tokens(x: Tensor) -> tuple[int, int, int]:
+    """A (B, N, C) tensor as C++ sees it: address, strides of B and N."""
+    return x.data_ptr(), x.stride(0), x.stride(1)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
 from sana_kernels.gemm.cuda import MAX_ROW, empty_quantized, quantized_rows
+from sana_kernels.modulate.cpu import row, tokens
 
 
 def accepts(x, *args) -> str | None:
@@ -34,7 +35,7 @@ def modulate_quantized(
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: int, quantized: tuple | None) -> None:
     with torch.cuda.device(x.device):
         extension("_cuda")[0].modulate(
-            _tokens(x), _row(shift), _row(scale), out, quantized, x.shape, DTYPE_CODES[x.dtype], eps,
+            tokens(x), row(shift), row(scale), out, quantized, x.shape, DTYPE_CODES[x.dtype], eps,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
 
@@ -44,17 +45,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         extension("_cuda")[0].gate_residual(
-            _tokens(x), _tokens(y), _row(gate), out.data_ptr(), x.shape, DTYPE_CODES[x.dtype],
+            tokens(x), tokens(y), row(gate), out.data_ptr(), x.shape, DTYPE_CODES[x.dtype],
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return out
-
-
-def _row(row: Tensor) -> tuple[int, int, int]:
-    """A (B, C) tensor as C++ sees it: address, stride of B, dtype."""
-    return row.data_ptr(), row.stride(0), DTYPE_CODES[row.dtype]
-
-
-def _tokens(x: Tensor) -> tuple[int, int, int]:
-    """A (B, N, C) tensor as C++ sees it: address, strides of B and N."""
-    return x.data_ptr(), x.stride(0), x.stride(1)
