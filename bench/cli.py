@@ -1,12 +1,20 @@
 """`sana bench image|kernels|quality|compare` and `sana tune`. Imports nothing heavy before a command runs."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from sana_model.errors import MissingError, UserError
 
 QUICK_RUNS = "diffusers:bf16,reference:bf16,auto:bf16"
+# What --isa sets for our kernels, PyTorch's own, oneDNN's and MKL's.
+CAPS = ("SANA_KERNELS_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+ISAS = {
+    "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
+    "avxvnni": ("avxvnni", "avx2", "AVX2_VNNI", "AVX2"),
+    "avx512": ("avx512", "avx512", "AVX512_CORE_BF16", "AVX512"),
+}
 
 
 def add_parser(subparsers) -> None:
@@ -89,6 +97,9 @@ def _add_common(parser: argparse.ArgumentParser, quick: str) -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--device", help="cpu | cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--isa", choices=ISAS, help="nothing newer than these instructions, in our kernels and in PyTorch's libraries"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where the results go, besides the table on the screen"
@@ -97,6 +108,10 @@ def _add_common(parser: argparse.ArgumentParser, quick: str) -> None:
 
 def _setup(args: argparse.Namespace):
     """(device, empty results): what every benchmark begins with."""
+    if args.isa is not None:
+        if "torch" in sys.modules:
+            raise UserError("--isa has to be there when the process starts: use the command line")
+        os.environ |= zip(CAPS, ISAS[args.isa], strict=True)
     import torch
 
     from sana_bench.harness import Results
