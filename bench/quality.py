@@ -86,7 +86,7 @@ class Wanted:
 class Judges:
     """Who looks at the pictures. None of them is needed for SQNR, PSNR and SSIM."""
 
-    network: efficientnet.EfficientNetLite1 | None = None
+    network: efficientnet.Judge | None = None
     scorer: Scorer | None = None
     papers: published.Published = field(default_factory=published.Published)
 

