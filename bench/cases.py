@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sana_kernels.conv2d.reference import quantize_weight
 from sana_kernels.gemm import fake_quantize
 from sana_kernels.gemm.reference import quantize
 from sana_kernels.quant.formats import quantize_int4
@@ -57,6 +58,15 @@ class Inputs:
         if self.quantized is None:
             return x, None
         return fake_quantize(x, self.quantized, "") if x.is_meta else quantize(x, self.quantized)
+
+    def kernel(self, out: int, channels: int, size: int) -> tuple[Tensor, Tensor | None]:
+        """A convolution's weight (out, channels, size, size), or quantised with its scales."""
+        weight = self(out, channels, size, size, scale=channels**-0.5 / size)
+        if self.quantized is None:
+            return weight, None
+        if weight.is_meta:
+            return weight.to(self.quantized), weight.new_empty(out, dtype=torch.float32)
+        return quantize_weight(weight)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         if self.device.type == "meta":
@@ -224,9 +234,37 @@ def _upsample(name: str, side: int, channels: int, C: int) -> Case:
     """To twice `side`, from `channels` to C; the folded 3 × 3 convolution has 16 taps per pixel and channel."""
 
     def make(inputs: Inputs) -> tuple:
-        return inputs(1, side, side, channels), inputs(4 * C, channels, 2, 2, scale=0.5 * channels**-0.5), inputs(C)
+        weight, scale = inputs.kernel(4 * C, channels, 2)
+        return inputs(1, side, side, channels), weight, scale, list(weight.shape), inputs(C), [0, 0, side, side]
 
-    return Case("upsample", name, {"H": side, "W": side, "C": C}, (side + 1) ** 2 * 16 * C * channels, make)
+    shape = {"H": side, "W": side, "in": channels, "out": C}
+    return Case("upsample", name, shape, side**2 * 16 * C * channels, make, WITH_W8A8)
+
+
+def _conv2d(name: str, side: int, C: int, N: int, norm: bool = False, silu: bool = False) -> Case:
+    """Of a decoder's block: the first convolution, with SiLU, or the second, with norm and residual."""
+
+    def make(inputs: Inputs) -> tuple:
+        weight, scale = inputs.kernel(N, C, 3)
+        bias = None if norm else inputs(N, scale=0.1)
+        after = (inputs(N), inputs(N, scale=0.1), inputs(1, side, side, N)) if norm else (None, None, None)
+        return (
+            inputs(1, side, side, C), weight, scale, list(weight.shape), bias, 1, "silu" if silu else "none", *after, None,
+            None, "none", 1e-5, [0, 0, side, side],
+        )  # fmt: skip
+
+    shape = {"H": side, "W": side, "in": C, "out": N}
+    return Case("conv2d", name, shape, side**2 * 9 * C * N, make, WITH_W8A8)
+
+
+def _multi_scale(name: str, side: int, C: int, D: int = 32) -> Case:
+    """Queries, keys and values of one stage's attention."""
+
+    def make(inputs: Inputs) -> tuple:
+        weights = inputs(3 * C, 1, 5, 5, scale=1 / 5), inputs(3 * C, D, 1, 1, scale=D**-0.5)
+        return inputs(1, side, side, 3 * C), *weights, [0, 0, side, side]
+
+    return Case("multi_scale", name, {"H": side, "W": side, "C": 3 * C}, side**2 * 3 * C * (25 + D), make)
 
 
 def _published() -> list[Case]:
@@ -268,9 +306,14 @@ def _published() -> list[Case]:
         cases.append(_gemm_w4a16(f"{name.removeprefix('sana-')}_text_up", M, text.hidden, text.ffn))
     tiny = BUILT_IN["sana-tiny"].autoencoder.widths
     cases += [_rms_norm("tiny_decoder_stage0", 256, tiny[0]), _upsample("tiny_decoder_stage5", 8, tiny[5], tiny[4])]
+    cases += [_conv2d("tiny_decoder_stage2", 64, tiny[2], tiny[2]), _multi_scale("tiny_decoder_stage5", 8, tiny[5])]
     widths = BUILT_IN["sana-0.6b"].autoencoder.widths
     cases += [_rms_norm(f"decoder_stage{i}_1024", 1024 >> i, widths[i]) for i in (2, 5)]
     cases += [_upsample(f"decoder_stage{i}_1024", 512 >> i, widths[i + 1], widths[i]) for i in (2, 4)]
+    for i in (0, 1, 2):  # 85 % of the decoder's work
+        cases.append(_conv2d(f"decoder_stage{i}_1024_silu", 1024 >> i, widths[i], widths[i], silu=True))
+        cases.append(_conv2d(f"decoder_stage{i}_1024_norm", 1024 >> i, widths[i], widths[i], norm=True))
+    cases += [_conv2d("decoder_out_1024", 1024, widths[0], 3), _multi_scale("decoder_stage3_1024", 128, widths[3])]
     cases += [_decoder_attention(f"decoder_stage{i}_1024", (1024 >> i) ** 2, widths[i]) for i in (3, 4, 5)]
     return cases
 

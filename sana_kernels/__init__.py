@@ -9,7 +9,16 @@
 
 # The functions take the names of their packages; import what lies inside a package as
 # `from sana_kernels.linear_attention import reference`.
-from sana_kernels.conv2d import fold_upsample, rms_norm, upsample
+from sana_kernels.conv2d import (
+    Band,
+    conv2d,
+    fold_upsample,
+    multi_scale,
+    pack_conv2d,
+    quantize_conv2d,
+    rms_norm,
+    upsample,
+)  # fmt: skip
 from sana_kernels.cross_attention import cross_attention
 from sana_kernels.gemm import Quantized, gemm, quantize
 from sana_kernels.gemm.int4 import gemm_w4a4, gemm_w4a16, quantize_int4
@@ -33,7 +42,9 @@ def restore(pipe) -> None:
 
 
 __all__ = [
+    "Band",
     "Quantized",
+    "conv2d",
     "cross_attention",
     "depthwise_glu",
     "fold_upsample",
@@ -45,8 +56,11 @@ __all__ = [
     "linear_attention_from",
     "mix_ffn",
     "modulate",
+    "multi_scale",
     "optimize",
+    "pack_conv2d",
     "quantize",
+    "quantize_conv2d",
     "quantize_int4",
     "restore",
     "rms_norm",

@@ -17,7 +17,7 @@ import torch
 OPS = (
     "linear_attention", "linear_attention_from", "modulate", "modulate_quantized", "gate_residual", "cross_attention",
     "mix_ffn", "depthwise_glu", "depthwise_glu_quantized", "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4",
-    "rms_norm", "upsample",
+    "conv2d", "upsample", "multi_scale", "rms_norm",
 )  # fmt: skip
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType of csrc/common/dtype.h

@@ -14,6 +14,7 @@ import sana_kernels
 from sana_bench.cases import cases
 from sana_kernels import _cpu, backend
 from sana_kernels.backend import BACKENDS, OPS, BackendUnavailable, explain, kernels, resolve, why_not
+from sana_kernels.conv2d import ConvWeight
 from sana_kernels.quant.formats import Int4
 
 EAGER_OPS = {
@@ -61,7 +62,15 @@ EAGER_OPS = {
     "rms_norm": lambda x, weight, bias, residual, activation, eps, **kw: sana_kernels.rms_norm(
         x, weight, bias, residual=residual, activation=activation, eps=eps, **kw
     ),
-    "upsample": sana_kernels.upsample,
+    "conv2d": lambda x, weight, scale, shape, bias, stride, activation, *rest, **kw: sana_kernels.conv2d(
+        x, ConvWeight(weight, scale, tuple(shape)), bias, stride=stride, activation=activation, **kw
+    ),
+    "upsample": lambda x, weight, scale, shape, bias, band, **kw: sana_kernels.upsample(
+        x, ConvWeight(weight, scale, tuple(shape)), bias, band=band, **kw
+    ),
+    "multi_scale": lambda x, depthwise, grouped, band, **kw: sana_kernels.multi_scale(
+        x, depthwise, grouped, band=band, **kw
+    ),
 }
 WITH_KERNELS = [op for op in OPS if "cpu" in [kernel.backend for kernel in kernels(op)]]
 OPAQUE = [op for op in OPS if hasattr(torch.ops.sana, op)]  # to compilers, unless the reference is asked for

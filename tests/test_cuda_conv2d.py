@@ -32,16 +32,11 @@ def check_upsample(module, shape, dtype, orders=emulated.ORDERS):
     """Against the library's phases and fp64 additions."""
     x, weight, bias = upsample_inputs(*shape, dtype)
     folded = reference.fold_upsample(weight)
-    assert cuda.accepts_upsample(x, folded, bias) is None
-    (out,) = emulated.run(module, cuda.upsample, x, folded, bias, orders=orders)
-    convolve = reference.convolve_phases
-    try:
-        phases = convolve(x, folded).double()
-        reference.convolve_phases = lambda *_: phases
-        oracle = reference.upsample(*double(x, folded, bias))
-    finally:
-        reference.convolve_phases = convolve
-    assert_kernel(out, reference.upsample(x, folded, bias), oracle)
+    args = x, folded, None, list(folded.shape), bias, [0, 0, x.shape[1], x.shape[1]]
+    assert cuda.accepts_upsample(*args) is None
+    (out,) = emulated.run(module, cuda.upsample, *args, orders=orders)
+    phases = reference.split_phases(reference.convolve_phases(x, folded).permute(0, 3, 1, 2).double(), 2)
+    assert_kernel(out, reference.upsample(*args), reference.shuffle(phases, *double(x, bias)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,7 +49,10 @@ def test_upsample(module, shape, dtype):
 
 def test_what_upsample_does_not_take():
     weight = torch.zeros(4 * 12, 12, 2, 2)
-    assert "multiples of 8 output channels" in cuda.accepts_upsample(torch.zeros(1, 2, 2, 12), weight, None)
+    x, whole = torch.zeros(1, 2, 2, 12), [0, 0, 2, 2]
+    assert "multiples of 8 output channels" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, whole)
+    assert "whole images" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, [0, 0, 1, 2])
+    assert "not torch.int8" in cuda.accepts_upsample(x, weight.char(), torch.ones(48), [48, 12, 2, 2], None, whole)
 
 
 NORM, UPSAMPLE = "csrc/conv2d/rms_norm.cu", "csrc/conv2d/upsample_shuffle.cu"

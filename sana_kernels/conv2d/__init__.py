@@ -1,13 +1,122 @@
-"""What stands around the convolutions of the DC-AE decoder, which are the library's: norm, activation, upsampling."""
+"""The convolutions of the DC-AE, with norm, activation, shortcut and upsampling around them, on NHWC activations."""
 
 import torch
 from torch import Tensor
 
 from sana_kernels.backend import call, define, register
 from sana_kernels.conv2d import cuda, reference
-from sana_kernels.conv2d.reference import ACTIVATIONS, fold_upsample
+from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
+from sana_kernels.conv2d.weights import ConvWeight, as_weight, pack_conv2d, quantize_conv2d
 
-__all__ = ["fold_upsample", "rms_norm", "upsample"]
+__all__ = [
+    "TILE", "Band", "ConvWeight", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d", "quantize_conv2d", "rms_norm",
+    "upsample",
+]  # fmt: skip
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor | ConvWeight,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    activation: str = "none",
+    norm: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    input_norm: tuple[Tensor, Tensor] | None = None,
+    input_activation: str = "none",
+    eps: float = 1e-5,
+    band: Band | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """RMSNorm(activation(conv3×3(x) + bias)) + residual, zero-padded by one pixel; each part where asked for.
+
+    x: (B, H, W, in), contiguous. weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d` (W8A8), either perhaps
+    through `pack_conv2d`. bias: (out,). stride: 1 or 2. norm: weight and bias (out,) of an RMSNorm over channels.
+    residual: like the result. input_norm: weight and bias (in,); x becomes input_activation(RMSNorm(x)) first.
+    activation, input_activation: "none", "silu" or "relu". band: rows to compute of an image of which x holds some; in W8A8
+    it starts and ends at multiples of TILE[0] rows of the result, or at the image's end.
+    Returns (B, ⌈H / stride⌉ or the band's rows, ⌈W / stride⌉, out), contiguous, in x's dtype. `reference.py` states the
+    arithmetic. Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend`
+    cannot run.
+    """
+    weight = as_weight(weight)
+    _check_image("conv2d", x)
+    if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], 3, 3):
+        raise ValueError(f"conv2d takes a weight (out, {x.shape[3]}, 3, 3) for x {tuple(x.shape)}; got {weight.shape}")
+    if stride not in (1, 2):
+        raise ValueError(f"conv2d takes a stride of 1 or 2; got {stride}")
+    if input_norm is None and input_activation != "none":
+        raise ValueError("conv2d takes an input activation only beside an input norm")
+    for name in (activation, input_activation):
+        _check_activation("conv2d", name)
+    C, N = x.shape[3], weight.shape[0]
+    vectors = {"bias": (bias, N), "norm": (norm, N), "input_norm": (input_norm, C)}
+    for name, (given, size) in vectors.items():
+        for tensor in given if isinstance(given, tuple) else () if given is None else (given,):
+            if tensor.shape != (size,) or not tensor.is_floating_point():
+                raise ValueError(f"conv2d takes {name} as floating ({size},); got {tensor.dtype} {tuple(tensor.shape)}")
+    band = _check_band("conv2d", x, band, stride, weight)
+    shape = (x.shape[0], band.last - band.first, -(-x.shape[2] // stride), N)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"conv2d takes a residual {shape}, like its result; got {tuple(residual.shape)}")
+    _check_weight("conv2d", x, weight)
+    rest = (bias, *(norm or ()), *(input_norm or ()))
+    _check("conv2d", x, *(() if residual is None else (residual,)), like=tuple(t for t in rest if t is not None))
+    norm, input_norm = norm or (None, None), input_norm or (None, None)
+    return call(
+        "conv2d", backend, x, *weight[:2], list(weight.shape), bias, stride, activation, *norm, residual, *input_norm,
+        input_activation, eps, list(band),
+    )  # fmt: skip
+
+
+def upsample(
+    x: Tensor, weight: Tensor | ConvWeight, bias: Tensor, *, band: Band | None = None, backend: str = "auto"
+) -> Tensor:
+    """conv3×3(nearest ×2 of x) + bias + the shortcut that moves channels into pixels (arXiv 2410.10733, section 3.2).
+
+    x: (B, H, W, in), contiguous; weight: (4 · out, in, 2, 2), what `fold_upsample` makes of a kernel, in x's dtype, or from
+    `quantize_conv2d` (W8A8), either perhaps through `pack_conv2d(weight, phases=4)`; bias: (out,); `in` divides 4 · out.
+    A weight (4 · out, in, 3, 3) and bias (4 · out,), phase by phase, are conv3×3 and then a pixel shuffle.
+    band: as `conv2d`, in rows of x, each of which makes two of the result.
+    Returns (B, 2H, 2W, out), contiguous, in x's dtype. Errors as `conv2d`.
+    """
+    weight = as_weight(weight)
+    _check_image("upsample", x)
+    shape, kernels = weight.shape, ((x.shape[3], 2, 2), (x.shape[3], 3, 3))
+    if len(shape) != 4 or shape[1:] not in kernels or shape[0] % 4 or shape[0] % x.shape[3]:
+        raise ValueError(
+            "upsample takes x (B, H, W, in) and a folded weight (4 · out, in, 2, 2) or phases (4 · out, in, 3, 3), 4 · out"
+            f" a multiple of in; got {tuple(x.shape)} and {tuple(shape)}"
+        )
+    biases = shape[0] // 4 if shape[2] == 2 else shape[0]
+    if bias.shape != (biases,):
+        raise ValueError(
+            f"upsample takes a bias of (out,), of (4 · out,) beside 3 × 3 phases: ({biases},); got {tuple(bias.shape)}"
+        )
+    band = _check_band("upsample", x, band, 1, weight)
+    _check_weight("upsample", x, weight)
+    _check("upsample", x, like=(bias,))
+    return call("upsample", backend, x, *weight[:2], list(shape), bias, list(band))
+
+
+def multi_scale(
+    x: Tensor, depthwise: Tensor, grouped: Tensor, *, band: Band | None = None, backend: str = "auto"
+) -> Tensor:
+    """grouped 1×1 (depthwise k×k (x)), zero-padded: the multi-scale branch of the DC-AE's attention (arXiv 2205.14756).
+
+    x: (B, H, W, C), contiguous; depthwise: (C, 1, k, k), k odd; grouped: (C, D, 1, 1) in groups of D channels; all of one
+    floating dtype. band: as `conv2d`. Returns (B, H or the band's rows, W, C), contiguous. Errors as `conv2d`.
+    """
+    _check_image("multi_scale", x)
+    C, k = x.shape[3], depthwise.shape[-1]
+    if depthwise.shape != (C, 1, k, k) or k % 2 == 0:
+        raise ValueError(f"multi_scale takes a depthwise kernel ({C}, 1, k, k), k odd; got {tuple(depthwise.shape)}")
+    if grouped.ndim != 4 or grouped.shape != (C, D := grouped.shape[1], 1, 1) or C % D:
+        raise ValueError(f"multi_scale takes grouped as ({C}, D, 1, 1), D a divisor; got {tuple(grouped.shape)}")
+    band = _check_band("multi_scale", x, band, 1, None, reach=k // 2)
+    _check("multi_scale", x, like=(depthwise, grouped))
+    return call("multi_scale", backend, x, depthwise, grouped, list(band))
 
 
 def rms_norm(
@@ -33,27 +142,48 @@ def rms_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"rms_norm takes a residual of x's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"rms_norm knows the activations {', '.join(ACTIVATIONS)}; got {activation!r}")
+    _check_activation("rms_norm", activation)
     _check("rms_norm", *(t for t in (x, weight, bias, residual) if t is not None))
     return call("rms_norm", backend, x, weight, bias, residual, activation, eps)
 
 
-def upsample(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
-    """conv3×3(nearest ×2 of x) + the shortcut that moves channels into pixels (arXiv 2410.10733, section 3.2).
+def _check_image(op: str, x: Tensor) -> None:
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"{op} takes x (B, H, W, in), none of them 0; got {tuple(x.shape)}")
 
-    x: (B, H, W, in), contiguous; weight: (4 · out, in, 2, 2), what `fold_upsample` makes of a 3 × 3 kernel (out, in, 3, 3);
-    bias: (out,); `in` divides 4 · out. Returns (B, 2H, 2W, out), contiguous, in x's dtype. Errors as `rms_norm`.
-    """
-    if x.ndim != 4 or 0 in x.shape or weight.shape[1:] != (x.shape[3], 2, 2) or weight.shape[0] % x.shape[3]:
-        raise ValueError(
-            "upsample takes x (B, H, W, in) and a folded weight (4 · out, in, 2, 2), 4 · out a multiple of in;"
-            f" got {tuple(x.shape)} and {tuple(weight.shape)}"
+
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op} knows the activations {', '.join(ACTIVATIONS)}; got {activation!r}")
+
+
+def _check_band(op: str, x: Tensor, band: Band | None, stride: int, weight: ConvWeight | None, reach: int = 1) -> Band:
+    """The band, or the whole of x: inside its image, inside of what x holds, and in W8A8 of whole tiles."""
+    rows = x.shape[1]
+    if band is None:
+        return Band(0, 0, -(-rows // stride), rows)
+    start, first, last, height = band
+    end = -(-height // stride)
+    if not (start >= 0 and start + rows <= height and 0 <= first < last <= end):
+        raise ValueError(f"{op} takes a band inside its image; got {band} with x of {rows} rows and stride {stride}")
+    low, high = max(0, stride * first - reach), min(height, stride * (last - 1) + reach + 1)
+    if low < start or high > start + rows:
+        raise ValueError(f"{op} needs rows {low} to {high - 1} of the image for {band}; x ends at {start + rows - 1}")
+    quantized = weight is not None and weight.scale is not None
+    if quantized and (first % TILE[0] or (last % TILE[0] and last != end)):
+        raise ValueError(f"{op} in W8A8 takes bands of whole tiles of {TILE[0]} rows; got {band}")
+    return Band(*band)
+
+
+def _check_weight(op: str, x: Tensor, weight: ConvWeight) -> None:
+    values, scale, shape = weight
+    if values.dtype != (x.dtype if scale is None else torch.int8) or values.device != x.device:
+        raise TypeError(
+            f"{op} takes a weight in x's dtype and device, or from quantize_conv2d; got {x.dtype} on {x.device} and"
+            f" {values.dtype} on {values.device}"
         )
-    if weight.shape[0] % 4 or bias.shape != (weight.shape[0] // 4,):
-        raise ValueError(f"upsample takes a bias of (out,); got {tuple(bias.shape)} with weight {tuple(weight.shape)}")
-    _check("upsample", x, bias, like=(weight,))
-    return call("upsample", backend, x, weight, bias)
+    if scale is not None and scale.shape != shape[:1]:
+        raise ValueError(f"{op} takes one scale per output channel ({shape[0]},); got {tuple(scale.shape)}")
 
 
 def _check(op: str, x: Tensor, *rest: Tensor, like: tuple[Tensor, ...] = ()) -> None:
@@ -68,10 +198,42 @@ def _check(op: str, x: Tensor, *rest: Tensor, like: tuple[Tensor, ...] = ()) -> 
         raise ValueError(f"{op} takes contiguous tensors, NHWC; call .contiguous()")
 
 
-def _fake_upsample(x, weight, bias, backend):
-    B, H, W, _ = x.shape
-    return x.new_empty(B, 2 * H, 2 * W, weight.shape[0] // 4)
+def _plain_weight(x, weight, *args) -> str | None:
+    return "it takes weights as they are, not packed" if weight.ndim != 4 else None
 
+
+def _fake_conv2d(x, weight, weight_scale, weight_shape, bias, stride, *rest):
+    _, first, last, _ = rest[-2]
+    return x.new_empty(x.shape[0], last - first, -(-x.shape[2] // stride), weight_shape[0])
+
+
+def _fake_upsample(x, weight, weight_scale, weight_shape, bias, band, backend):
+    return x.new_empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4)
+
+
+def _fake_multi_scale(x, depthwise, grouped, band, backend):
+    return x.new_empty(x.shape[0], band[2] - band[1], *x.shape[2:])
+
+
+register("conv2d", "reference", reference.conv2d, accepts=_plain_weight)
+define(
+    "conv2d",
+    "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor? bias, int stride, str activation,"
+    " Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? input_weight, Tensor? input_bias,"
+    " str input_activation, float eps, int[] band",
+    _fake_conv2d,
+)
+
+register("upsample", "reference", reference.upsample, accepts=_plain_weight)
+register("upsample", "cuda", cuda.upsample, device="cuda", accepts=cuda.accepts_upsample)
+define(
+    "upsample",
+    "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor bias, int[] band",
+    _fake_upsample,
+)
+
+register("multi_scale", "reference", reference.multi_scale)
+define("multi_scale", "Tensor x, Tensor depthwise, Tensor grouped, int[] band", _fake_multi_scale)
 
 register("rms_norm", "reference", reference.rms_norm)
 register("rms_norm", "cuda", cuda.rms_norm, device="cuda", accepts=cuda.accepts_rms_norm)
@@ -80,7 +242,3 @@ define(
     "Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps",
     lambda x, *args: torch.empty_like(x),
 )
-
-register("upsample", "reference", reference.upsample)
-register("upsample", "cuda", cuda.upsample, device="cuda", accepts=cuda.accepts_upsample)
-define("upsample", "Tensor x, Tensor weight, Tensor bias", _fake_upsample)

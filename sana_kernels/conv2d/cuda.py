@@ -25,9 +25,11 @@ def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, a
     return out
 
 
-def accepts_upsample(x, weight, bias) -> str | None:
-    if x.dtype not in DTYPE_CODES:
-        return f"it computes in float32, bfloat16 and float16, not {x.dtype}"
+def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band) -> str | None:
+    if x.dtype not in DTYPE_CODES or weight_scale is not None:
+        return f"it computes in float32, bfloat16 and float16, not {weight.dtype}"
+    if weight.ndim != 4 or weight.shape[2] != 2 or list(band) != [0, 0, x.shape[1], x.shape[1]]:
+        return "it takes folded weights (4 · out, in, 2, 2), not packed, and whole images"
     if weight.shape[0] % 32 or weight.shape[0] // x.shape[3] not in (2, 4):
         return (
             "it supports multiples of 8 output channels, as many as there are input channels or half of them, not"
@@ -36,7 +38,7 @@ def accepts_upsample(x, weight, bias) -> str | None:
     return None
 
 
-def upsample(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample(x: Tensor, weight: Tensor, _scale: None, _shape: list[int], bias: Tensor, _band: list[int]) -> Tensor:
     """As the reference: the library convolves, the kernel adds bias and shortcut on the way to the pixels' places."""
     B, H, W, channels = x.shape
     C = weight.shape[0] // 4

@@ -1,0 +1,50 @@
+"""Weights of convolutions: quantised, and packed once for the CPU kernels."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sana_kernels.conv2d import reference
+from sana_kernels.gemm.cpu import PER_LANE
+from sana_kernels.gemm.reference import STEP
+
+PANEL = 16  # output channels that lie side by side
+
+
+class ConvWeight(NamedTuple):
+    """A kernel (out, in, k, k), perhaps quantised, perhaps packed: what `conv2d` and `upsample` also take."""
+
+    values: Tensor  # (out, in, k, k), or as `pack_conv2d` says
+    scale: Tensor | None  # (out,) fp32 beside int8 values
+    shape: tuple[int, ...]  # (out, in, k, k)
+
+
+def quantize_conv2d(weight: Tensor) -> ConvWeight:
+    """(out, in, k, k) floating → int8 with one scale per output channel; `reference.py` states the arithmetic."""
+    return ConvWeight(*reference.quantize_weight(weight), tuple(weight.shape))
+
+
+def pack_conv2d(weight: Tensor | ConvWeight, phases: int = 1, backend: str = "cpu") -> ConvWeight:
+    """A kernel once and for all in the layout that a backend reads; `phases` is 4 for a weight of `upsample`.
+
+    weight: (out, in, k, k), float32, bfloat16 or int8. For "cpu": (phases, out / 16, k, K / n, 16 · n) with n elements in 4
+    bytes, where the K values of a row of taps are k times `in`, padded to 4 bytes each and together to 64, and out / phases
+    is padded to a multiple of 16. Other backends read it as it is. Raises TypeError for another dtype.
+    """
+    weight = as_weight(weight)
+    if backend != "cpu" or weight.values.ndim != 4:
+        return weight
+    n = PER_LANE.get(weight.values.dtype, 1)
+    if weight.values.dtype not in (*PER_LANE, torch.float32):
+        raise TypeError(f"pack_conv2d takes float32, bfloat16 and int8; got {weight.values.dtype}")
+    taps = weight.values.unflatten(0, (phases, -1)).permute(0, 1, 3, 4, 2)  # (phases, out, k, k, in)
+    taps = F.pad(taps, (0, -taps.shape[-1] % n)).flatten(3)
+    taps = F.pad(taps, (0, -taps.shape[-1] % (STEP // taps.element_size()), 0, 0, 0, -taps.shape[1] % PANEL))
+    panels = taps.unflatten(1, (-1, PANEL)).unflatten(-1, (-1, n))  # (phases, panels, 16, k, K / n, n)
+    return weight._replace(values=panels.permute(0, 1, 3, 4, 2, 5).flatten(4).contiguous())
+
+
+def as_weight(weight: Tensor | ConvWeight) -> ConvWeight:
+    return ConvWeight(weight, None, tuple(weight.shape)) if isinstance(weight, Tensor) else weight
