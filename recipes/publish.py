@@ -20,7 +20,8 @@ from recipes.train_autoencoder import encoder_hash, load_autoencoder
 from recipes.training import sheet
 from sana_model.errors import UserError
 from sana_model.files import write_text
-from sana_model.weights import CHECKPOINTS, load_model, save_diffusers
+from sana_model.saving import save_diffusers
+from sana_model.weights import CHECKPOINTS, load_model
 
 NAME = "sana-tiny"
 ROOT = Path(__file__).resolve().parent.parent

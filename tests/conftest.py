@@ -68,7 +68,7 @@ def model():
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory) -> Path:
     """That model as a diffusers folder, not to be changed."""
-    from sana_model.weights import save_diffusers
+    from sana_model.saving import save_diffusers
 
     folder = tmp_path_factory.mktemp("saved") / "small"
     save_diffusers(folder, model)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sana_model import weights
 from sana_model.errors import UserError
-from sana_model.weights import load_model, save_original
+from sana_model.saving import save_original
+from sana_model.weights import load_model
 
 
 def edit(folder: Path, file: str, **fields) -> None:

@@ -20,7 +20,7 @@ from sana_model.bins import NATIVE_SIZES, bins, nearest_bin, resize_and_crop
 from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.errors import UserError
 from sana_model.random_weights import random_model
-from sana_model.weights import save_diffusers
+from sana_model.saving import save_diffusers
 
 TINY = BUILT_IN["sana-tiny-random"]
 SMALL = replace(TINY, dit=replace(TINY.dit, layers=3), pag_layers=(1,), instruction="default")

@@ -9,8 +9,9 @@ import torch
 import sana_model.pipeline
 from sana_model import verify as module
 from sana_model.random_weights import random_model
+from sana_model.saving import save_diffusers
 from sana_model.verify import verify
-from sana_model.weights import load_model, save_diffusers
+from sana_model.weights import load_model
 
 SMALL, SPRINT = (replace(config, instruction="default") for config in (models.SMALL, models.SPRINT))
 

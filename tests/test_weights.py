@@ -18,12 +18,13 @@ from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from models import SMALL, SPRINT
 from safetensors.torch import load_file, save_file
 
-from sana_model import keys, weights
+from sana_model import keys, saving
 from sana_model.checkpoint import choose_weights
 from sana_model.errors import MissingError, UserError
 from sana_model.interop import diffusers_autoencoder, diffusers_transformer
 from sana_model.random_weights import random_model
-from sana_model.weights import convert, find, load_model, save_diffusers, save_original
+from sana_model.saving import save_diffusers, save_original
+from sana_model.weights import convert, find, load_model
 
 
 def assert_same_values(a, b) -> None:
@@ -271,7 +272,7 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch, failure, rais
         if len(writes) == 2:
             raise failure
 
-    monkeypatch.setattr(weights, "save_file", fail)
+    monkeypatch.setattr(saving, "save_file", fail)
     for name in ("new", "old"):
         writes.clear()
         with pytest.raises(raised, match=message):
