@@ -4,7 +4,7 @@
     reference-compile               its plain PyTorch form under torch.compile, max-autotune
     diffusers                       the installed pipeline of the code that others wrote, in the faster memory format
     diffusers-compile               the same with its DiT and decoder under torch.compile, max-autotune
-    openvino                        the same with its DiT and decoder compiled by OpenVINO
+    openvino                        the same with its DiT and decoder compiled by OpenVINO; w8a8 by NNCF
 
 `precision` is the DiT's; text encoder and decoder run in bf16 beside it (fp32 beside an fp32 DiT), or in the precision
 itself where the name ends in +. The weights exist once in memory, and once more for each other dtype that a run asks
@@ -13,7 +13,6 @@ for.
 
 import copy
 import importlib.metadata
-import importlib.util
 import itertools
 import time
 from dataclasses import dataclass, replace
@@ -21,9 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sana_bench import openvino
 from sana_model import memory
-from sana_model.errors import MissingError, UserError
-from sana_model.interop import diffusers_pipeline
+from sana_model.errors import UserError
+from sana_model.interop import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer
 from sana_model.loaded import LoadedModel
 from sana_model.ops import REFERENCE_OPS
 from sana_model.pipeline import Pipeline
@@ -33,6 +33,7 @@ from sana_model.settings import PRECISIONS, QUANTIZED, Settings, dtypes_of
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
+CALIBRATION_STEPS = 4  # of one picture, for OpenVINO's W8A8
 BASELINES = ("diffusers", "diffusers-compile", "openvino", "reference", "reference-compile")
 
 
@@ -322,66 +323,46 @@ class CompiledDiffusers(DiffusersRun):
 
 
 class OpenVINO(DiffusersRun):
-    """The same with DiT and decoder exported and compiled by OpenVINO. (Its torch.compile backend fails on them.)"""
+    """The same with DiT and decoder compiled by OpenVINO. (Its torch.compile backend fails on them.)"""
 
     again = ("dit", "autoencoder")  # in the compiler's layout
 
     def prepare(self, settings: Settings) -> None:
-        if importlib.util.find_spec("openvino") is None:
-            raise MissingError("the package openvino is not installed; `pip install openvino` adds it")
+        for part in ("dit", "autoencoder"):
+            openvino.check_installed(self.name.precisions[part])
         super().prepare(settings)
-        config, dtypes = self.weights.config, self.dtypes
-        height, width = (side // config.autoencoder.spatial_compression for side in (settings.height, settings.width))
-        rows, length = settings.count * (1 + self.guided), config.max_text_tokens
-        examples = {
-            "hidden_states": torch.zeros(rows, config.dit.in_channels, height, width),
-            "encoder_hidden_states": torch.zeros(rows, length, config.dit.caption_channels),
-            "encoder_attention_mask": torch.ones(rows, length, dtype=torch.int64),
-            "timestep": torch.zeros(rows),
-        }
-        if config.dit.guidance_embeds:
-            examples["guidance"] = torch.zeros(rows)
+        inputs, latents = self._record(settings)
+        fp32 = {part: copy.deepcopy(getattr(self.weights.loaded, part)).float() for part in ("dit", "autoencoder")}
         transformer, decoder = self.pipe.transformer, self.pipe.vae.decoder
-        dit = _openvino(_InFp32(transformer, dtypes["dit"], return_dict=False), examples, self.name.precision)
-        transformer.forward = lambda hidden_states, return_dict, attention_kwargs=None, **inputs: (
-            dit(hidden_states=hidden_states, **inputs).to(dtypes["dit"]),
+        dit = openvino.compiled(diffusers_transformer(fp32["dit"]), inputs, self.name.precision, return_dict=False)
+        decode = openvino.compiled(
+            diffusers_autoencoder(fp32["autoencoder"]).decoder,
+            [{"hidden_states": latents}],
+            self.name.precisions["autoencoder"],
         )
-        latent = torch.zeros(settings.count, config.dit.in_channels, height, width)
-        decode = _openvino(_InFp32(decoder, dtypes["autoencoder"]), {"hidden_states": latent}, self.name.others)
-        decoder.forward = lambda z: decode(hidden_states=z).to(dtypes["autoencoder"])
+        transformer.forward = lambda hidden_states, return_dict, attention_kwargs=None, **rest: (
+            dit(hidden_states=hidden_states, **rest).to(self.dtypes["dit"]),
+        )
+        decoder.forward = lambda z: decode(hidden_states=z).to(self.dtypes["autoencoder"])
+
+    def _record(self, settings: Settings) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """What the DiT is called with in the first steps of a picture, and the decoder after them."""
+        calls, transformer = [], self.pipe.transformer
+        hook = transformer.register_forward_pre_hook(
+            lambda _module, args, inputs: calls.append({"hidden_states": args[0]} | inputs), with_kwargs=True
+        )
+        side = self.weights.config.autoencoder.spatial_compression
+        noise = torch.randn(
+            settings.count, self.weights.config.dit.in_channels, settings.height // side, settings.width // side
+        )
+        few = replace(settings, steps=min(settings.steps, CALIBRATION_STEPS))
+        latents = self.denoise(few, self.text_encode(few), noise)
+        hook.remove()
+        tensors = [{name: value for name, value in call.items() if isinstance(value, Tensor)} for call in calls]
+        return tensors, latents[:1] / self.pipe.vae.config.scaling_factor
 
     def plan(self) -> dict:
         return super().plan() | {"compiled": ["dit", "decoder"], "openvino": importlib.metadata.version("openvino")}
-
-
-class _InFp32(nn.Module):
-    """A network whose floating inputs and output are fp32: NumPy, through which OpenVINO is fed, knows no bf16."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype, **constants):
-        super().__init__()
-        self.network, self.dtype, self.constants = network, dtype, constants
-
-    def forward(self, hidden_states: Tensor, **inputs: Tensor) -> Tensor:
-        inputs = {k: v.to(self.dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
-        out = self.network(hidden_states.to(self.dtype), **inputs, **self.constants)
-        return (out[0] if isinstance(out, tuple) else out).float()
-
-
-def _openvino(network: nn.Module, examples: dict[str, Tensor], precision: str):
-    """The network as a function of the same keyword arguments, compiled for the CPU at the shapes of `examples`."""
-    import openvino
-
-    with torch.no_grad():
-        model = openvino.convert_model(torch.export.export(network, (), examples))
-    hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
-    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(model, "CPU", options)
-
-    def run(**inputs: Tensor) -> Tensor:
-        arrays = {k: (v.float() if v.is_floating_point() else v).contiguous().numpy() for k, v in inputs.items()}
-        return torch.from_numpy(compiled(arrays)[0])
-
-    return run
 
 
 def compile_options(device: torch.device) -> dict:
