@@ -45,13 +45,15 @@ def decoder_macs(config: AutoencoderConfig, height: int, width: int) -> int:
     """One decode of an image of height × width pixels."""
     widths, last = config.widths, len(config.widths) - 1
     pixels = [(height >> i) * (width >> i) for i in range(len(widths))]
-    total = pixels[last] * config.latent_channels * widths[last] * 9 + pixels[0] * widths[0] * 3 * 9
+    total = pixels[last] * config.latent_channels * widths[last] * 9
+    total += pixels[0] * widths[0] * 3 * 9 if config.decoder_layers[0] else pixels[1] * widths[1] * 12 * 9
     for i, C in enumerate(widths):
-        if i < last:  # the up-sampling convolution into this stage
-            total += pixels[i] * widths[i + 1] * C * 9
-        residual = config.block_types[i] == "ResBlock"
-        block = 2 * C * C * 9 if residual else _efficientvit_macs(config, C, len(config.qkv_multiscales[i]))
-        total += pixels[i] * config.decoder_layers[i] * block
+        count, residual = config.decoder_layers[i], config.decoder_block_types[i] == "ResBlock"
+        if i < last and count:  # the up-sampling convolution into this stage: at its resolution, or before it
+            shuffle = config.upsample == "pixel_shuffle"
+            total += pixels[i + 1] * widths[i + 1] * 4 * C * 9 if shuffle else pixels[i] * widths[i + 1] * C * 9
+        scales = len(config.decoder_qkv_multiscales[i])
+        total += pixels[i] * count * (2 * C * C * 9 if residual else _efficientvit_macs(config, C, scales))
     return total
 
 

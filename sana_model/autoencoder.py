@@ -1,243 +1,127 @@
-"""DC-AE, the deep-compression autoencoder: one latent pixel for every 32 × 32 pixels of an image.
+"""DC-AE, the deep-compression autoencoder: one latent pixel for every 32 × 32 pixels of an image, or 64 × 64 or 128 × 128.
 
-    encode   image  → conv → 6 stages of blocks, each but the last ends in a ½ downsampling → conv → latent
+    encode   image  → conv → stages of blocks, each but the last ends in a ½ downsampling → conv → latent
     decode   latent → conv → the stages in reverse, each but the first starts with a ×2 upsampling → norm → conv → image
 
-The three outer stages, of high resolution, are made of `ResBlock`s; the three inner ones of `EfficientViTBlock`s.
-Whatever changes the resolution carries a shortcut without parameters that only moves pixels into channels or back
-("residual autoencoding", arXiv 2410.10733, section 3.2), so the convolution beside it learns a correction.
+SANA's has 6 stages: the three outer ones, of high resolution, are made of `ResBlock`s; the three inner ones of
+`EfficientViTBlock`s. Whatever changes the resolution carries a shortcut without parameters that only moves pixels into
+channels or back ("residual autoencoding", arXiv 2410.10733, section 3.2), so the convolution beside it learns a
+correction. The rest of the family is in `sana_model.family`.
 
-Inside, activations are NHWC: shape (B, H, W, C), contiguous, so norms and linear layers take the last dimension and
-nothing is transposed. Parameters have the names that diffusers' AutoencoderDC gives them; its checkpoints load as they
-are. Run it in fp32 or bf16: the published weights are not safe in fp16, whose range their activations can leave.
+The outer stages, 85 % of the work and all the large tensors, can run in bands (`band_bytes`, sana_model/bands.py): the
+same image in bounded memory.
+
+Activations are NHWC; parameters have the names that diffusers' AutoencoderDC gives them; its checkpoints load as they are.
+Run it in fp32 or bf16: the published weights are not safe in fp16, whose range their activations can leave.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_model.autoencoder_blocks import Conv2d, Downsample, EfficientViTBlock, Head, ResBlock, RMSNorm, Upsample
+from sana_model.bands import run
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS, Ops
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution of NHWC activations. The permutations are views: to PyTorch this is its channels_last format."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, in channels) → (B, H', W', out channels)."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class RMSNorm(nn.Module):
-    """x / RMS(x) · weight + bias over the channels of each pixel (arXiv 1910.07467); the mean square is fp32."""
-
-    def __init__(self, channels: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Two temporaries of x's size and dtype; F.rms_norm on a CPU makes fp32 ones, and they are the peak of a decode.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
-        return torch.addcmul(self.bias, x * scale.to(x.dtype), self.weight)
-
-
-class ResBlock(nn.Module):
-    """x + norm(conv(SiLU(conv(x)))); the norm comes last."""
-
-    def __init__(self, config: AutoencoderConfig, channels: int):
-        super().__init__()
-        self.conv1 = Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = RMSNorm(channels, config.norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One expression: a name for an intermediate tensor would keep it alive until the end.
-        return self.norm(self.conv2(F.silu(self.conv1(x), inplace=True))).add_(x)
-
-
-class MultiScaleProjection(nn.Module):
-    """Queries, keys and values that have looked around: a depthwise k × k, then a 1 × 1 in groups of D channels."""
-
-    def __init__(self, channels: int, kernel: int, head_dim: int):
-        super().__init__()
-        self.proj_in = Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
-        self.proj_out = Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        return self.proj_out(self.proj_in(qkv))
-
-
-class MultiScaleLinearAttention(nn.Module):
-    """x + norm(out(heads)): ReLU linear attention over all pixels, of qkv and of its multi-scale projections.
-
-    A head of D = 32 is 96 *consecutive* channels of the concatenation of to_q, to_k and to_v: first its queries, then
-    its keys, then its values. The three names are only names; head 0 lies entirely in to_q.
-    """
-
-    def __init__(self, config: AutoencoderConfig, channels: int, kernels: tuple[int, ...]):
-        super().__init__()
-        self.ops: Ops = REFERENCE_OPS
-        self.head_dim, self.eps = config.head_dim, config.attention_eps
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(
-            MultiScaleProjection(3 * channels, kernel, config.head_dim) for kernel in kernels
-        )
-        self.to_out = nn.Linear((1 + len(kernels)) * channels, channels, bias=False)
-        self.norm_out = RMSNorm(channels, config.norm_eps)
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """(B, H, W, 3C) → (B, H, W, C). No head spans two scales, so each scale attends by itself."""
-        heads = qkv.flatten(1, 2).unflatten(-1, (-1, 3 * self.head_dim))  # (B, N, C / D, 3D)
-        q, k, v = heads.chunk(3, dim=-1)
-        return self.ops.linear_attention(q, k, v, eps=self.eps).reshape(*qkv.shape[:3], -1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=-1)
-        scales = [self.attend(qkv), *(self.attend(project(qkv)) for project in self.to_qkv_multiscale)]
-        return self.norm_out(self.to_out(torch.cat(scales, dim=-1))).add_(x)
-
-
-class GLUMBConv(nn.Module):
-    """x + norm(MixFFN(x)): the Mix-FFN of the DiT, here with F = 4C and a norm."""
-
-    def __init__(self, config: AutoencoderConfig, channels: int):
-        super().__init__()
-        self.ops: Ops = REFERENCE_OPS
-        width = 4 * channels
-        self.conv_inverted = nn.Conv2d(channels, 2 * width, 1)
-        self.conv_depth = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
-        self.conv_point = nn.Conv2d(width, channels, 1, bias=False)
-        self.norm = RMSNorm(channels, config.norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        y = self.ops.mix_ffn(
-            x.flatten(1, 2), height, width,
-            self.conv_inverted.weight.flatten(1), self.conv_inverted.bias,
-            self.conv_depth.weight, self.conv_depth.bias,
-            self.conv_point.weight.flatten(1),
-        )  # fmt: skip
-        return self.norm(y.unflatten(1, (height, width))).add_(x)
-
-
-class EfficientViTBlock(nn.Module):
-    """Attention, which sees the whole image, then a Mix-FFN, which sees the neighbourhood (arXiv 2205.14756)."""
-
-    def __init__(self, config: AutoencoderConfig, channels: int, kernels: tuple[int, ...]):
-        super().__init__()
-        self.attn = MultiScaleLinearAttention(config, channels, kernels)
-        self.conv_out = GLUMBConv(config, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(self.attn(x))
-
-
-class Downsample(nn.Module):
-    """conv(x), stride 2, + shortcut: 2 × 2 pixels into channels, averaged in groups down to `out_channels`."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        unshuffled = x.reshape(B, H // 2, 2, W // 2, 2, -1).permute(0, 1, 3, 5, 2, 4)  # (B, H/2, W/2, C, 2, 2)
-        shortcut = unshuffled.reshape(B, H // 2, W // 2, self.conv.out_channels, -1).mean(-1)
-        return shortcut.add_(self.conv(x))
-
-
-class Upsample(nn.Module):
-    """conv(nearest ×2 of x) + shortcut: channels, repeated up to 4 · out_channels, into 2 × 2 pixels."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.repeats = 4 * out_channels // in_channels
-        self.conv = Conv2d(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        nearest = x[:, :, None, :, None].expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C)
-        y = self.conv(nearest)
-        # The repetition and the shuffle are both views; the one pass over memory is the addition.
-        repeated = x.unsqueeze(-1).expand(B, H, W, C, self.repeats)
-        shuffled = repeated.reshape(B, H, W, -1, 2, 2).permute(0, 1, 4, 2, 5, 3)  # (B, H, 2, W, 2, out channels)
-        y.unflatten(2, (W, 2)).unflatten(1, (H, 2)).add_(shuffled)
-        return y
-
-
-def _blocks(config: AutoencoderConfig, stage: int, count: int) -> list[nn.Module]:
-    channels, kind = config.widths[stage], config.block_types[stage]
+def _blocks(config: AutoencoderConfig, side: str, stage: int) -> list[nn.Module]:
+    """The blocks of a stage of the "encoder" or "decoder"."""
+    C, kind = config.widths[stage], getattr(config, f"{side}_block_types")[stage]
+    count = getattr(config, f"{side}_layers")[stage]
+    norm, activation = (
+        (config.decoder_norms[stage], config.decoder_activations[stage]) if side == "decoder" else ("rms_norm", "silu")
+    )
     if kind == "ResBlock":
-        return [ResBlock(config, channels) for _ in range(count)]
+        return [ResBlock(config, C, norm, activation) for _ in range(count)]
     if kind == "EfficientViTBlock":
-        return [EfficientViTBlock(config, channels, config.qkv_multiscales[stage]) for _ in range(count)]
+        kernels = getattr(config, f"{side}_qkv_multiscales")[stage]
+        return [EfficientViTBlock(config, C, kernels, norm) for _ in range(count)]
     raise UserError(f"autoencoder block {kind!r} is not supported; ResBlock and EfficientViTBlock are")
 
 
 class Encoder(nn.Module):
-    """Images (B, H, W, 3) → latents (B, H/32, W/32, 32)."""
+    """Images (B, H, W, 3) → latents (B, h, w, latent channels)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        widths = config.widths
-        self.conv_in = Conv2d(3, widths[0], 3, padding=1)
+        self.ops: Ops = REFERENCE_OPS
+        widths, unshuffle = config.widths, config.downsample == "pixel_unshuffle"
+        self.shortcut = config.encoder_out_shortcut
+        self.conv_in = (
+            Conv2d(3, widths[0]) if config.encoder_layers[0] else Downsample(3, widths[1], unshuffle, shortcut=False)
+        )
         self.down_blocks = nn.ModuleList()
         for stage, count in enumerate(config.encoder_layers):
-            down = [Downsample(*widths[stage : stage + 2])] if stage < len(widths) - 1 else []
-            self.down_blocks.append(nn.Sequential(*_blocks(config, stage, count), *down))
-        self.conv_out = Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+            down = count and stage < len(widths) - 1
+            layers = [Downsample(*widths[stage : stage + 2], unshuffle)] if down else []
+            self.down_blocks.append(nn.Sequential(*_blocks(config, "encoder", stage), *layers))
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            for block in stage:
-                x = block(x)
-        return self.conv_out(x) + x.unflatten(-1, (self.conv_out.out_channels, -1)).mean(-1)
+    def forward(self, x: Tensor, band_bytes: int | None = None) -> Tensor:
+        layers = [self.conv_in, *(layer for stage in self.down_blocks for layer in stage)]
+        outer = next((i for i, layer in enumerate(layers) if not hasattr(layer, "bands")), len(layers))
+        x = run(layers[outer:], run(layers[:outer], x, band_bytes))
+        y = self.ops.conv2d(x, self.conv_out.weight, self.conv_out.bias)
+        return y + x.unflatten(-1, (y.shape[-1], -1)).mean(-1) if self.shortcut else y
 
 
 class Decoder(nn.Module):
-    """Latents (B, h, w, 32) → images (B, 32h, 32w, 3)."""
+    """Latents (B, h, w, latent channels) → images (B, H, W, 3)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        widths = config.widths
-        self.conv_in = Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.ops: Ops = REFERENCE_OPS
+        widths, self.shuffle = config.widths, config.upsample == "pixel_shuffle"
+        self.shortcut, self.out_activation = config.decoder_in_shortcut, config.out_activation
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
         for stage, count in enumerate(config.decoder_layers):
-            up = [Upsample(widths[stage + 1], widths[stage])] if stage < len(widths) - 1 else []
-            self.up_blocks.append(nn.Sequential(*up, *_blocks(config, stage, count)))
-        self.norm_out = RMSNorm(widths[0], config.norm_eps)
-        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
+            up = count and stage < len(widths) - 1
+            layers = [Upsample(widths[stage + 1], widths[stage], self.shuffle)] if up else []
+            self.up_blocks.append(nn.Sequential(*layers, *_blocks(config, "decoder", stage)))
+        self.grows = not config.decoder_layers[0]  # the last layer doubles the resolution
+        if self.grows and not self.shuffle:
+            raise UserError(
+                "a decoder without layers at the full resolution is supported with pixel_shuffle, not with interpolate"
+            )
+        C = widths[1 if self.grows else 0]
+        self.norm_out = RMSNorm(C, config.norm_eps)
+        self.conv_out = Upsample(C, 3, self.shuffle) if self.grows else nn.Conv2d(C, 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z) + z.repeat_interleave(self.conv_in.out_channels // z.shape[-1], dim=-1)
+    def forward(self, z: Tensor, band_bytes: int | None = None) -> Tensor:
+        x = self.ops.conv2d(z, self.conv_in.weight, self.conv_in.bias)
+        if self.shortcut:
+            x = x + z.repeat_interleave(x.shape[-1] // z.shape[-1], dim=-1)
+        layers = [layer for stage in reversed(self.up_blocks) for layer in stage]
+        conv = self.conv_out.conv if self.grows else self.conv_out
+        layers.append(Head(self.ops, self.norm_out, self.out_activation, conv, self.grows))
         # Block by block rather than stage by stage: a variable here keeps its tensor alive, and at the full resolution
         # each weighs 256 MiB per image of 1024 px in bf16.
-        for stage in reversed(self.up_blocks):
-            for block in stage:
-                x = block(x)
-        return self.conv_out(F.relu(self.norm_out(x), inplace=True))
+        inner = next(i for i in range(len(layers), -1, -1) if not i or not hasattr(layers[i - 1], "bands"))
+        x = run(layers[:inner], x)
+        return run(layers[inner:], x, band_bytes)
 
 
 class Autoencoder(nn.Module):
     """The pair of networks. Latents are those of the networks: multiply by `config.scaling_factor` to get the DiT's.
 
     Inputs are cast to the dtype of the weights. Activations are channels_last; weights may be so too, by
-    `autoencoder.to(memory_format=torch.channels_last)` after loading.
+    `autoencoder.to(memory_format=torch.channels_last)` after loading. With `band_bytes`, the convolutional stages run in
+    bands of about that size.
     """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+        self.band_bytes: int | None = None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, between 8-bit products too."""
+        return self.decoder.norm_out.weight.dtype
 
     def use(self, ops: Ops) -> None:
         """Compute with these ops from now on."""
@@ -255,16 +139,16 @@ class Autoencoder(nn.Module):
             raise UserError(
                 f"images must be (B, 3, H, W) with H and W multiples of {factor}; these are {tuple(images.shape)}"
             )
-        x = images.to(self.encoder.conv_in.weight.dtype).permute(0, 2, 3, 1).contiguous()
-        return self.encoder(x).permute(0, 3, 1, 2).contiguous()
+        x = images.to(self.dtype).permute(0, 2, 3, 1).contiguous()
+        return self.encoder(x, self.band_bytes).permute(0, 3, 1, 2).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 32, h, w) → images (B, 3, 32h, 32w), about [-1, 1] and not clamped; physically NHWC."""
         channels = self.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise UserError(f"latents must be (B, {channels}, h, w); these are {tuple(latents.shape)}")
-        z = latents.to(self.decoder.conv_in.weight.dtype).permute(0, 2, 3, 1).contiguous()
-        return self.decoder(z).permute(0, 3, 1, 2)
+        z = latents.to(self.dtype).permute(0, 2, 3, 1).contiguous()
+        return self.decoder(z, self.band_bytes).permute(0, 3, 1, 2)
 
     def tiled_decode(self, latents: Tensor, tile: int = 512, stride: int = 448) -> Tensor:
         """`decode` in tiles of `tile` pixels every `stride` pixels, cross-faded where they overlap; as diffusers tiles.
@@ -278,9 +162,7 @@ class Autoencoder(nn.Module):
                 f"tile {tile} and stride {stride} do not fit: both must be multiples of {factor}, 0 < stride <= tile"
             )
         B, _, H, W = latents.shape
-        image = torch.empty(
-            B, 3, H * factor, W * factor, dtype=self.decoder.conv_in.weight.dtype, device=latents.device
-        )
+        image = torch.empty(B, 3, H * factor, W * factor, dtype=self.dtype, device=latents.device)
         overlap, span, step = tile - stride, tile // factor, stride // factor
         above: dict[int, Tensor] = {}  # the bottom `overlap` rows of the tiles above, by column
         for top in range(0, H, step):

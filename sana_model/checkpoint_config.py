@@ -222,39 +222,58 @@ def write_text_encoder(config: TextEncoderConfig, dtype: str) -> dict:
     }
 
 
+_PER_STAGE = ("block_types", "qkv_multiscales")  # of encoder and decoder each
+_NAMES = {"encoder_layers": "encoder_layers_per_block", "decoder_layers": "decoder_layers_per_block"}
+_NAMES |= {"decoder_norms": "decoder_norm_types", "decoder_activations": "decoder_act_fns"}
+_NAMES |= {f"{side}_{key}": f"{side}_{key}" for side in ("encoder", "decoder") for key in _PER_STAGE}
+"""What is told per stage: field of AutoencoderConfig → diffusers' name."""
+
+
 def read_autoencoder(values: Mapping, file: str | Path) -> AutoencoderConfig:
-    """vae/config.json → AutoencoderConfig. Absent fields have diffusers' defaults, not all of which are supported."""
+    """vae/config.json → AutoencoderConfig. Absent fields have diffusers' defaults."""
     f, ours = Fields(values, file), AutoencoderConfig()
     f.require("_class_name", "AutoencoderDC")
+    f.require("in_channels", 3)
+    widths = {side: tuple(f.get(f"{side}_block_out_channels", ours.widths)) for side in ("encoder", "decoder")}
+    if widths["encoder"] != widths["decoder"]:
+        raise UserError(
+            f"{file}: encoder_block_out_channels and decoder_block_out_channels differ; supported are equal ones"
+        )
+    widths = widths["decoder"]
+    defaults = {field: getattr(ours, field) for field in _NAMES}
+    defaults |= dict.fromkeys(("encoder_block_types", "decoder_block_types"), "ResBlock")
 
-    def per_stage(key: str, default: tuple) -> tuple:
-        value = f.get(key, default)
-        value = [value] * len(ours.widths) if isinstance(value, str) else value
+    def per_stage(field: str) -> tuple:
+        value = f.get(_NAMES[field], defaults[field])
+        value = (value,) * len(widths) if isinstance(value, str) else tuple(value)
+        if len(value) != len(widths):
+            raise UserError(f"{file}: {_NAMES[field]} has {len(value)} stages, but there are {len(widths)} widths")
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
 
-    def both(key: str, default: tuple) -> tuple:
-        encoder, decoder = per_stage(f"encoder_{key}", default), per_stage(f"decoder_{key}", default)
-        if encoder != decoder:
-            raise UserError(f"{file}: encoder_{key} and decoder_{key} differ; supported are equal ones")
-        return decoder
-
-    f.require("in_channels", 3)
-    f.require("upsample_block_type", "interpolate", default="pixel_shuffle")
-    f.require("downsample_block_type", "Conv", "conv", default="pixel_unshuffle")
-    f.require("decoder_conv_act_fn", "relu")
-    f.require("encoder_out_shortcut", True)
-    f.require("decoder_in_shortcut", True)
-    for key, supported in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
-        if set(per_stage(key, (supported,))) != {supported}:
-            raise UserError(f"{file}: {key} is {json.dumps(f.values[key])}; supported is {supported!r} in every stage")
+    stages = {field: per_stage(field) for field in _NAMES}
+    choices = {
+        "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_norms": ("rms_norm", "batch_norm"), "decoder_activations": ("silu", "relu"),
+    }  # fmt: skip
+    for field, known in choices.items():
+        if unknown := set(stages[field]) - set(known):
+            raise UserError(
+                f"{file}: {_NAMES[field]} has {json.dumps(unknown.pop())}; supported are {' and '.join(known)}"
+            )
+    f.require("upsample_block_type", "interpolate", "pixel_shuffle", default="pixel_shuffle")
+    f.require("downsample_block_type", "Conv", "conv", "pixel_unshuffle", default="pixel_unshuffle")
+    f.require("decoder_conv_act_fn", "relu", "silu", default="relu")
     config = AutoencoderConfig(
         latent_channels=f.get("latent_channels", ours.latent_channels),
         head_dim=f.get("attention_head_dim", ours.head_dim),
-        widths=both("block_out_channels", ours.widths),
-        encoder_layers=per_stage("encoder_layers_per_block", ours.encoder_layers),
-        decoder_layers=per_stage("decoder_layers_per_block", ours.decoder_layers),
-        block_types=both("block_types", ("ResBlock",) * 6),
-        qkv_multiscales=both("qkv_multiscales", ours.qkv_multiscales),
+        widths=widths,
+        **stages,
+        downsample=f.get("downsample_block_type", "pixel_unshuffle").lower(),
+        upsample=f.get("upsample_block_type", "pixel_shuffle"),
+        encoder_out_shortcut=f.get("encoder_out_shortcut", True),
+        decoder_in_shortcut=f.get("decoder_in_shortcut", True),
+        out_activation=f.get("decoder_conv_act_fn", "relu"),
         scaling_factor=f.get("scaling_factor", 1.0),
     )
     f.no_others()
@@ -263,24 +282,19 @@ def read_autoencoder(values: Mapping, file: str | Path) -> AutoencoderConfig:
 
 def write_autoencoder(config: AutoencoderConfig) -> dict:
     """AutoencoderConfig → vae/config.json."""
-    both = {
-        "block_types": config.block_types,
-        "block_out_channels": config.widths,
-        "qkv_multiscales": config.qkv_multiscales,
-    }
     return {
         "_class_name": "AutoencoderDC",
         "in_channels": 3,
         "latent_channels": config.latent_channels,
         "attention_head_dim": config.head_dim,
-        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()},
-        "encoder_layers_per_block": config.encoder_layers,
-        "decoder_layers_per_block": config.decoder_layers,
-        "upsample_block_type": "interpolate",
-        "downsample_block_type": "Conv",
-        "decoder_norm_types": "rms_norm",
-        "decoder_act_fns": "silu",
-        "decoder_conv_act_fn": "relu",
+        "encoder_block_out_channels": config.widths,
+        "decoder_block_out_channels": config.widths,
+        **{name: getattr(config, field) for field, name in _NAMES.items()},
+        "upsample_block_type": config.upsample,
+        "downsample_block_type": "Conv" if config.downsample == "conv" else config.downsample,
+        "encoder_out_shortcut": config.encoder_out_shortcut,
+        "decoder_in_shortcut": config.decoder_in_shortcut,
+        "decoder_conv_act_fn": config.out_activation,
         "scaling_factor": config.scaling_factor,
     }
 

@@ -68,15 +68,28 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """DC-AE (`sana_model.autoencoder`). The defaults are dc-ae-f32c32-sana-1.0 / 1.1."""
+    """DC-AE (`sana_model.autoencoder`). The defaults are dc-ae-f32c32-sana-1.0 / 1.1; for the others, `sana_model.family`.
+
+    What is given per stage starts at the full resolution, in the decoder too. A stage of no layers is left out: the
+    convolution beyond it changes the resolution instead.
+    """
 
     latent_channels: int = 32
     head_dim: int = 32
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     encoder_layers: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
     decoder_layers: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
-    block_types: tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    encoder_block_types: tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    decoder_block_types: tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_norms: tuple[str, ...] = ("rms_norm",) * 6  # rms_norm | batch_norm; the encoder's are all rms_norm
+    decoder_activations: tuple[str, ...] = ("silu",) * 6  # silu | relu, in ResBlocks; the encoder's are all silu
+    downsample: str = "conv"  # conv (of stride 2) | pixel_unshuffle (after the convolution)
+    upsample: str = "interpolate"  # interpolate (nearest, before the convolution) | pixel_shuffle (after it)
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    out_activation: str = "relu"  # silu | relu, before the last convolution
     scaling_factor: float = 0.41407
     attention_eps: float = 1e-15
     norm_eps: float = 1e-5

@@ -6,7 +6,7 @@ it before the first step.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 
 import sana_kernels
 
@@ -22,6 +22,20 @@ class Ops:
     gate_residual: Callable
     cross_attention: Callable
     mix_ffn: Callable
+    depthwise_glu: Callable
+    gemm_w4a16: Callable
+    gemm_w4a4: Callable
+    quantize_int4: Callable
+    conv2d: Callable
+    upsample: Callable
+    multi_scale: Callable
+    rms_norm: Callable
 
 
-REFERENCE_OPS = Ops(**{f.name: partial(getattr(sana_kernels, f.name), backend="reference") for f in fields(Ops)})
+@cache
+def ops_on(backend: str) -> Ops:
+    """All of them on one backend."""
+    return Ops(**{f.name: partial(getattr(sana_kernels, f.name), backend=backend) for f in fields(Ops)})
+
+
+REFERENCE_OPS = ops_on("reference")

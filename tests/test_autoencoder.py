@@ -11,7 +11,7 @@ from compare import assert_close, relative_rms
 from diffusers import AutoencoderDC
 from torch.overrides import TorchFunctionMode
 
-from sana_model import autoencoder
+from sana_model import autoencoder_blocks as blocks
 from sana_model.autoencoder import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.errors import UserError
@@ -27,19 +27,24 @@ EXACT = 1e-13  # of the RMS, in fp64
 
 
 def build_public(config: AutoencoderConfig) -> AutoencoderDC:
-    both = {
-        "block_types": config.block_types,
-        "block_out_channels": config.widths,
-        "qkv_multiscales": config.qkv_multiscales,
-    }
     return AutoencoderDC(
         latent_channels=config.latent_channels,
         attention_head_dim=config.head_dim,
+        encoder_block_out_channels=config.widths,
+        decoder_block_out_channels=config.widths,
         encoder_layers_per_block=config.encoder_layers,
         decoder_layers_per_block=config.decoder_layers,
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in both.items()},
+        encoder_block_types=config.encoder_block_types,
+        decoder_block_types=config.decoder_block_types,
+        encoder_qkv_multiscales=config.encoder_qkv_multiscales,
+        decoder_qkv_multiscales=config.decoder_qkv_multiscales,
+        decoder_norm_types=config.decoder_norms,
+        decoder_act_fns=config.decoder_activations,
+        decoder_conv_act_fn=config.out_activation,
+        downsample_block_type=config.downsample,
+        upsample_block_type=config.upsample,
+        encoder_out_shortcut=config.encoder_out_shortcut,
+        decoder_in_shortcut=config.decoder_in_shortcut,
     ).eval()
 
 
@@ -170,24 +175,25 @@ def test_parity_can_fail(small, mistake, monkeypatch):
 
         def attend(self, qkv):
             q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-            return self.ops.linear_attention(q, k, v, eps=self.eps).reshape(*qkv.shape[:3], -1)
+            return self.ops.linear_attention(q, k, v, eps=self.eps).flatten(2)
 
-        monkeypatch.setattr(autoencoder.MultiScaleLinearAttention, "attend", attend)
+        monkeypatch.setattr(blocks.MultiScaleLinearAttention, "attend", attend)
     if mistake == "norm bias":
         for name, p in ours.named_parameters():
             if "norm" in name and name.endswith("bias"):
                 p.zero_()
     if mistake == "shortcut":
-        monkeypatch.setattr(autoencoder.Upsample, "forward", _upsample_shuffled_wrongly)
+        monkeypatch.setattr(blocks.Upsample, "compute", _upsample_shuffled_wrongly)
     z = awkward_input("decode", (3, 5))
     with pytest.raises(AssertionError):
         assert_close(ours.double().decode(z), exactly(public, "decode", z), 10 * EXACT)
 
 
-def _upsample_shuffled_wrongly(self, x):
+def _upsample_shuffled_wrongly(self, x, band):
     """Rows and columns of the pixel shuffle changed places."""
-    y = self.conv(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2))
-    repeated = x.repeat_interleave(self.repeats, dim=-1).permute(0, 3, 2, 1)
+    nearest = x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    y = self.ops.conv2d(nearest, self.conv.weight, self.conv.bias)
+    repeated = x.repeat_interleave(y.shape[-1] * 4 // x.shape[-1], dim=-1).permute(0, 3, 2, 1)
     return y + torch.nn.functional.pixel_shuffle(repeated, 2).permute(0, 3, 2, 1)
 
 
@@ -260,7 +266,7 @@ def test_every_block_uses_the_chosen_ops():
         (lambda ae: ae.decode(torch.zeros(1, 16, 2, 2)), r"\(B, 32, h, w\)"),
         (lambda ae: ae.tiled_decode(torch.zeros(1, 32, 2, 2), tile=500), "multiples of 32"),
         (lambda ae: ae.tiled_decode(torch.zeros(1, 32, 2, 2), tile=64, stride=96), "0 < stride <= tile"),
-        (lambda ae: Autoencoder(replace(SMALL, block_types=("Conv",) * 6)), "'Conv' is not supported"),
+        (lambda ae: Autoencoder(replace(SMALL, decoder_block_types=("Conv",) * 6)), "'Conv' is not supported"),
     ],
 )
 def test_mistakes_are_named(small, call, says):

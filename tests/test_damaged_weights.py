@@ -75,7 +75,7 @@ DAMAGE = {
         "rope is true; this setting is not known",
     ),
     "another autoencoder": (
-        lambda f: edit(f, "vae/config.json", upsample_block_type="pixel_shuffle"),
+        lambda f: edit(f, "vae/config.json", upsample_block_type="bilinear"),
         "upsample_block_type is",
     ),
     "another text encoder": (

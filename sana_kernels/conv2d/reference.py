@@ -62,8 +62,9 @@ class Band(NamedTuple):
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float) -> Tensor:
     """(B, H, W, C), (C,), (C,), (B, H, W, C) or None → (B, H, W, C), in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean_square = x.to(wide).square().mean(-1, keepdim=True)
-    y = ACTIVATIONS[activation](torch.addcmul(bias, x * torch.rsqrt(mean_square + eps).to(x.dtype), weight))
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()  # with no wide copy of x
+    scale = torch.rsqrt(square / x.shape[-1] + eps).to(x.dtype)
+    y = ACTIVATIONS[activation](torch.addcmul(bias, x * scale, weight))
     return y if residual is None else y + residual
 
 

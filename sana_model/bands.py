@@ -1,0 +1,135 @@
+"""A chain of convolutional layers over an image, in horizontal bands: the same pixels, bit for bit, in bounded memory.
+
+    image rows   ──►  layer  ──►  layer  ──►  …  ──►  result rows
+                 a few rows in flight between each two
+
+Row r of a 3×3 convolution needs rows r − 1, r and r + 1 of its argument. So a convolution can make some rows of its result
+as soon as one row more has come in, and must keep no more than the last rows that it has read. Chained, the layers of a
+whole network pass bands of rows along: every row is made once, out of the very numbers that the whole image would give,
+so no seam can arise. Memory is a few bands for each layer, whatever the height of the image, and bands that stay in the
+cache are also faster.
+
+Bands end at multiples of 8 rows, the height of the tiles that share a scale in W8A8 (sana_kernels/conv2d/reference.py).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sana_kernels.conv2d import TILE, Band
+
+
+class Bands(NamedTuple):
+    """An image on its way: consecutive rows (1, rows, W, C) of an image of `height` rows."""
+
+    height: int
+    rows: Iterator[Tensor]
+
+
+class Layer(Protocol):
+    """A layer that sees a neighbourhood of each pixel."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, H, W, in) → (B, H', W', out)."""
+
+    def bands(self, x: Bands) -> Bands:
+        """The same of an image on its way."""
+
+
+class Window:
+    """The rows of an image that have come in and are still needed: rows `start` to `end` − 1."""
+
+    def __init__(self):
+        self.start = self.end = 0
+        self._rows: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        self._rows = rows if self.start == self.end else torch.cat([self._rows, rows], dim=1)
+        self.end += rows.shape[1]
+
+    def drop(self, first: int) -> None:
+        """Rows before `first` are no longer needed."""
+        if first > self.start:
+            self._rows = self._rows[:, first - self.start :].clone()  # not a view: the rest shall leave memory
+            self.start = first
+
+    def rows(self, first: int | None = None, last: int | None = None) -> Tensor:
+        """Rows `first` to `last` − 1, a view; by default, all."""
+        return self._rows if first is None else self._rows[:, first - self.start : last - self.start]
+
+
+def whole(x: Tensor) -> Band:
+    """The band that is the whole image (B, H, W, C)."""
+    return Band(0, 0, x.shape[1], x.shape[1])
+
+
+def sweep(compute: Callable[[Tensor, Band], Tensor], x: Bands, step: int = 1, below: int = 1) -> Iterator[Tensor]:
+    """compute(rows, band) for band after band, as soon as `rows` holds what `band` of the result sees.
+
+    Row r of the result (2 of `upsample`'s) sees rows step · r − 1 to step · (r + 1) − 1 + below of the image.
+    """
+    window, done, count = Window(), 0, x.height // step
+    for rows in x.rows:
+        window.add(rows)
+        ready = count if window.end == x.height else (window.end - below) // step // TILE[0] * TILE[0]
+        if ready > done:
+            yield compute(window.rows(), Band(window.start, done, ready, x.height))
+            done = ready
+            window.drop(max(0, step * done - 1))
+
+
+class Neighbourhood:
+    """What layers have in common that are one `compute`: the rows of a band of the result, out of rows of the image."""
+
+    step = 1  # each row of the image counts, or each pair of rows
+    growth = 1  # rows of the result for each of these
+    below = 1  # rows that the result sees below its own; above, it is always one
+    compute: Callable[[Tensor, Band], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, Band(0, 0, x.shape[1] // self.step, x.shape[1]))
+
+    def bands(self, x: Bands) -> Bands:
+        return Bands(x.height // self.step * self.growth, sweep(self.compute, x, self.step, self.below))
+
+
+def remember(x: Bands, window: Window) -> Bands:
+    """The same image, whose rows also go into a window, for whoever needs them later."""
+
+    def rows() -> Iterator[Tensor]:
+        for piece in x.rows:
+            window.add(piece)
+            yield piece
+
+    return Bands(x.height, rows())
+
+
+def run(layers: list[Layer], x: Tensor, band_bytes: int | None = None) -> Tensor:
+    """`layers` one after the other on x (B, H, W, C): whole, or in bands of about `band_bytes`, which gives the same.
+
+    The same bit for bit, that is, on kernels that make each row alike, however many of them are asked for: on the CPU's,
+    and not on the library's.
+    """
+    if band_bytes is None:
+        for layer in layers:
+            x = layer(x)
+        return x
+    if len(x) > 1:
+        return torch.cat([run(layers, image, band_bytes) for image in x.split(1)])
+    bands = Bands(x.shape[1], iter([x]))
+    for layer in layers:
+        bands = layer.bands(_split(bands, band_bytes))
+    return torch.cat(list(bands.rows), dim=1)
+
+
+def _split(x: Bands, band_bytes: int) -> Bands:
+    """The same image in pieces of at most `band_bytes`, in whole tiles."""
+
+    def rows() -> Iterator[Tensor]:
+        for piece in x.rows:
+            height = max(1, band_bytes // (TILE[0] * piece[:, :1].nbytes)) * TILE[0]
+            yield from piece.split(height, dim=1)
+
+    return Bands(x.height, rows())
