@@ -9,7 +9,8 @@ from sana_model.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"w8a8": torch.int8}  # what matrix products run in, where not in the dtype of the rest, bf16
-PRECISIONS = DTYPES | dict.fromkeys(QUANTIZED, torch.bfloat16)
+FOUR_BIT = ("w4a8", "w4a4", "w4a16")  # what weights are stored in; sana_model/plan.py says what they are executed in
+PRECISIONS = DTYPES | dict.fromkeys((*QUANTIZED, *FOUR_BIT), torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def precisions_for(precision: str, text: str | None = None, decoder: str | None 
     others = "fp32" if precision == "fp32" else "bf16"
     names = {"dit": precision, "text_encoder": text or others, "autoencoder": decoder or others}
     for part, name in names.items():
-        known = DTYPES if part == "autoencoder" else PRECISIONS
+        known = DTYPES | QUANTIZED if part == "autoencoder" else PRECISIONS
         if name not in known:
             raise UserError(
                 f"precision {name!r} is not known for the {part.replace('_', ' ')}; choose one of {', '.join(known)}"

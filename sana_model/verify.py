@@ -72,8 +72,10 @@ def verify(model: str | Path, precision: str = "fp32", *, base: str | None = Non
     transformers.
     """
     all_parts = {"precision": precision, "text_precision": precision, "decoder_precision": precision}
+    source = find(model, base)
+    source.refuse_quantized("comparing with diffusers")
     pipe = load(str(model), backend="reference", device="cpu", base=base, **all_parts)
-    folder = find(model, base).folder
+    folder = source.folder
     rows = [_weights(pipe, folder, part) for part in FOLDERS] if folder else []
     theirs = interop.diffusers_pipeline(pipe.model)
     theirs.set_progress_bar_config(disable=True)

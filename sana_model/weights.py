@@ -7,13 +7,15 @@ checks its file and returns another that reads the values. All parts are opened 
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sana_kernels.quant.checkpoint import FILE as QUANTIZED_FILE
+from sana_kernels.quant.checkpoint import Header
 from sana_model import checkpoint_config as configs
 from sana_model import defaults, hub, keys
 from sana_model.autoencoder import Autoencoder
@@ -31,6 +33,7 @@ from sana_model.config import BUILT_IN, DIALECTS, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import UserError
 from sana_model.loaded import LoadedModel
+from sana_model.quantized_checkpoint import header_in, open_quantized
 from sana_model.random_weights import random_autoencoder, random_dit, random_text_encoder
 from sana_model.saving import refuse_to_destroy, save_diffusers, save_original
 from sana_model.text_encoder import TextEncoder
@@ -55,6 +58,15 @@ class Source:
     tokenizer_folder: Path | None
     folder: Path | None = None  # the diffusers folder, where all parts are in one
     precision: str | None = None  # fp32, bf16 or fp16, where the folder's sana.json asks for one
+    quantized: dict[str, Header] = field(default_factory=dict)  # "dit", "text_encoder": those that are
+
+    def refuse_quantized(self, purpose: str) -> None:
+        """Raise UserError for a quantised model, where 16-bit weights are needed."""
+        for part, header in self.quantized.items():
+            raise UserError(
+                f"{self.name} is quantised (its {part.replace('_', ' ')} is stored in {header.precision}), and {purpose}"
+                f" needs unquantised weights: those that it was made from ({header.model})"
+            )
 
 
 def load_model(
@@ -172,15 +184,22 @@ def _folder(folder: Path, name: str, label: str) -> Source:
                 names = [file.name for file in place.iterdir()]
             except OSError as error:
                 raise UserError(f"cannot read {place}: {error.strerror}") from error
+            if QUANTIZED_FILE in names:
+                name = "text_encoder" if part == "text" else part
+                return open_quantized(place, name, partial(_empty, part, config), dtype)
+            if ours.get("random") and not any(name.endswith(".safetensors") for name in names):
+                return _random(config).open[part](config, dtype)
             checkpoint = open_safetensors([place / name for name in choose_weights(names, dtype, str(place))])
             return _reader(part, config, checkpoint, dtype)
 
         return open_part
 
     openers = {part: opener(part) for part in PARTS}
+    headers = filter(None, (header_in(folder / FOLDERS[part]) for part in ("dit", "text")))
     return Source(
-        config, label, ours.get("random", False), openers, folder / "tokenizer", folder, ours.get("precision")
-    )
+        config, label, ours.get("random", False), openers, folder / "tokenizer", folder, ours.get("precision"),
+        {header.part: header for header in headers},
+    )  # fmt: skip
 
 
 def _what_is(folder: Path) -> str:
@@ -276,10 +295,12 @@ def convert(
 
     Values and dtypes stay as they are. `base` as in `load_model`.
     """
+    if to not in ("diffusers", "original"):
+        raise UserError(f"a model is converted to 'diffusers' or to 'original', not to {to!r}")
+    found = find(source, base)
+    found.refuse_quantized("converting")
     if to == "diffusers":
         refuse_to_destroy(Path(destination), force)
-        save_diffusers(destination, load_model(source, base=base), force=force)
-    elif to == "original":
-        save_original(destination, load_model(source, base=base, parts=("dit",)))
+        save_diffusers(destination, load_model(found), force=force)
     else:
-        raise UserError(f"a model is converted to 'diffusers' or to 'original', not to {to!r}")
+        save_original(destination, load_model(found, parts=("dit",)))

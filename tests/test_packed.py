@@ -31,12 +31,12 @@ def test_packing_is_undone_to_the_bit(dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_computes_what_the_layer_computes(quantized, limit, bias):
     layer, x = linear(bias=bias), signed(2, 3, 5, 96, dtype=torch.bfloat16)
-    packed = PackedLinear(layer, quantized, "cpu")
+    packed = PackedLinear.of(layer, quantized, "cpu")
     exact = nn.functional.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
     y = packed(x)
     assert y.shape == exact.shape and y.dtype == torch.bfloat16
     assert relative_rms(y, exact) < limit
-    other = PackedLinear(linear(bias=bias), quantized, "cpu")
+    other = PackedLinear.of(linear(bias=bias), quantized, "cpu")
     assert relative_rms(other(x), exact) > 0.5
 
 
