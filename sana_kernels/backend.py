@@ -19,7 +19,7 @@ OPS = (
     "mix_ffn", "depthwise_glu", "depthwise_glu_quantized", "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4",
     "conv2d", "upsample", "multi_scale", "rms_norm",
 )  # fmt: skip
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first
+BACKENDS = ("cuda", "triton", "cpu", "library", "reference")  # fastest first; library: a fused GPU kernel of PyTorch's
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType of csrc/common/dtype.h
 
 
@@ -76,7 +76,7 @@ def backend_status(backend: str) -> str | None:
         return f"its C++ module cannot be imported ({extension(f'_{backend}')[1]}); `pip install .` builds it"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; `pip install triton` adds it"
-    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+    if backend in ("cuda", "triton", "library") and not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU" if torch.version.cuda else "this torch is a build without CUDA"
     return None
 

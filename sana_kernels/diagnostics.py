@@ -156,8 +156,8 @@ def _build_info(name: str) -> dict:
 
 def _missing(name: str) -> str:
     """Which entry of HELP turns a backend on that is off."""
-    if name == "triton":
-        return "gpu" if _version("triton") else "triton"
+    if name in ("triton", "library"):
+        return "triton" if name == "triton" and not _version("triton") else "gpu"
     return name if backend.extension(f"_{name}")[0] is None else "gpu"
 
 

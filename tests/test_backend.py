@@ -100,7 +100,9 @@ def test_reasons_are_sentences():
     args = arguments("linear_attention")
     assert why_not("linear_attention", "cpu", *args, device="cuda") == "it runs on cpu tensors, and these are on cuda"
     assert "not torch.float64" in why_not("modulate", "cpu", *(a.double() for a in arguments("modulate")[:3]), 1e-6)
-    with pytest.raises(ValueError, match="'gpu' is not known; choose one of auto, cuda, triton, cpu, reference"):
+    with pytest.raises(
+        ValueError, match="'gpu' is not known; choose one of auto, cuda, triton, cpu, library, reference"
+    ):
         sana_kernels.gate_residual(*arguments("gate_residual"), backend="gpu")
 
 

@@ -178,7 +178,7 @@ def _invalid(change):
         (lambda a: {n: x[..., :12] for n, x in a.items()}, BackendUnavailable, "multiples of 8 up to 128, not 12"),
         (lambda a: {n: x.double() for n, x in a.items()}, BackendUnavailable, "not torch.float64"),
         (lambda a: {"k_norm": torch.ones(96).half()}, BackendUnavailable, "k_norm in torch.float32.*not torch.float16"),
-        (lambda a: {"backend": "fastest"}, ValueError, "choose one of auto, cuda, triton, cpu, reference"),
+        (lambda a: {"backend": "fastest"}, ValueError, "choose one of auto, cuda, triton, cpu, library, reference"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(change, error, message):

@@ -45,7 +45,7 @@ def variants(op: str) -> list:
 
 
 def device_of(variant: str) -> str:
-    return "cuda" if variant in ("cuda", "triton") else "cpu"
+    return "cuda" if variant in ("cuda", "triton", "library") else "cpu"
 
 
 def run(variant: str, op: str, *args, **kwargs) -> torch.Tensor:

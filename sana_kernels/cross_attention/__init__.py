@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import call, define, register
-from sana_kernels.cross_attention import cpu, reference
+from sana_kernels.cross_attention import cpu, library, reference
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """softmax(q kᵀ / √D) v per image and head, over the first lengths[b] of L text tokens.
 
-    q: (B, N, H, D); k, v: (B, L, H, D); one floating dtype and device, any strides. lengths: (B,) integers from 1 to L, best
-    left on the CPU, or None for all L. Returns (B, N, H, D), contiguous, in q's dtype.
+    q: (B, N, H, D); k, v: (B, L, H, D); one floating dtype and device, any strides. lengths: (B,) integers from 1 to L, for
+    the CPU best left there, or None for all L. Returns (B, N, H, D), contiguous, in q's dtype.
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check(q, k, v, lengths)
@@ -46,6 +46,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
 
 
 register("cross_attention", "reference", reference.cross_attention)
+register("cross_attention", "library", library.cross_attention, device="cuda", accepts=library.accepts)
 register("cross_attention", "cpu", cpu.cross_attention, device="cpu", accepts=cpu.accepts)
 define(
     "cross_attention",
