@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from variants import device_of, run, signed, variants
+from variants import device_of, isas, run, signed, variants
 
 import sana_kernels
 from sana_kernels.gemm import int4_reference
@@ -11,6 +11,7 @@ from sana_kernels.gemm import reference as gemm_reference
 from sana_kernels.quant.formats import Int4, dequantize_int4, int4_to_int8, pack_int4, quantize_int4, unpack_int4
 
 BF16, FP32 = torch.bfloat16, torch.float32
+CPU = [f"cpu:{isa}" for isa in isas()]
 
 
 def test_the_format_by_hand():
@@ -109,6 +110,30 @@ def test_w4a16(variant, shape):
     product = x.double() @ dequantize_int4(weight)[:, : shape[3]].t()
     wide = [t.double() for t in rest.values()]
     assert_right(y, int4_reference.finish(product, wide[0], True, *wide[1:], torch.float64), FP32)
+
+
+def test_w4a16_takes_every_dtype_group_and_width():
+    """Rows that end within a group, groups of 128, strided rows, and each activation and result dtype."""
+    for variant in CPU:
+        for x_dtype, dtype, group in ((FP32, FP32, 64), (BF16, BF16, 128), (torch.float16, torch.float16, 64)):
+            wide, rows = signed(2, 3, 150).to(x_dtype), quantize_int4(signed(5, 100) / 8, group=group)
+            x = wide[..., 20:120]
+            y = run(variant, "gemm_w4a16", x, rows)
+            assert y.dtype == dtype
+            assert_right(y, x.double() @ dequantize_int4(rows)[:, :100].t(), dtype)
+
+
+def test_w4a16_has_the_same_bytes_however_the_work_is_split():
+    x, weight, _, _, rest = inputs(1, 71, 130, 2304)
+    for variant in CPU:
+        for some in (x, x.bfloat16()):
+            torch.set_num_threads(1)
+            whole = run(variant, "gemm_w4a16", some, weight, **rest, silu=True, dtype=FP32)
+            torch.set_num_threads(3)
+            assert torch.equal(run(variant, "gemm_w4a16", some, weight, **rest, silu=True, dtype=FP32), whole)
+            rest_of_row = rest | {"residual": rest["residual"][:, 70:]}
+            row = run(variant, "gemm_w4a16", some[:, 70:], weight, **rest_of_row, silu=True, dtype=FP32)
+            assert torch.equal(row, whole[:, 70:])  # one row meets the nibbles, 71 an unpacked panel
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64, 128), (2, 33, 67, 320), (1, 17, 2240, 1152)], ids=str)

@@ -3,6 +3,7 @@
 
 #include "common/bind.h"
 #include "gemm/gemm.h"
+#include "gemm/gemm_w4a16.h"
 
 using namespace sana;
 
@@ -28,6 +29,28 @@ void py_gemm(Address x, Address weight, Address out, int64_t x_stride, const std
   call("gemm", gemm_cpu, p, threads);
 }
 
+// x, its stride in bytes and dtype; values and scale of the weight, groups in a row and their size; the rest as above.
+void py_gemm_w4a16(Address x, int64_t x_stride, int x_dtype, const std::array<Address, 2>& weight,
+                   const std::array<int64_t, 2>& groups, Address out, const std::array<int64_t, 4>& shape,
+                   const std::array<Optional, 2>& floats, Optional residual, int dtype, bool silu, int threads) {
+  Gemm gemm{};
+  gemm.x = pointer(x);
+  gemm.x_stride = x_stride;
+  gemm.bias = pointer<float>(floats[0]);
+  gemm.gate = pointer<float>(floats[1]);
+  gemm.residual = pointer(residual);
+  gemm.out = pointer(out);
+  gemm.M = shape[0], gemm.N = shape[1], gemm.K = shape[2], gemm.image = shape[3];
+  gemm.dtype = DType(dtype);
+  gemm.silu = silu;
+  const GemmW4A16 p = {gemm,      DType(x_dtype), pointer<uint8_t>(weight[0]), pointer<float>(weight[1]),
+                       groups[0], groups[1]};
+  call("gemm_w4a16", gemm_w4a16_cpu, p, threads);
+}
+
 }  // namespace
 
-void bind_gemm(py::module_& module) { module.def("gemm", py_gemm); }
+void bind_gemm(py::module_& module) {
+  module.def("gemm", py_gemm);
+  module.def("gemm_w4a16", py_gemm_w4a16);
+}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import call, define, register
-from sana_kernels.gemm import int4_cuda, int4_reference
+from sana_kernels.gemm import int4_cpu, int4_cuda, int4_reference
 from sana_kernels.quant import formats
 from sana_kernels.quant.formats import GROUP, Int4
 
@@ -146,6 +146,7 @@ register("quantize_int4", "cuda", int4_cuda.quantize_int4, device="cuda", accept
 define("quantize_int4", "Tensor x, Tensor? smooth", _fake_quantize, returns="(Tensor, Tensor)")
 
 register("gemm_w4a16", "reference", int4_reference.gemm_w4a16)
+register("gemm_w4a16", "cpu", int4_cpu.gemm_w4a16, device="cpu", accepts=int4_cpu.accepts_w4a16)
 register("gemm_w4a16", "cuda", int4_cuda.gemm_w4a16, device="cuda", accepts=int4_cuda.accepts_w4a16)
 define(
     "gemm_w4a16",

@@ -1,0 +1,54 @@
+// The product with 4-bit weights for AVX-512: bf16 activations in pairs (VDPBF16PS), the others in float. A nibble is
+// the index of its value in a table that one register holds.
+#include "common/avx512.h"
+
+#include "common/steps.h"
+
+namespace sana {
+namespace {
+
+// 16 bytes of nibbles. vpermps takes the low 4 bits of an index.
+inline void unpack(const uint8_t* nibbles, Vec& even, Vec& odd) {
+  const Vec table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+  even = _mm512_permutexvar_ps(bytes, table);
+  odd = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+}
+
+// 32 bytes of nibbles. vpermw takes the low 5 bits of an index, so the table is there twice.
+inline void unpack(const uint8_t* nibbles, __m512i& even, __m512i& odd) {
+  const __m256i once = reinterpret_cast<__m256i>(
+      _mm512_cvtneps_pbh(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)));
+  const __m512i table = _mm512_broadcast_i64x4(once);
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles)));
+  even = _mm512_permutexvar_epi16(bytes, table);
+  odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+}
+
+}  // namespace
+}  // namespace sana
+
+#include "gemm/gemm_w4a16_vector.h"
+
+namespace sana {
+namespace {
+
+bool in_pairs(const GemmW4A16& p) { return p.x_dtype == DType::bf16; }
+
+int64_t row_bytes(const GemmW4A16& p) { return padded_k(p) * (in_pairs(p) ? 2 : 4); }
+
+void arrange(const GemmW4A16& p, int64_t row, void* to) {
+  if (!in_pairs(p)) return arrange_floats(p, row, static_cast<float*>(to));
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(row_of(p, row));
+  split_even_odd<PairStep>(x, p.gemm.K, padded_k(p), static_cast<uint16_t*>(to));
+}
+
+void block(const GemmW4A16& p, const Block& block, const char* x, char* panel, float* sums) {
+  in_pairs(p) ? block_of<PairStep>(p, block, x, panel, sums) : block_of<FloatStep>(p, block, x, panel, sums);
+}
+
+}  // namespace
+
+const GemmW4A16Kernels gemm_w4a16_avx512 = {row_bytes, arrange, block};
+
+}  // namespace sana
