@@ -1,4 +1,4 @@
-"""`sana bench image|kernels|quality|compare` and `sana tune`. Imports nothing heavy before a command runs."""
+"""`sana bench image|step|kernels|quality|compare` and `sana tune`. Imports nothing heavy before a command runs."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ ISAS = {
 def add_parser(subparsers) -> None:
     """Add `bench` to the subparsers of `sana`; each command sets run=callable(args) -> exit status."""
     bench = subparsers.add_parser("bench", help="measure speed and quality, with parity, or compare two results")
-    commands = bench.add_subparsers(metavar="image|kernels|quality|compare", required=True)
+    commands = bench.add_subparsers(metavar="image|step|kernels|quality|compare", required=True)
 
     image = commands.add_parser("image", help="whole pictures, stage by stage, by several runs that take turns")
     image.set_defaults(run=_image)
@@ -34,6 +34,17 @@ def add_parser(subparsers) -> None:
     )  # fmt: skip
     _add_repeat(image, "repetitions of each run (default: 3)")
     _add_common(image, "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny")
+
+    step = commands.add_parser("step", help="one evaluation of the DiT, op by op, beside its matrix products alone")
+    step.set_defaults(run=_step)
+    step.add_argument("--model", default="sana-tiny", help="as for `sana generate` (default: sana-tiny)")
+    step.add_argument("--size", metavar="WIDTHxHEIGHT", help="or one number for a square (default: the model's)")
+    step.add_argument("--text-tokens", type=int, default=60, metavar="L", help="length of the caption (default: 60)")
+    step.add_argument(
+        "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...", help=f"as for image (default: {QUICK_RUNS})"
+    )
+    _add_repeat(step, "repetitions of each run (default: 5)")
+    _add_common(step, "2 repetitions")
 
     kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
     kernels.set_defaults(run=_kernels)
@@ -163,6 +174,23 @@ def _image(args: argparse.Namespace) -> int:
     )
     bench = ImageBench(loaded, names, workload, device, peaks(device), results, seed=args.seed, say=_say)
     return _finish(bench, repeat, results, report.image_table)
+
+
+def _step(args: argparse.Namespace) -> int:
+    device, results = _setup(args)
+    from sana_bench import report, step
+    from sana_bench.harness import peaks
+    from sana_model.settings import PRECISIONS
+    from sana_model.weights import find
+
+    names, source = _run_names(args.runs, device), find(args.model)
+    size = _size(args.size) if args.size else (source.config.size, source.config.size)
+    _say(f"loading the DiT of {args.model}")
+    loaded = step.load(source, _stored([name.dtypes["dit"] for name in names], PRECISIONS["bf16"]))
+    bench = step.StepBench(
+        loaded, names, size, args.text_tokens, device, peaks(device), results, seed=args.seed, say=_say
+    )
+    return _finish(bench, args.repeat or (2 if args.quick else 5), results, report.step_table)
 
 
 def _stored(dtypes: list, preferred):

@@ -3,6 +3,7 @@
 In the Markdown file, a table stands between two markers and is written anew each time:
 
     <!-- table:image -->                         pictures, of the newest file in bench/results that has some
+    <!-- table:step -->                          one step of the DiT, op by op
     <!-- table:kernels bench/results/x.json -->  ops, of that file
     <!-- table:quality -->                       what precisions cost in pictures, likewise
     <!-- table:ops -->                           op × backend, from the registry
@@ -67,6 +68,46 @@ def _image_row(row: dict, document: dict, baselines: list[str]) -> list[str]:
     cells += [f"{row['memory_mib']['rss'] / 1024:.1f}", f"{percent['denoise']:.0f}, {percent['decode']:.0f}", decibels]
     speedups = row.get("speedup", {})
     return [name, *cells, *(f"{speedups[b]:.2f}" if b in speedups else "" for b in baselines)]
+
+
+def step_table(document: dict) -> str:
+    """A row per run: the step, its ops, and how far it is from its matrix products alone."""
+    out = []
+    for group in _groups(document, "step"):
+        baselines = list(dict.fromkeys(name for row in group for name in row.get("speedup", ())))
+        ops = list(dict.fromkeys(op for row in group for op, ms in row.get("ops_ms", {}).items() if ms >= 0.05))
+        w = group[0]["workload"]
+        title = f"{group[0]['name']}, batch {w['rows']}, {w['text_tokens']} text tokens"
+        header = [
+            title,
+            "**ms/step** p50 [p10–p90]",
+            "dB",
+            "% of peak",
+            *ops,
+            "rest",
+            "products alone",
+            "step / products",
+        ]
+        rows = [_step_row(row, ops, baselines) for row in group]
+        out += [_markdown([*header, *(f"× {b}" for b in baselines)], rows), ""]
+        out += [_conditions(document, group[0].get("weights", "")), ""]
+    return "\n".join(out).strip()
+
+
+def _step_row(row: dict, ops: list[str], baselines: list[str]) -> list[str]:
+    name = _run_name(row)
+    if row["status"] != "ok":
+        why = f"**FAIL** ({_why(row['check'])})" if row["status"] == "FAIL" else row["status"]
+        return [name, why, *[""] * (5 + len(ops) + len(baselines))]
+    ms, spent = row["timing"]["ms"], row.get("ops_ms")
+    cells = [name, _range(ms, 1), f"{row['check']['value']:.0f}", f"{row['work']['pct_of_peak']:.0f}"]
+    if spent is None:
+        cells += [""] * (len(ops) + 3)
+    else:
+        alone = row["gemms_alone_ms"]["median"]
+        cells += [f"{spent.get(op, 0):.1f}" for op in ops]
+        cells += [f"{ms['median'] - sum(spent.values()):.1f}", f"{alone:.1f}", f"{ms['median'] / alone:.2f}"]
+    return [*cells, *(f"{row['speedup'][b]:.2f}" if b in row["speedup"] else "" for b in baselines)]
 
 
 def kernel_table(document: dict) -> str:
@@ -172,8 +213,8 @@ def rewrite(text: str, find: Callable[[str, str], dict]) -> str:
     return MARKED.sub(table, text)
 
 
-_TABLES = {"image": image_table, "kernels": kernel_table, "quality": quality_table}
-_ROWS = {"image": "image", "kernels": "kernel", "quality": "quality"}
+_TABLES = {"image": image_table, "step": step_table, "kernels": kernel_table, "quality": quality_table}
+_ROWS = {"image": "image", "step": "step", "kernels": "kernel", "quality": "quality"}
 
 
 def newest(results: Path, table: str) -> dict | None:

@@ -3,7 +3,7 @@
 A file holds one run: `schema`, `run` (id, command, git_sha, seed), `machine` (load, steal and the peaks measured in
 that run), `software`, and `results`, a list of rows. Every row has
 
-    kind        image | first_image | decode | kernel | quality
+    kind        image | first_image | step | decode | kernel | quality
     name        what was measured, such as sana-0.6b_1024x1024 or linear_attention/0.6b_1024
     backend     with precision, the name of the run, such as cpu:bf16
     precision   of the DiT; ending in +, of text encoder and decoder, too
@@ -18,6 +18,7 @@ and, where it was measured (ok, FAIL),
     stages_ms   of pictures: text_encode, denoise (with text keys and values, caption projection and tables), per_step
                 (denoise / steps), decode, other, in the repetition of the median total (of an even number, the mean of
                 the two in the middle), so that they sum to the median
+    ops_ms      of steps of ours: median of every op; gemms_alone_ms: of the step's matrix products by themselves
     speedup     {baseline row: ratio of the medians}; only where check.passed
     plan        which kernel computes which op, in which precision
     metrics     of quality rows, instead of timing and work (docs/quality.md): step_sqnr_db, psnr_db, ssim,
@@ -33,7 +34,7 @@ from pathlib import Path
 from sana_model.errors import UserError
 
 VERSION = 1
-KINDS = ("image", "first_image", "decode", "kernel", "quality")
+KINDS = ("image", "first_image", "step", "decode", "kernel", "quality")
 MEASURED = ("ok", "FAIL")
 STATUSES = (*MEASURED, "out of memory", "not available", "error")
 STAGES = ("text_encode", "denoise", "decode", "other")  # these sum to the total

@@ -1,0 +1,68 @@
+"""`sana bench step`: what its rows hold, and when they hold no speed-up. Times themselves are not tested."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_bench import fake_peaks
+
+from sana_bench import harness, report, runs, schema, step, work
+from sana_model.config import BUILT_IN
+from sana_model.dit import DiT
+
+
+@pytest.fixture
+def measure(tmp_path):
+    def run(*names, model="sana-tiny-random"):
+        torch.set_num_threads(1)
+        results = harness.Results(tmp_path / "step.json", seed=0)
+        names = [runs.RunName.parse(name) for name in names]
+        bench = step.StepBench(
+            step.load(model, torch.bfloat16), names, (96, 64), 7, torch.device("cpu"), fake_peaks(), results,
+            say=lambda text: None,
+        )  # fmt: skip
+        bench.run(2)
+        results.save(bench.peaks, complete=True)
+        return schema.load(tmp_path / "step.json")
+
+    return run
+
+
+def test_a_row_per_run_with_ops_and_products(measure):
+    pytest.importorskip("diffusers")
+    document = measure("diffusers:bf16", "reference:bf16", "cpu:w8a8")
+    theirs, plain, ours = document["results"]
+    assert [row["status"] for row in (theirs, plain, ours)] == ["ok"] * 3
+    assert "ops_ms" not in theirs and set(theirs["speedup"]) == {"reference:bf16"}
+    for row in (plain, ours):
+        assert {"gemm", "mix_ffn", "linear_attention", "cross_attention", "modulate"} <= set(row["ops_ms"])
+        assert sum(row["ops_ms"].values()) > 0 and row["gemms_alone_ms"]["median"] > 0
+    assert ours["ops_ms"]["quantize"] > 0 and plain["ops_ms"].get("quantize", 0) == 0
+    table = report.step_table(document)
+    assert table.count("\n| ") == 4 and "step / products" in table and "× diffusers:bf16" in table
+
+
+def test_the_work_is_that_of_the_picture_bench(measure):
+    (row,) = measure("reference:bf16")["results"]
+    dit = BUILT_IN["sana-tiny-random"].dit
+    assert row["work"]["gmac"] == sum(work.dit_step_macs(dit, 6, length) for length in (1, 7)) / 1e9
+
+
+def test_a_wrong_result_has_no_speed_up(measure, monkeypatch):
+    right = DiT.unembed
+    monkeypatch.setattr(
+        DiT, "unembed", lambda self, x, *rest: right(self, x, *rest) * (1.5 if x.dtype == torch.bfloat16 else 1)
+    )
+    document = measure("reference:bf16", "cpu:bf16")
+    assert [row["status"] for row in document["results"]] == ["FAIL", "FAIL"]
+    assert not any("speedup" in row for row in document["results"])
+    assert "**FAIL** (dit" in report.step_table(document)
+
+
+def test_sprint_takes_its_guidance_as_an_input(measure):
+    sprint = next(name for name, config in BUILT_IN.items() if config.dit.guidance_embeds)
+    tiny = BUILT_IN["sana-tiny-random"]
+    dit = replace(tiny.dit, guidance_embeds=True, qk_norm=True)
+    small = replace(tiny, dit=dit, scheduler=BUILT_IN[sprint].scheduler)
+    (row,) = measure("cpu:bf16", model=small)["results"]
+    assert row["status"] == "ok" and row["workload"]["rows"] == 1
