@@ -18,7 +18,7 @@ Run it in fp32 or bf16: the published weights are not safe in fp16, whose range 
 import torch
 from torch import Tensor, nn
 
-from sana_model.autoencoder_blocks import Conv2d, Downsample, EfficientViTBlock, Head, ResBlock, RMSNorm, Upsample
+from sana_model.autoencoder_blocks import Convolution, Downsample, EfficientViTBlock, ResBlock, RMSNorm, Upsample
 from sana_model.bands import run
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
@@ -48,8 +48,11 @@ class Encoder(nn.Module):
         self.ops: Ops = REFERENCE_OPS
         widths, unshuffle = config.widths, config.downsample == "pixel_unshuffle"
         self.shortcut = config.encoder_out_shortcut
+        self.whole_resolution = bool(config.encoder_layers[0])  # without, the first layer halves it
         self.conv_in = (
-            Conv2d(3, widths[0]) if config.encoder_layers[0] else Downsample(3, widths[1], unshuffle, shortcut=False)
+            nn.Conv2d(3, widths[0], 3, padding=1)
+            if self.whole_resolution
+            else Downsample(3, widths[1], unshuffle, shortcut=False)
         )
         self.down_blocks = nn.ModuleList()
         for stage, count in enumerate(config.encoder_layers):
@@ -59,7 +62,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor, band_bytes: int | None = None) -> Tensor:
-        layers = [self.conv_in, *(layer for stage in self.down_blocks for layer in stage)]
+        first = Convolution(self.ops, self.conv_in) if self.whole_resolution else self.conv_in
+        layers = [first, *(layer for stage in self.down_blocks for layer in stage)]
         outer = next((i for i, layer in enumerate(layers) if not hasattr(layer, "bands")), len(layers))
         x = run(layers[outer:], run(layers[:outer], x, band_bytes))
         y = self.ops.conv2d(x, self.conv_out.weight, self.conv_out.bias)
@@ -80,22 +84,22 @@ class Decoder(nn.Module):
             up = count and stage < len(widths) - 1
             layers = [Upsample(widths[stage + 1], widths[stage], self.shuffle)] if up else []
             self.up_blocks.append(nn.Sequential(*layers, *_blocks(config, "decoder", stage)))
-        self.grows = not config.decoder_layers[0]  # the last layer doubles the resolution
-        if self.grows and not self.shuffle:
+        self.whole_resolution = bool(config.decoder_layers[0])  # without, the last layer doubles it
+        if not self.whole_resolution and not self.shuffle:
             raise UserError(
                 "a decoder without layers at the full resolution is supported with pixel_shuffle, not with interpolate"
             )
-        C = widths[1 if self.grows else 0]
+        C = widths[0 if self.whole_resolution else 1]
         self.norm_out = RMSNorm(C, config.norm_eps)
-        self.conv_out = Upsample(C, 3, self.shuffle) if self.grows else nn.Conv2d(C, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(C, 3, 3, padding=1) if self.whole_resolution else Upsample(C, 3, self.shuffle)
 
     def forward(self, z: Tensor, band_bytes: int | None = None) -> Tensor:
         x = self.ops.conv2d(z, self.conv_in.weight, self.conv_in.bias)
         if self.shortcut:
             x = x + z.repeat_interleave(x.shape[-1] // z.shape[-1], dim=-1)
         layers = [layer for stage in reversed(self.up_blocks) for layer in stage]
-        conv = self.conv_out.conv if self.grows else self.conv_out
-        layers.append(Head(self.ops, self.norm_out, self.out_activation, conv, self.grows))
+        conv = self.conv_out if self.whole_resolution else self.conv_out.conv
+        layers.append(Convolution(self.ops, conv, self.norm_out, self.out_activation, not self.whole_resolution))
         # Block by block rather than stage by stage: a variable here keeps its tensor alive, and at the full resolution
         # each weighs 256 MiB per image of 1024 px in bf16.
         inner = next(i for i in range(len(layers), -1, -1) if not i or not hasattr(layers[i - 1], "bands"))

@@ -56,17 +56,6 @@ def norm(kind: str, channels: int, eps: float) -> nn.Module:
     return RMSNorm(channels, eps) if kind == "rms_norm" else BatchNorm(channels, eps)
 
 
-class Conv2d(Neighbourhood, nn.Conv2d):
-    """A 3 × 3 convolution as a layer of its own; a part of other layers is a plain nn.Conv2d."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-        self.ops: Ops = REFERENCE_OPS
-
-    def compute(self, x: Tensor, band: Band) -> Tensor:
-        return self.ops.conv2d(x, self.weight, self.bias, band=band)
-
-
 class ResBlock(nn.Module):
     """x + norm(conv(activation(conv(x)))); the norm comes last."""
 
@@ -248,23 +237,26 @@ class Upsample(Neighbourhood, nn.Module):
         return self.ops.upsample(x, weight, bias, band=band)
 
 
-class Head(Neighbourhood):
-    """The decoder's end: norm, activation and convolution, to pixels or (`shuffle`) to 2 × 2 pixels of each."""
+class Convolution(Neighbourhood):
+    """A convolution that is a layer of its own, as the decoder's last: after norm and activation, to 3 channels or, where
+    its channels then become pixels (`shuffle`), to 12. Its parameters are those of whoever makes it.
+    """
 
-    def __init__(self, ops: Ops, norm: RMSNorm, activation: str, conv: nn.Module, shuffle: bool):
-        self.ops, self.norm, self.activation, self.conv = ops, norm, activation, conv
+    def __init__(
+        self, ops: Ops, conv: nn.Module, norm: RMSNorm | None = None, activation: str = "none", shuffle: bool = False
+    ):
+        self.ops, self.conv, self.norm, self.activation = ops, conv, norm, activation
         self.shuffle, self.growth = shuffle, 1 + shuffle
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
     def compute(self, x: Tensor, band: Band) -> Tensor:
-        norm = self.norm
-        y = self.ops.conv2d(
-            x, self.conv.weight, self.conv.bias, input_norm=(norm.weight, norm.bias), input_activation=self.activation,
-            eps=norm.eps, band=band,
-        )  # fmt: skip
-        return _channels_into_pixels(y) if self.shuffle else y
+        conv, norm, before = self.conv, self.norm, {}
+        if norm is not None:
+            before = {"input_norm": (norm.weight, norm.bias), "input_activation": self.activation, "eps": norm.eps}
+        y = self.ops.conv2d(x, conv.weight, conv.bias, band=band, **before)
+        return channels_into_pixels(y) if self.shuffle else y
 
 
 def _pixels_into_channels(x: Tensor) -> Tensor:
@@ -273,7 +265,7 @@ def _pixels_into_channels(x: Tensor) -> Tensor:
     return x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4).reshape(B, H // 2, W // 2, 4 * C)
 
 
-def _channels_into_pixels(x: Tensor) -> Tensor:
+def channels_into_pixels(x: Tensor) -> Tensor:
     """(B, H, W, 4C) → (B, 2H, 2W, C): the inverse."""
     B, H, W, C = x.shape
     return x.reshape(B, H, W, C // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(B, 2 * H, 2 * W, C // 4)

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from sana_kernels.conv2d import TILE, Band
 
+BAND_BYTES = 8 * 2**20
+"""Of each layer's argument: with what else a layer holds, less than the last cache of current processors."""
+
 
 class Bands(NamedTuple):
     """An image on its way: consecutive rows (1, rows, W, C) of an image of `height` rows."""

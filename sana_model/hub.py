@@ -24,12 +24,12 @@ def parse(model: str) -> tuple[str, str | None] | None:
     return match["repo"], match["file"]
 
 
-def fetch_folder(repo: str, choose: Callable[[list[str]], list[str]]) -> Path:
+def fetch_folder(repo: str, choose: Callable[[list[str]], list[str]], index: str = "model_index.json") -> Path:
     """The local folder of a diffusers model. `choose` picks what is needed from a list of file names.
 
-    `choose` raises UserError where something is missing from the list.
+    `choose` raises UserError where something is missing from the list. `index`: the file that each such folder has.
     """
-    index = try_to_load_from_cache(repo, "model_index.json")
+    index = try_to_load_from_cache(repo, index)
     if isinstance(index, str):
         cached = Path(index).parent
         try:

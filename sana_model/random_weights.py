@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder_blocks import BatchNorm
 from sana_model.checkpoint import Prepare
 from sana_model.config import AutoencoderConfig, DiTConfig, ModelConfig, TextEncoderConfig
 from sana_model.dit import Block, DiT
@@ -186,6 +187,9 @@ def random_autoencoder(config: AutoencoderConfig, seed: int = 0, dtype: torch.dt
     """A DC-AE: every block adds a fixed amount, which its last norm sets, and the decoder ends with a norm of RMS 1."""
     autoencoder = _empty(Autoencoder, config, dtype)
     _draw_all(autoencoder, _AUTOENCODER, "autoencoder", seed)
+    for module in autoencoder.modules():
+        if isinstance(module, BatchNorm):
+            module.reset_running_stats()
     return autoencoder
 
 

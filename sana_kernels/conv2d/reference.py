@@ -118,7 +118,8 @@ def conv2d(
         y = F.conv2d(window, weight, None if bias is None else bias.to(x.dtype), stride).permute(0, 2, 3, 1)
     else:
         tiles = _tiles(window, stride)
-        y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride).permute(0, 2, 3, 1)
+        y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
+        y = y.permute(0, 2, 3, 1).contiguous()
         y = y if bias is None else y + bias.float()
     y = ACTIVATIONS[activation](y)
     if norm_weight is not None:

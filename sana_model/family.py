@@ -1,0 +1,219 @@
+"""The family of DC-AE: what is published, and how any member of it is found.
+
+    dc-ae-f32c32-sana-1.0, -1.1     SANA's
+    dc-ae-lite-f32c32-sana-1.1      the same latents, a decoder of convolutions alone: `--decoder lite`
+    dc-ae-f32c32, f64c128, f128c512 …-in-1.0 and …-mix-1.0, trained on ImageNet and on a mixture (arXiv 2410.10733)
+    dc-ae-1.5-f32c128, -f64c128     (arXiv 2508.00413)
+
+fNcM is one latent pixel of M channels for N × N pixels. A name stands for a configuration, with seeded random weights; files
+may be in diffusers' names or in those of efficientvit, the original.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sana_model import checkpoint_config as configs
+from sana_model import hub, original_autoencoder
+from sana_model.autoencoder import Autoencoder
+from sana_model.checkpoint import Checkpoint, check, choose_weights, fill, open_pth, open_safetensors, same_names
+from sana_model.config import BUILT_IN, AutoencoderConfig
+from sana_model.errors import UserError
+from sana_model.random_weights import random_autoencoder
+from sana_model.weights import FOLDERS, Source, find
+
+LITE_REPOSITORY = "mit-han-lab/dc-ae-lite-f32c32-sana-1.1-diffusers"
+
+
+def lite(config: AutoencoderConfig) -> AutoencoderConfig:
+    """The same encoder and latents with the decoder of DC-AE-Lite, its widths and depths in proportion."""
+    stages = len(config.widths)
+    return replace(
+        config,
+        decoder_layers=(0, 3, 5, 4, 4, 4),
+        decoder_block_types=("ResBlock",) * stages,
+        decoder_qkv_multiscales=((),) * stages,
+        upsample="pixel_shuffle",
+        out_activation="silu",
+    )
+
+
+def _first(attention: int, latent_channels: int, scaling_factor: float) -> AutoencoderConfig:
+    """The models of the first paper, with so many stages of attention."""
+    stages = 3 + attention
+    types, multiscales = ("ResBlock",) * 3 + ("EfficientViTBlock",) * attention, ((),) * stages
+    return AutoencoderConfig(
+        latent_channels=latent_channels,
+        widths=(128, 256, 512, 512, 1024, 1024, 2048, 2048)[:stages],
+        encoder_layers=(0, 4, 8) + (2,) * attention,
+        decoder_layers=(0, 5, 10) + (2,) * attention,
+        encoder_block_types=types,
+        decoder_block_types=types,
+        encoder_qkv_multiscales=multiscales,
+        decoder_qkv_multiscales=multiscales,
+        decoder_norms=("batch_norm",) * 3 + ("rms_norm",) * attention,
+        decoder_activations=("relu",) * 3 + ("silu",) * attention,
+        downsample="pixel_unshuffle",
+        upsample="pixel_shuffle",
+        scaling_factor=scaling_factor,
+    )
+
+
+def _second(widths: tuple[int, ...]) -> AutoencoderConfig:
+    """The models of DC-AE 1.5: convolutions alone, and no shortcuts around the latent."""
+    stages = len(widths)
+    layers = (0, 5, 10) + (4,) * (stages - 3)
+    return AutoencoderConfig(
+        latent_channels=128,
+        widths=widths,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_block_types=("ResBlock",) * stages,
+        decoder_block_types=("ResBlock",) * stages,
+        encoder_qkv_multiscales=((),) * stages,
+        decoder_qkv_multiscales=((),) * stages,
+        decoder_norms=("rms_norm",) * stages,
+        decoder_activations=("silu",) * stages,
+        downsample="pixel_unshuffle",
+        upsample="pixel_shuffle",
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
+        out_activation="silu",
+        scaling_factor=1.0,
+    )
+
+
+_SANA = AutoencoderConfig()
+_WIDTHS = _SANA.widths
+FAMILY: dict[str, AutoencoderConfig] = {
+    "dc-ae-f32c32-sana-1.0": _SANA,
+    "dc-ae-f32c32-sana-1.1": _SANA,
+    "dc-ae-lite-f32c32-sana-1.1": lite(_SANA),
+    "dc-ae-f32c32-in-1.0": _first(3, 32, 0.3189),
+    "dc-ae-f32c32-mix-1.0": _first(3, 32, 0.4552),
+    "dc-ae-f64c128-in-1.0": _first(4, 128, 0.2889),
+    "dc-ae-f64c128-mix-1.0": _first(4, 128, 0.4538),
+    "dc-ae-f128c512-in-1.0": _first(5, 512, 0.4883),
+    "dc-ae-f128c512-mix-1.0": _first(5, 512, 0.3620),
+    "dc-ae-1.5-f32c128": _second(_WIDTHS),
+    "dc-ae-1.5-f64c128": _second((*_WIDTHS, 1024)),
+}
+"""By published name."""
+
+
+def find_autoencoder(name: str | Path) -> Source:
+    """Where an autoencoder is, as a `Source` of that part alone; reads its configuration and no weights.
+
+    name: one of FAMILY or of the built-in models; a folder in diffusers' format, of an autoencoder or of a whole model; a
+    file in diffusers' or efficientvit's names, whose configuration is the member of FAMILY with those tensors; or a hub id.
+    """
+    if str(name) in FAMILY:
+        config = FAMILY[str(name)]
+        return _source(config, f"{name} (random weights)", True, lambda dtype: random_autoencoder(config, dtype=dtype))
+    path = Path(name)
+    if path.is_file():
+        return _file(path)
+    if (path / "config.json").is_file():
+        return _folder(path)
+    named = hub.parse(str(name))
+    if str(name) not in BUILT_IN and not path.exists() and named and named[1] is None:
+        folder = hub.fetch_folder(named[0], lambda names: _needed(named[0], names), "config.json")
+        return _folder(folder if (folder / "config.json").is_file() else folder / FOLDERS["autoencoder"])
+    return find(name)
+
+
+def with_decoder(source: Source, decoder: str) -> Source:
+    """The model of `source` with another autoencoder: "lite", for SANA's own latents, or any that `find_autoencoder` takes.
+
+    Raises UserError where the latents are not the DiT's.
+    """
+    ours = source.config.autoencoder
+    if decoder == "lite" and source.random:
+        config = lite(ours)
+        other = _source(config, "", True, lambda dtype: random_autoencoder(config, dtype=dtype))
+    elif decoder == "lite" and ours.widths != FAMILY["dc-ae-lite-f32c32-sana-1.1"].widths:
+        raise UserError(f"the lite decoder knows SANA's latents, and {source.name} has an autoencoder of its own")
+    else:
+        other = find_autoencoder(LITE_REPOSITORY if decoder == "lite" else decoder)
+    theirs = other.config.autoencoder
+    for what in ("latent_channels", "spatial_compression"):
+        if getattr(theirs, what) != getattr(ours, what):
+            raise UserError(
+                f"--decoder {decoder} has {what.replace('_', ' ')} {getattr(theirs, what)}, and the latents of"
+                f" {source.name} {getattr(ours, what)}"
+            )
+    config = replace(theirs, scaling_factor=ours.scaling_factor)  # of the latents, which the DiT makes
+    return replace(
+        source,
+        config=replace(source.config, autoencoder=config),
+        open=source.open | {"autoencoder": other.open["autoencoder"]},
+        random=source.random or other.random,
+    )
+
+
+def _source(config: AutoencoderConfig, name: str, random: bool, read) -> Source:
+    """`read(dtype)` makes the autoencoder; without a dtype, in the one that it is stored in."""
+
+    def open_part(_config, dtype: torch.dtype | None):
+        return lambda _prepare=None: read(dtype or torch.float32) if random else read(dtype)
+
+    model = replace(BUILT_IN["sana-0.6b"], autoencoder=config)
+    return Source(model, name, random, {"autoencoder": open_part}, None)
+
+
+def _folder(folder: Path) -> Source:
+    """The folder of an autoencoder, in diffusers' format."""
+    file = folder / "config.json"
+    config = configs.read_autoencoder(configs.read_json(file), file)
+    names = [entry.name for entry in folder.iterdir()]
+
+    def read(dtype: torch.dtype | None) -> Autoencoder:
+        return _load(
+            config, open_safetensors([folder / name for name in choose_weights(names, dtype, str(folder))]), dtype
+        )
+
+    return _source(config, str(folder), False, read)
+
+
+def _file(file: Path) -> Source:
+    checkpoint = open_pth(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else open_safetensors([file])
+    if original_autoencoder.is_original(checkpoint.shapes):
+        checkpoint = original_autoencoder.as_diffusers(checkpoint)
+    config = recognise(checkpoint, file.stem)
+    return _source(config, str(file), False, lambda dtype: _load(config, checkpoint, dtype))
+
+
+def recognise(checkpoint: Checkpoint, hint: str) -> AutoencoderConfig:
+    """The member of FAMILY that has these tensors; of several, which differ in their scaling factors, the one in `hint`."""
+    found = {name: config for name, config in FAMILY.items() if _shapes(config) == dict(checkpoint.shapes)}
+    if not found:
+        raise UserError(
+            f"{checkpoint.where} is no DC-AE of a published shape ({', '.join(FAMILY)}); pass its folder, which holds"
+            " its configuration"
+        )
+    return next((config for name, config in found.items() if name in hint), next(iter(found.values())))
+
+
+def _shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+
+
+def _load(config: AutoencoderConfig, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Autoencoder:
+    module = _empty(config)
+    check(checkpoint, module, same_names(module), "diffusers")
+    return fill(module, checkpoint, same_names(module), "diffusers", dtype or checkpoint.dtype)
+
+
+def _empty(config: AutoencoderConfig) -> Autoencoder:
+    with torch.device("meta"):
+        return Autoencoder(config)
+
+
+def _needed(repo: str, names: list[str]) -> list[str]:
+    """Of the files of a repository, those of an autoencoder: at its top, or in the folder of a whole model."""
+    inside = "" if "config.json" in names else f"{FOLDERS['autoencoder']}/"
+    own = [name.removeprefix(inside) for name in names if name.startswith(inside) and "/" not in name[len(inside) :]]
+    if "config.json" not in own:
+        raise UserError(f"{repo} holds no autoencoder in diffusers' format")
+    return [inside + name for name in ("config.json", *choose_weights(own, None, repo))]

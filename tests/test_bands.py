@@ -1,0 +1,100 @@
+"""An image in bands is the image whole, bit for bit: every layer of the DC-AE family, in every precision of the CPU engine."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_autoencoder import SMALL, randomise
+
+from sana_model import bands, family
+from sana_model.autoencoder import Autoencoder
+from sana_model.config import BUILT_IN, AutoencoderConfig
+from sana_model.plan import resolve
+
+SANA = replace(SMALL, widths=(16, 32, 64, 64, 64, 64))
+CONFIGS = {
+    "sana": SANA,  # strided and folded resampling, attention within
+    "lite": family.lite(SANA),  # convolutions alone, pixel shuffles
+    "in": replace(
+        family.FAMILY["dc-ae-f32c32-in-1.0"],
+        widths=SANA.widths, encoder_layers=(0, 1, 2, 1, 1, 1), decoder_layers=(0, 1, 2, 1, 1, 1),
+    ),  # no layers at the full resolution, pixel unshuffles, batch norm
+}  # fmt: skip
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "w8a8": torch.bfloat16}
+
+
+def packed(config: AutoencoderConfig, precision: str, seed: int = 0) -> Autoencoder:
+    """Random weights, as the CPU's kernels read them."""
+    autoencoder = Autoencoder(config).eval().requires_grad_(False)
+    randomise(autoencoder, seed)
+    model = replace(BUILT_IN["sana-tiny-random"], autoencoder=config)
+    plan = resolve(model, "cpu", torch.device("cpu"), dict.fromkeys(("dit", "text_encoder", "autoencoder"), precision))
+    plan.prepare("autoencoder", autoencoder.to(PRECISIONS[precision]))
+    autoencoder.use(plan.ops("autoencoder"))
+    return autoencoder
+
+
+def outputs(autoencoder: Autoencoder, x: torch.Tensor, method: str, sizes: list[int | None]) -> list[torch.Tensor]:
+    results = []
+    for size in sizes:
+        autoencoder.band_bytes = size
+        with torch.inference_mode():
+            results.append(getattr(autoencoder, method)(x))
+    return results
+
+
+def signed(method: str, grid: tuple[int, int], batch: int = 1) -> torch.Tensor:
+    """Latents or an image for a latent grid, with outliers."""
+    shape = (batch, 32, *grid) if method == "decode" else (batch, 3, 32 * grid[0], 32 * grid[1])
+    x = torch.randn(shape)
+    x[0, 1, -1, -1], x[-1, 0, 0, 0] = 15.0, -12.0
+    return x
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("method", ["decode", "encode"])
+def test_bands_are_the_whole(method, config, precision):
+    """Bands of 8 rows, of some more, of sizes that divide nothing; images that are not square; two at a time."""
+    autoencoder = packed(config, precision)
+    for grid, batch in (((3, 2), 1), ((5, 1), 1), ((1, 3), 2)):
+        x = signed(method, grid, batch)
+        whole, *banded = outputs(autoencoder, x, method, [None, 1, 50_000, 333_333])
+        assert whole.float().isfinite().all() and whole.float().std() > 0.01
+        for result in banded:
+            assert torch.equal(result, whole), f"{method}, {grid}, {precision}"
+
+
+def test_padding_at_seams_would_show(monkeypatch):
+    """Bands that are padded with zeros where they meet, as by tools that only cut: what the test above would see."""
+    autoencoder = packed(SANA, "bf16")
+    x = signed("decode", (3, 2))
+    drop = bands.Window.drop
+
+    def forget(self, first):
+        drop(self, first)
+        if 0 < self.start < self.end:
+            self.rows()[:, :1] = 0
+
+    whole, right = outputs(autoencoder, x, "decode", [None, 1])
+    monkeypatch.setattr(bands.Window, "drop", forget)
+    (wrong,) = outputs(autoencoder, x, "decode", [1])
+    assert torch.equal(whole, right) and not torch.equal(whole, wrong)
+
+
+def test_memory_does_not_grow_with_the_image(monkeypatch):
+    """Between two layers there are never more than a few bands, however many rows the image has."""
+    most = 0
+    add = bands.Window.add
+
+    def watch(self, rows):
+        nonlocal most
+        add(self, rows)
+        most = max(most, self.end - self.start)
+
+    monkeypatch.setattr(bands.Window, "add", watch)
+    autoencoder = packed(SANA, "bf16")
+    for rows in (2, 6):
+        most = 0
+        outputs(autoencoder, signed("decode", (rows, 1)), "decode", [1])
+        assert most <= 5 * 8, f"{most} rows of an image of {32 * rows} are held at a time"
