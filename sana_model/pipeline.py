@@ -55,7 +55,8 @@ class Pipeline:
         self.model, self.plan, self.device, self.dtypes, self.low_memory = model, plan, device, dtypes, low_memory
         self.dit, self.autoencoder = model.dit, model.autoencoder
         self.dit.ops = plan.ops("dit")
-        self.autoencoder.use(plan.ops("autoencoder"))
+        if self.autoencoder is not None:  # calibration only denoises
+            self.autoencoder.use(plan.ops("autoencoder"))
         self._prompt_encoder: PromptEncoder | None = None
         self._lock, self._pid = threading.Lock(), os.getpid()
 
