@@ -1,4 +1,4 @@
-"""The `sana` command: generate, show, verify, convert, doctor, bench, tune.
+"""The `sana` command: generate, show, verify, convert, quantize, doctor, bench, tune.
 
 Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk);
 130 Ctrl-C; 1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports
@@ -27,6 +27,11 @@ GENERATE = """\
 Paint a picture. Without flags: the model's native size, 20 steps (2 for Sprint), guidance 4.5, seed 0, SANA's
 instruction in front of the prompt, bf16; a sana.json in the model's folder may say otherwise. Existing files are
 replaced, folders never. The settings are stored in the PNG: `sana show` prints them, `--from` paints it again."""
+
+QUANTIZE = """\
+Write a quantised copy of a model: W8A8 (int8), W4A8 (int4 weights) or W4A4 (SVDQuant). The model paints a few pictures,
+which shows what its layers read, and is then quantised layer by layer; format, signal-to-noise ratio, size and kernel of
+each are printed. After Ctrl-C or a kill, the same command goes on where it was. `sana generate --model OUT` takes OUT."""
 
 MODEL_HELP = f"a diffusers folder, a .safetensors or .pth of a DiT, a hub id, or one of {', '.join(BUILT_IN)}"
 _HELP = argparse.RawDescriptionHelpFormatter
@@ -89,6 +94,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
     convert.add_argument("--force", action="store_true", help="replace another model's folder")
     convert.set_defaults(run=_convert)
+
+    quantize = commands.add_parser(
+        "quantize", help="turn a model into 8 or 4 bits", description=QUANTIZE, formatter_class=_HELP
+    )
+    _add_quantize(quantize)
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and why the rest is off")
     doctor.set_defaults(run=_doctor)
@@ -160,6 +170,33 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", type=Path, metavar="FILE", help="write settings, ms per stage, plan and versions")
 
 
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_quantize)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the folder to write")
+    parser.add_argument("--force", action="store_true", help="replace another program's model")
+
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--precision", required=True, metavar="P", help="of the DiT: w8a8 | w4a8 | w4a4")
+    what.add_argument("--text-precision", metavar="P", help="of the text encoder: w4a16 | w8a8; default: as it is")
+    what.add_argument("--rank", type=int, metavar="R", help="of the low-rank branch; default: 32 for w4a4, else 0")
+    what.add_argument(
+        "--smooth", action=argparse.BooleanOptionalAction, help="search smoothing scales; default: for w4a4 only"
+    )
+    what.add_argument("--gptq", action="store_true", help="round 4-bit weights by GPTQ")
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="prompts to paint, one per line; default: 32 bundled ones"
+    )
+    how.add_argument("--samples", type=int, default=16, metavar="N", help="pictures to paint (default 16; 0: none)")
+    how.add_argument("--steps", type=int, metavar="N", help="of each picture; default: the model's")
+    how.add_argument("--seed", type=int, default=0, metavar="S")
+    how.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+
+
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     try:
@@ -217,6 +254,12 @@ def _convert(args: argparse.Namespace) -> int:
     convert(args.source, args.destination, args.to, base=args.base, force=args.force)
     print(args.destination)
     return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from sana_model.commands.quantize import run
+
+    return run(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
