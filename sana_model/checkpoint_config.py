@@ -164,19 +164,33 @@ def infer_dit(shapes: Mapping[str, tuple[int, ...]], dialect: str, file: Path, b
 # ---------------------------------------------------------------------------------------------- the other parts
 
 
+GEMMA3 = TextEncoderConfig(
+    attn_softcap=None, full_every=6, rope_theta=1e4, full_rope_theta=1e6, qk_norm=True, vocab=262208
+)
+"""transformers' defaults of Gemma-3."""
+
+
 def read_text_encoder(values: Mapping, file: str | Path) -> TextEncoderConfig:
-    """text_encoder/config.json of Gemma-2 → TextEncoderConfig."""
-    f, ours = Fields(values, file), TextEncoderConfig()
-    f.require("model_type", "gemma2")
+    """text_encoder/config.json of Gemma-2 or Gemma-3 → TextEncoderConfig."""
+    f = Fields(values, file)
+    f.require("model_type", "gemma2", "gemma3_text")
     f.require("attention_bias", False)
     f.require("hidden_activation", "gelu_pytorch_tanh")
     f.require("use_bidirectional_attention", None, False)
+    third = f.get("model_type", "gemma2") == "gemma3_text"
+    ours = GEMMA3 if third else TextEncoderConfig()
     layers = f.get("num_hidden_layers", ours.layers)
-    alternating = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-    f.require("layer_types", None, alternating)
-    rope = f.get("rope_parameters", None) or f.get("rope_scaling", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{file}: rope_type is {rope['rope_type']!r}; supported is 'default'")
+    full_every = f.get("sliding_window_pattern", ours.full_every)
+    pattern = ["sliding_attention"] * (full_every - 1) + ["full_attention"]
+    f.require("layer_types", None, [pattern[i % full_every] for i in range(layers)])
+    rope = f.get("rope_parameters", None) or {}
+    sliding, full = (rope.get(f"{kind}_attention", rope) for kind in ("sliding", "full"))
+    for parameters in (sliding, full, f.get("rope_scaling", None) or {}):
+        if parameters.get("rope_type", "default") != "default":
+            raise UserError(f"{file}: rope_type is {parameters['rope_type']!r}; supported is 'default'")
+    # What Gemma-2 calls rope_theta is, in Gemma-3, the base of the layers that see everything.
+    theta = f.get("rope_local_base_freq" if third else "rope_theta", ours.rope_theta)
+    full_theta = f.get("rope_theta", ours.full_rope_theta) if third else None
     window = f.get("sliding_window", ours.sliding_window)
     return TextEncoderConfig(
         vocab=f.get("vocab_size", ours.vocab),
@@ -189,7 +203,10 @@ def read_text_encoder(values: Mapping, file: str | Path) -> TextEncoderConfig:
         query_pre_attn_scalar=float(f.get("query_pre_attn_scalar", ours.query_pre_attn_scalar)),
         attn_softcap=f.get("attn_logit_softcapping", ours.attn_softcap),
         sliding_window=f.get("max_position_embeddings", 8192) if window is None else window,
-        rope_theta=float(rope.get("rope_theta", f.get("rope_theta", ours.rope_theta))),
+        full_every=full_every,
+        rope_theta=float(sliding.get("rope_theta", theta)),
+        full_rope_theta=float(full.get("rope_theta", full_theta)) if third else None,
+        qk_norm=third,
         norm_eps=f.get("rms_norm_eps", ours.norm_eps),
     )
 
@@ -197,9 +214,14 @@ def read_text_encoder(values: Mapping, file: str | Path) -> TextEncoderConfig:
 def write_text_encoder(config: TextEncoderConfig, dtype: str) -> dict:
     """TextEncoderConfig → text_encoder/config.json; `dtype` as in "bfloat16"."""
     scalar = config.query_pre_attn_scalar
+    if config.qk_norm:
+        kind = {"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}
+        kind |= {"rope_local_base_freq": config.rope_theta, "rope_theta": config.full_rope_theta}
+        kind |= {"sliding_window_pattern": config.full_every}
+    else:
+        kind = {"architectures": ["Gemma2Model"], "model_type": "gemma2", "rope_theta": config.rope_theta}
     return {
-        "architectures": ["Gemma2Model"],
-        "model_type": "gemma2",
+        **kind,
         "torch_dtype": dtype,
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
@@ -212,7 +234,6 @@ def write_text_encoder(config: TextEncoderConfig, dtype: str) -> dict:
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "attn_logit_softcapping": config.attn_softcap,
         "sliding_window": config.sliding_window,
-        "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "attention_bias": False,
         "max_position_embeddings": 8192,

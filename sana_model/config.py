@@ -50,7 +50,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Gemma-2 (`sana_model.text_encoder`). The defaults are Gemma-2-2B."""
+    """Gemma-2, or Gemma-3 where `qk_norm` (`sana_model.text_encoder`). The defaults are Gemma-2-2B."""
 
     vocab: int = 256000
     hidden: int = 2304
@@ -61,9 +61,15 @@ class TextEncoderConfig:
     ffn: int = 9216
     query_pre_attn_scalar: float = 256.0
     attn_softcap: float | None = 50.0
-    sliding_window: int = 4096  # even layers slide, odd layers see everything
+    sliding_window: int = 4096
+    full_every: int = 2  # of so many layers the last sees everything, the others slide
     rope_theta: float = 10000.0
+    full_rope_theta: float | None = None  # of the layers that see everything; None: as the others
+    qk_norm: bool = False  # RMSNorm of every head's query and key before they are rotated
     norm_eps: float = 1e-6
+
+    def sees_everything(self, layer: int) -> bool:
+        return layer % self.full_every == self.full_every - 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ The network of "Gemma 2: Improving Open Language Models at a Practical Size" (ar
 predicts words. Parameter names are those of Hugging Face's `Gemma2Model`, so a checkpoint loads without renaming. It
 rounds where their eager attention does, except that the scores are scaled and soft-capped in fp32.
 
+Gemma-3 (arXiv 2503.19786) is the same but for four things, all in the configuration: queries and keys are normalised
+instead of soft-capping the scores, five layers of six slide instead of every other one, and the layers that see
+everything rotate by a base of their own.
+
 Notation: B prompts, L tokens, P tokens of a cached prefix, S = P + L, D head dim, G = query heads per key/value head.
 """
 
@@ -59,14 +63,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, L, hidden), visible (B, 1, G·L, S) bool → (B, L, hidden), and the keys and values of all S tokens."""
         B, L, _ = x.shape
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)  # (B, L, heads, D)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)  # (B, L, kv_heads, D)
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), *rotary)  # (B, L, heads, D)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), *rotary)  # (B, L, kv_heads, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if past is not None:
             k, v = (torch.cat([p.expand(B, -1, -1, -1), new], dim=1) for p, new in zip(past, (k, v), strict=True))
@@ -118,7 +124,7 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Gemma-2 without its head. Holds no buffers: it can be built on the meta device and filled afterwards."""
+    """Gemma-2 or -3 without its head. Holds no buffers: it can be built on the meta device and filled afterwards."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -149,10 +155,12 @@ class TextEncoder(nn.Module):
         everything, window = masks(positions, past, past + lengths, self.config)
         x = self.embed_tokens(ids)
         x = x * x.new_full((), self.config.hidden**0.5)  # the factor, too, is rounded to the model's dtype
-        rotary = rotary_table(positions[past:], self.config.head_dim, self.config.rope_theta, x.dtype)
+        bases = self.config.rope_theta, self.config.full_rope_theta or self.config.rope_theta
+        local, far = (rotary_table(positions[past:], self.config.head_dim, base, x.dtype) for base in bases)
         kept = []
         for i, (layer, cached) in enumerate(zip(self.layers, pasts, strict=True)):
-            x, keys_values = layer(x, rotary, everything if i % 2 else window, cached)
+            rotary, visible = (far, everything) if self.config.sees_everything(i) else (local, window)
+            x, keys_values = layer(x, rotary, visible, cached)
             if keep:
                 kept.append(keys_values)
         return self.norm(x), kept
