@@ -16,6 +16,7 @@
 
 using namespace sana;
 
+void bind_conv2d(py::module_& module);   // csrc/conv2d
 void bind_gemm(py::module_& module);     // csrc/gemm
 void bind_mix_ffn(py::module_& module);  // csrc/mix_ffn
 void bind_peak(py::module_& module);     // csrc/peak
@@ -101,6 +102,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
   module.def("gate_residual", py_gate_residual);
   module.def("quantize", py_quantize);
   module.def("depthwise_glu", py_depthwise_glu);
+  bind_conv2d(module);
   bind_gemm(module);
   bind_mix_ffn(module);
   bind_peak(module);

@@ -1,16 +1,37 @@
-"""rms_norm and upsample on every backend against fp64, and their references against diffusers' AutoencoderDC."""
+"""conv2d, upsample, multi_scale and rms_norm on every backend and instruction set, AMX on emulated tiles included, against
+fp64; their references against diffusers' AutoencoderDC; and bands against whole images."""
 
+from dataclasses import dataclass
+from itertools import pairwise
+
+import emulated_tiles
 import pytest
 import torch
-from compare import assert_close, assert_kernel
+import torch.nn.functional as F
+from compare import assert_close, assert_kernel, relative_rms
+from diffusers.models.attention_processor import SanaMultiscaleAttentionProjection
 from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d
+from diffusers.models.autoencoders.autoencoder_dc import ResBlock as DiffusersResBlock
 from diffusers.models.normalization import RMSNorm
-from variants import DTYPES, device_of, double, run, signed, variants
+from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
-from sana_kernels.conv2d import reference
+from sana_kernels.conv2d import Band, ConvWeight, reference
+from sana_kernels.conv2d.weights import pack_conv2d, quantize_conv2d
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+EMULATED = "cpu:amx (emulated)"
+VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
+CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
+FLOATS = (torch.float32, torch.bfloat16)
+PRECISIONS = ("fp32", "bf16", "w8a8")  # of the products; W8A8 between activations of bf16
+
+
+def compute(variant: str, op: str, *args, **kwargs) -> torch.Tensor:
+    if variant == EMULATED:
+        with emulated_tiles.cpu():
+            return getattr(sana_kernels, op)(*args, **kwargs, backend="cpu")
+    return run(variant, op, *args, **kwargs)
 
 
 def norm_inputs(shape: tuple, dtype: torch.dtype, residual: bool, device: str = "cpu") -> tuple:
@@ -55,18 +76,49 @@ def diffusers_upsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach()
 
 
-UPSAMPLE_SHAPES = [(1, 1, 1, 64, 32), (2, 3, 5, 32, 32), (1, 7, 2, 128, 64)]
+UPSAMPLE_SHAPES = [(1, 1, 1, 64, 32), (2, 3, 5, 32, 32), (1, 7, 2, 128, 64), (1, 9, 33, 16, 12)]
 
 
 @pytest.mark.parametrize("shape", UPSAMPLE_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", variants("upsample"))
-def test_upsample_against_fp64_and_diffusers(variant, dtype, shape):
+@pytest.mark.parametrize("variant", [*variants("upsample"), *CPU[-1:]])
+def test_upsample_against_diffusers_and_fp64(variant, dtype, shape):
+    name = str(variant)
+    if dtype == torch.float16 and name.startswith("cpu"):
+        pytest.skip("the CPU kernels compute in float32 and bfloat16")
+    if name == "cuda" and shape[-1] % 8:
+        pytest.skip("the CUDA kernel takes multiples of 8 channels")
     x, weight, bias = upsample_inputs(*shape, dtype, device_of(variant))
-    y = run(variant, "upsample", x, reference.fold_upsample(weight), bias)
+    folded = reference.fold_upsample(weight)
+    y = compute(variant, "upsample", x, folded, bias)
     oracle = diffusers_upsample(*double(x.cpu(), weight.cpu(), bias.cpu()))
     # Folding sums taps before they are rounded to 16 bits: another rounding than that of the unfolded kernel.
     assert_close(y, oracle, of_rms={torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}[dtype])
+    same = sana_kernels.upsample(x, folded, bias, backend="reference")
+    assert_kernel(y, same, sana_kernels.upsample(*double(x, folded, bias), backend="reference"))
+
+
+@pytest.mark.parametrize("shape", UPSAMPLE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("variant", CPU)
+def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
+    """W8A8; and 3 × 3 phases, a convolution before a pixel shuffle, which diffusers has too."""
+    x, weight, bias = upsample_inputs(*shape, dtype)
+    quantized = quantize_conv2d(reference.fold_upsample(weight))
+    y = compute(variant, "upsample", x, quantized, bias)
+    same = sana_kernels.upsample(x, quantized, bias, backend="reference")
+    exact = ConvWeight(quantized.values, quantized.scale.double(), quantized.shape)
+    assert_kernel(y, same, sana_kernels.upsample(x.double(), exact, bias.double(), backend="reference"))
+
+    C, channels = weight.shape[0], weight.shape[1]
+    phases, biases = torch.randn(4 * C, channels, 3, 3) * channels**-0.5 / 3, torch.randn(4 * C)
+    phases, biases = phases.to(dtype), biases.to(dtype)
+    y = compute(variant, "upsample", x, phases, biases)
+    same = sana_kernels.upsample(x, phases, biases, backend="reference")
+    block = DCUpBlock2d(channels, C, interpolate=False, shortcut=True).double()
+    order = torch.arange(4 * C).view(4, C).t().flatten()  # PyTorch's pixel shuffle has the phases innermost
+    block.load_state_dict({"conv.weight": phases[order].double(), "conv.bias": biases[order].double()})
+    assert_kernel(y, same, block(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach())
 
 
 def test_folding_is_exact():
@@ -75,22 +127,286 @@ def test_folding_is_exact():
     assert_close(y, diffusers_upsample(x, weight, bias), of_rms=1e-14)
 
 
-MISTAKES = {
+FOLDING_MISTAKES = {
     "phases transposed": lambda folded: folded.unflatten(0, (2, 2, -1)).transpose(0, 1).flatten(0, 2),
     "taps mirrored": lambda folded: folded.flip(2),
     "channels before phases": lambda folded: folded.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_comparison_notices(mistake):
+@pytest.mark.parametrize("mistake", FOLDING_MISTAKES)
+def test_the_comparison_of_upsample_notices(mistake):
     x, weight, bias = upsample_inputs(2, 3, 5, 32, 16, torch.float32)
-    y = sana_kernels.upsample(x, MISTAKES[mistake](reference.fold_upsample(weight)), bias)
+    y = sana_kernels.upsample(x, FOLDING_MISTAKES[mistake](reference.fold_upsample(weight)), bias)
     with pytest.raises(AssertionError):
         assert_close(y, diffusers_upsample(x, weight, bias), of_rms=6e-2)
 
 
-IMAGE, C, FOLDED = (2, 3, 4, 8), (8,), (32, 8, 2, 2)
+@dataclass(frozen=True)
+class Case:
+    B: int
+    H: int
+    W: int
+    C: int
+    N: int
+    stride: int = 1
+    activation: str = "none"
+    around: str = ""  # of "bias", "norm", "residual", "input"
+
+    def make(self, dtype: torch.dtype) -> tuple[tuple, dict]:
+        """x and the kernel, and what stands around the convolution."""
+        weight = torch.randn(self.N, self.C, 3, 3) * self.C**-0.5 / 3
+        out = self.B, -(-self.H // self.stride), -(-self.W // self.stride), self.N
+        made = {
+            "bias": torch.randn(self.N).to(dtype),
+            "norm": (signed(self.N, dtype=dtype), torch.randn(self.N).to(dtype)),
+            "residual": signed(*out, dtype=dtype),
+            "input": (torch.rand(self.C).to(dtype) + 0.5, torch.randn(self.C).to(dtype)),
+        }
+        around = {"input_norm" if name == "input" else name: made[name] for name in self.around.split()}
+        if "input" in self.around:
+            around["input_activation"] = "relu"
+        x = signed(self.B, self.H, self.W, self.C, dtype=dtype)
+        return (x, weight.to(dtype)), {"stride": self.stride, "activation": self.activation} | around
+
+
+def in_double(weight: torch.Tensor | ConvWeight, around: dict) -> tuple:
+    """For the oracle."""
+    exact = weight._replace(scale=weight.scale.double()) if isinstance(weight, ConvWeight) else weight.double()
+    wide = {k: tuple(double(*v)) if isinstance(v, tuple) else double(v)[0] for k, v in around.items()}
+    return exact, wide
+
+
+CASES = [
+    Case(50, 1, 1, 32, 16),  # so many that chance does not decide about fp32's RMSE
+    Case(2, 7, 33, 3, 32, activation="silu", around="bias"),  # an image's channels; a tile of one pixel
+    Case(1, 33, 7, 128, 128, activation="silu", around="bias"),
+    Case(1, 9, 34, 132, 64, around="norm residual"),  # 4 channels beyond a vector
+    Case(2, 10, 5, 64, 272, around="norm residual"),  # 17 panels of columns
+    Case(1, 33, 70, 16, 50, stride=2, around="bias residual"),
+    Case(1, 8, 64, 256, 96, stride=2, activation="relu"),
+    Case(1, 9, 11, 512, 512, activation="silu", around="bias"),  # groups of four rows
+    Case(1, 17, 33, 128, 3, around="bias input"),  # the decoder's last
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", CPU)
+def test_conv2d_against_fp64(variant, precision, case):
+    """In W8A8, against the fp64 sums of what the integers stand for."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    (x, weight), around = case.make(dtype)
+    if precision == "w8a8":
+        weight = quantize_conv2d(weight)
+    y = compute(variant, "conv2d", x, weight, **around)
+    assert y.is_contiguous() and y.dtype == dtype
+    same = sana_kernels.conv2d(x, weight, **around, backend="reference")
+    exact, wide = in_double(weight, around)
+    oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
+    if precision == "w8a8" and "input" in case.around:  # values between two steps may go either way
+        assert relative_rms(y, oracle) < 1e-2
+    else:
+        assert_kernel(y, same, oracle, f"{variant} {case}")
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("variant", CPU)
+def test_w8a8_between_floats(variant, case):
+    (x, weight), around = case.make(torch.float32)
+    weight = quantize_conv2d(weight)
+    same = sana_kernels.conv2d(x, weight, **around, backend="reference")
+    exact, wide = in_double(weight, around)
+    oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
+    assert_kernel(compute(variant, "conv2d", x, weight, **around), same, oracle, f"{variant} {case}")
+
+
+def test_a_resblock_is_that_of_diffusers():
+    theirs = DiffusersResBlock(32, 32, norm_type="rms_norm", act_fn="silu")
+    x, weight, bias = signed(2, 9, 5, 32), signed(32), torch.randn(32)
+    theirs.norm.load_state_dict({"weight": weight, "bias": bias})
+    y = sana_kernels.conv2d(x, theirs.conv1.weight, theirs.conv1.bias, activation="silu", backend="reference")
+    y = sana_kernels.conv2d(y, theirs.conv2.weight, norm=(weight, bias), residual=x, backend="reference")
+    assert_close(y, theirs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), of_rms=1e-5)
+
+
+def test_the_scales_are_those_of_tiles():
+    """The specification, tile by tile in plain words."""
+    x, weight = signed(1, 19, 70, 8), torch.randn(5, 8, 3, 3)
+    x[0, 7, 31] = 400  # seen by four tiles
+    for stride in (1, 2):
+        expected = torch.zeros(1, -(-19 // stride), -(-70 // stride), 5, dtype=torch.float64)
+        quantized = quantize_conv2d(weight)
+        for row in range(0, expected.shape[1], 8):
+            for pixel in range(0, expected.shape[2], 32):
+                last_row, last = min(row + 8, expected.shape[1]), min(pixel + 32, expected.shape[2])
+                top, left = max(0, stride * row - 1), max(0, stride * pixel - 1)
+                seen = x[:, top : stride * (last_row - 1) + 2, left : stride * (last - 1) + 2]
+                scale = seen.abs().max() / 127
+                steps = torch.zeros_like(x)
+                steps[:, top : top + seen.shape[1], left : left + seen.shape[2]] = (seen / scale).round()
+                kernel = quantized.values.double() * quantized.scale.double()[:, None, None, None]
+                y = F.conv2d(steps.double().permute(0, 3, 1, 2), kernel, stride=stride, padding=1).permute(0, 2, 3, 1)
+                expected[:, row:last_row, pixel:last] = scale.double() * y[:, row:last_row, pixel:last]
+        y = sana_kernels.conv2d(x, quantized, stride=stride, backend="reference")
+        assert_close(y, expected, of_rms=1e-5)
+        with pytest.raises(AssertionError):  # one scale for all
+            assert_close(y, sana_kernels.conv2d(x.double(), weight.double(), stride=stride), of_rms=1e-5)
+
+
+@pytest.mark.parametrize("variant", CPU)
+def test_int32_sums_are_exact_at_the_extremes(variant):
+    """Every pair of signs, sums up to 127² · 9 · 112, which fp32 still holds exactly."""
+    x = torch.full((1, 9, 33, 112), 127.0)
+    x[:, ::2, 1::2] *= -1
+    x[..., 3::7] *= -1
+    weight = torch.full((20, 112, 3, 3), 127, dtype=torch.int8)
+    weight[::2, ::3] = -127
+    weight[1::4] = -127
+    y = compute(variant, "conv2d", x, ConvWeight(weight, torch.ones(20), tuple(weight.shape)))
+    exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1).permute(0, 2, 3, 1)
+    assert torch.equal(y.double(), exact)
+
+
+MISTAKES = {
+    "rows of taps reversed": lambda x, w, kw: sana_kernels.conv2d(x, w.flip(2), **kw),
+    "taps transposed": lambda x, w, kw: sana_kernels.conv2d(x, w.mT.contiguous(), **kw),
+    "a tile does not see its neighbour": lambda x, w, kw: sana_kernels.conv2d(
+        x.index_fill(2, torch.tensor([32]), 0), w, **kw
+    ),
+    "the border repeats instead of zeros": lambda x, w, kw: sana_kernels.conv2d(
+        F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1), "replicate").permute(0, 2, 3, 1).contiguous(),
+        w, **kw | {"residual": F.pad(kw["residual"], (0, 0, 1, 1, 1, 1))},
+    )[:, 1:-1, 1:-1],
+    "residual before the norm": lambda x, w, kw: sana_kernels.rms_norm(
+        sana_kernels.conv2d(x, w, residual=kw["residual"]), *kw["norm"]
+    ),
+    "the last channel left out": lambda x, w, kw: sana_kernels.conv2d(x.index_fill(3, torch.tensor([35]), 0), w, **kw),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_of_conv2d_notices(mistake):
+    (x, weight), around = Case(1, 9, 34, 36, 16, around="norm residual").make(torch.bfloat16)
+    same = sana_kernels.conv2d(x, weight, **around, backend="reference")
+    exact, wide = in_double(weight, around)
+    oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
+    assert_kernel(same, same, oracle)
+    with pytest.raises(AssertionError):
+        assert_kernel(MISTAKES[mistake](x, weight, around), same, oracle)
+
+
+def banded(x: torch.Tensor, ends: list[int], stride: int, reach: int, call) -> torch.Tensor:
+    """The rows between consecutive `ends`, each computed from the rows of x that it needs."""
+    H, parts = x.shape[1], []
+    for first, last in pairwise(ends):
+        start, end = max(0, stride * first - reach), min(H, stride * (last - 1) + reach + 1)
+        parts.append(call(x[:, start:end].contiguous(), Band(start, first, last, H), first, last))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", ["reference", *CPU])
+def test_bands_are_the_whole_bit_for_bit(variant, precision):
+    """35 rows: bands of whole tiles, or of any number of rows where nothing is quantised."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+
+    def same_rows(parts: torch.Tensor, whole: torch.Tensor) -> None:
+        if variant == "reference" and precision == "fp32":  # PyTorch's order of sums depends on the shape
+            assert_close(parts, whole, of_rms=1e-5)
+        else:
+            assert torch.equal(parts, whole)
+
+    ends = [0, 8, 24, 32, 35] if precision == "w8a8" else [0, 1, 2, 15, 34, 35]
+    for stride in (1, 2):
+        (x, weight), around = Case(1, 35 * stride - stride + 1, 37, 36, 40, stride, "silu", "norm residual").make(dtype)
+        weight = quantize_conv2d(weight) if precision == "w8a8" else weight
+        residual = around.pop("residual")
+        whole = compute(variant, "conv2d", x, weight, **around, residual=residual)
+
+        def part(rows, band, first, last, weight=weight, around=around, residual=residual):
+            here = residual[:, first:last].contiguous()
+            return compute(variant, "conv2d", rows, weight, **around, residual=here, band=band)
+
+        same_rows(banded(x, ends, stride, 1, part), whole)
+    x, weight, bias = upsample_inputs(2, 35, 37, 32, 16, dtype)
+    folded = reference.fold_upsample(weight)
+    folded = quantize_conv2d(folded) if precision == "w8a8" else folded
+    whole = compute(variant, "upsample", x, folded, bias)
+    parts = banded(
+        x, ends, 1, 1,
+        lambda rows, band, *_: compute(variant, "upsample", rows, folded, bias, band=band),
+    )  # fmt: skip
+    same_rows(parts, whole)
+    off_by_one = Band(6, 8, 16, 35)  # the same rows, said to lie one higher
+    wrong = compute(variant, "upsample", x[:, 7:18].contiguous(), folded, bias, band=off_by_one)
+    assert not torch.equal(wrong, whole[:, 16:32])
+
+
+@pytest.mark.parametrize("variant", CPU)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_packed_weights_and_threads_change_nothing(variant, precision):
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    (x, weight), around = Case(2, 17, 65, 36, 48, around="norm residual").make(dtype)
+    folded, bias = torch.randn(4 * 18, 36, 2, 2, dtype=dtype), torch.randn(18, dtype=dtype)
+    if precision == "w8a8":
+        weight, folded = quantize_conv2d(weight), quantize_conv2d(folded)
+    before, kept = torch.get_num_threads(), x.clone()
+    results = []
+    for threads, w, f in ((1, weight, folded), (2, pack_conv2d(weight), pack_conv2d(folded, 4)), (5, weight, folded)):
+        torch.set_num_threads(threads)
+        try:
+            results.append((compute(variant, "conv2d", x, w, **around), compute(variant, "upsample", x, f, bias)))
+        finally:
+            torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("variant", CPU)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_nan_reaches_whatever_sees_it(variant, precision):
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    (x, weight), _ = Case(1, 20, 70, 32, 16).make(dtype)
+    x[0, 10, 40, 5] = torch.nan
+    weight = quantize_conv2d(weight) if precision == "w8a8" else weight
+    y = compute(variant, "conv2d", x, weight)
+    touched = torch.zeros(20, 70, dtype=torch.bool)
+    if precision == "w8a8":
+        touched[8:16, 32:64] = True  # the tile whose scale it is
+    else:
+        touched[9:12, 39:42] = True
+    assert torch.equal(y[0].isnan().any(-1), touched)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("variant", CPU)
+def test_multi_scale_against_fp64_and_diffusers(variant, dtype):
+    for B, H, W, C, kernel in ((1, 1, 1, 32, 5), (2, 7, 33, 96, 5), (1, 33, 7, 64, 3)):
+        theirs = SanaMultiscaleAttentionProjection(C // 3, C // 96, kernel) if C % 96 == 0 else None
+        x, depthwise = signed(B, H, W, C, dtype=dtype), torch.randn(C, 1, kernel, kernel).to(dtype) / kernel
+        grouped = torch.randn(C, 32, 1, 1).to(dtype) / 6
+        y = compute(variant, "multi_scale", x, depthwise, grouped)
+        same = sana_kernels.multi_scale(x, depthwise, grouped, backend="reference")
+        oracle = sana_kernels.multi_scale(*double(x, depthwise, grouped), backend="reference")
+        assert_kernel(y, same, oracle, f"{variant} {C}")
+        if theirs is not None:
+            theirs = theirs.double()
+            theirs.load_state_dict({"proj_in.weight": depthwise.double(), "proj_out.weight": grouped.double()})
+            assert_close(oracle, theirs(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1), of_rms=1e-12)
+        with pytest.raises(AssertionError):  # the groups' matrices transposed
+            wrong = grouped.view(-1, 32, 32).mT.reshape(C, 32, 1, 1)
+            assert_kernel(compute(variant, "multi_scale", x, depthwise, wrong), same, oracle)
+        parts = banded(
+            x, sorted({0, 1, H // 2, H}), 1, kernel // 2,
+            lambda rows, band, *_, w=(depthwise, grouped): compute(variant, "multi_scale", rows, *w, band=band),
+        )  # fmt: skip
+        assert torch.equal(parts, y)
+
+
+IMAGE, C, FOLDED, KERNEL = (2, 3, 4, 8), (8,), (32, 8, 2, 2), (8, 8, 3, 3)
+W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +418,36 @@ IMAGE, C, FOLDED = (2, 3, 4, 8), (8,), (32, 8, 2, 2)
         ("rms_norm", [IMAGE, C, C], {"residual": torch.zeros(IMAGE).half()}, "one floating dtype and device"),
         ("upsample", [IMAGE, (32, 8, 4, 4), C], {}, r"a folded weight .*got .*\(32, 8, 4, 4\)"),
         ("upsample", [IMAGE, FOLDED, (9,)], {}, r"bias of \(out,\).*got \(9,\)"),
+        ("upsample", [IMAGE, FOLDED, C], {"band": Band(0, 0, 4, 3)}, "band inside its image"),
+        ("conv2d", [(3, 4, 8), KERNEL], {}, r"takes x \(B, H, W, in\)"),
+        ("conv2d", [IMAGE, (8, 9, 3, 3)], {}, r"a weight \(out, 8, 3, 3\)"),
+        ("conv2d", [IMAGE, KERNEL, (9,)], {}, r"bias as floating \(8,\); got torch.float32 \(9,\)"),
+        ("conv2d", [IMAGE, KERNEL], {"stride": 3}, "stride of 1 or 2; got 3"),
+        ("conv2d", [IMAGE, KERNEL], {"activation": "gelu"}, "got 'gelu'"),
+        ("conv2d", [IMAGE, KERNEL], {"input_activation": "relu"}, "only beside an input norm"),
+        ("conv2d", [IMAGE, KERNEL], {"residual": torch.zeros(2, 3, 4, 9)}, r"residual \(2, 3, 4, 8\)"),
+        ("conv2d", [IMAGE, KERNEL], {"band": Band(2, 0, 3, 9)}, "needs rows 0 to 3 of the image"),
+        ("conv2d", [IMAGE, KERNEL], {"weight": W8A8, "band": Band(0, 0, 2, 9)}, "whole tiles of 8 rows"),
+        ("conv2d", [IMAGE, KERNEL], {"weight": torch.zeros(KERNEL).half()}, "a weight in x's dtype"),
+        ("conv2d", [IMAGE, KERNEL], {"weight": W8A8._replace(scale=torch.ones(9))}, r"\(8,\); got \(9,\)"),
+        ("multi_scale", [IMAGE, (8, 1, 4, 4), (8, 4, 1, 1)], {}, "k odd"),
+        ("multi_scale", [IMAGE, (8, 1, 5, 5), (8, 3, 1, 1)], {}, "D a divisor"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(op, shapes, options, message):
+    names = {"rms_norm": ("x", "weight", "bias"), "multi_scale": ("x", "depthwise", "grouped")}
+    given = dict(zip(names.get(op, ("x", "weight", "bias")), map(torch.zeros, shapes), strict=False))
     with pytest.raises((ValueError, TypeError), match=message) as raised:
-        getattr(sana_kernels, op)(*map(torch.zeros, shapes), **options)
+        getattr(sana_kernels, op)(**given | options)
     assert "\n" not in str(raised.value)
+
+
+def test_packed_weights_are_for_the_cpu_kernels():
+    x, packed = torch.zeros(IMAGE), pack_conv2d(torch.zeros(KERNEL))
+    assert sana_kernels.conv2d(x, packed).shape == IMAGE
+    with pytest.raises(sana_kernels.backend.BackendUnavailable, match="weights as they are, not packed"):
+        sana_kernels.conv2d(x, packed, backend="reference")
+    with pytest.raises(TypeError, match=r"float32, bfloat16 and int8; got torch\.float16"):
+        pack_conv2d(torch.zeros(KERNEL).half())
+    with pytest.raises(sana_kernels.backend.BackendUnavailable, match=r"float32 and bfloat16, not torch\.float16"):
+        sana_kernels.conv2d(x.half(), torch.zeros(KERNEL).half(), backend="cpu")

@@ -4,22 +4,9 @@
 
 #include <stdint.h>
 
-#include "common/dtype.h"
-#include "common/status.h"
+#include "conv2d/rms_norm.h"
 
 namespace sana {
-
-enum class Activation : int { none = 0, silu = 1, relu = 2 };  // ACTIVATIONS of sana_kernels/conv2d/reference.py
-
-// out = activation(x / RMS(x) * weight + bias) + residual; x, residual (or null), out: (rows, C), weight, bias (C).
-struct RmsNorm {
-  const void *x, *weight, *bias, *residual;
-  void* out;
-  int64_t rows, C;
-  DType dtype;  // of everything
-  Activation activation;
-  float eps;
-};
 
 // phases (B, H + 1, W + 1, 4 C), x (B, H, W, 4 C / repeats) -> out (B, 2H, 2W, C); bias (C).
 struct UpsampleShuffle {

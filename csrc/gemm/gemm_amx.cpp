@@ -13,53 +13,18 @@
 #include "common/avx512.h"
 #include "common/tiles.h"
 #include "gemm/epilogue.h"
+#include "gemm/multiply_amx.h"
 
 namespace sana {
 namespace {
 
-constexpr int kRows = 32, kColumns = 32;
-constexpr int kSteps = 18;   // of 64 bytes of K, whose 32 rows of x fit the first-level cache
 constexpr int kChunk = 512;  // columns whose sums wait between two parts of K
 
-struct Int8 {
-  using Sum = int;
-  static void product_0() { _tile_dpbssd(0, 4, 6); }
-  static void product_1() { _tile_dpbssd(1, 5, 6); }
-  static void product_2() { _tile_dpbssd(2, 4, 7); }
-  static void product_3() { _tile_dpbssd(3, 5, 7); }
-  static Vec load(const Sum* sums) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums)); }
-};
-
-struct BFloat16 {
-  using Sum = float;
-  static void product_0() { _tile_dpbf16ps(0, 4, 6); }
-  static void product_1() { _tile_dpbf16ps(1, 5, 6); }
-  static void product_2() { _tile_dpbf16ps(2, 4, 7); }
-  static void product_3() { _tile_dpbf16ps(3, 5, 7); }
-  static Vec load(const Sum* sums) { return _mm512_load_ps(sums); }
-};
-
-// 32 rows x 32 columns of sums, row-major: what four tiles are stored to and loaded from.
+// Sums of a block that wait for the next part of K, or for the epilogue.
 template <class T>
 struct alignas(64) Sums {
   typename T::Sum at[kRows][kColumns];
 };
-
-template <class T>
-inline void load_sums(const Sums<T>& sums) {
-  _tile_loadd(0, &sums.at[0][0], sizeof sums.at[0]);
-  _tile_loadd(1, &sums.at[16][0], sizeof sums.at[0]);
-  _tile_loadd(2, &sums.at[0][16], sizeof sums.at[0]);
-  _tile_loadd(3, &sums.at[16][16], sizeof sums.at[0]);
-}
-
-template <class T>
-inline void store_sums(Sums<T>& sums) {
-  _tile_stored(0, &sums.at[0][0], sizeof sums.at[0]);
-  _tile_stored(1, &sums.at[16][0], sizeof sums.at[0]);
-  _tile_stored(2, &sums.at[0][16], sizeof sums.at[0]);
-  _tile_stored(3, &sums.at[16][16], sizeof sums.at[0]);
-}
 
 // Stores that go past the caches; `x` is aligned to the size of the store, and two stores of 16 bits fill a cache line.
 template <class E>
@@ -89,23 +54,6 @@ struct Pending {
   }
 };
 
-// Adds `steps` steps of K to tiles 0-3: 32 rows of x, 32 columns of weights, whose two halves are `apart` bytes apart.
-template <class T, class P>
-inline void multiply(const char* x, int64_t stride, const char* weight, int64_t apart, int64_t steps, P& pending) {
-  const int rows_per_step = int((kRows + steps - 1) / steps);
-  for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, x + 64 * step, stride);
-    _tile_stream_loadd(6, weight + 1024 * step, 64);
-    T::product_0();
-    _tile_loadd(5, x + 64 * step + 16 * stride, stride);
-    T::product_1();
-    _tile_stream_loadd(7, weight + 1024 * step + apart, 64);
-    T::product_2();
-    T::product_3();
-    pending.run(rows_per_step);
-  }
-}
-
 // Rows m to m + rows - 1 of the result, in the columns of `block`. `x`: 32 rows, of which the last may be padding.
 template <class T, class E, class Out>
 void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block) {
@@ -122,22 +70,15 @@ void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, co
         const bool whole = n + kColumns <= block.last_column;  // else the second half is a copy of the first
         const char* weight = static_cast<const char*>(p.weight) + n * bytes + 1024 * first;
         Sums<T>& partial = waiting[(n - chunk) / kColumns];
-        if (first == 0) {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        } else {
-          load_sums<T>(partial);
-        }
+        first == 0 ? zero_sums() : load_sums(&partial, sizeof partial.at[0]);
         multiply<T>(x + 64 * first, stride, weight, whole ? 16 * bytes : 0, count, pending);
         if (first + count < steps) {
-          store_sums<T>(partial);
+          store_sums(&partial, sizeof partial.at[0]);
           continue;
         }
         pending.run(kRows);
         buffer = 1 - buffer;
-        store_sums<T>(done[buffer]);
+        store_sums(&done[buffer], sizeof done[buffer].at[0]);
         pending.sums = &done[buffer];
         pending.m = m, pending.n = n;
         pending.row = 0, pending.rows = rows, pending.vectors = whole ? 2 : 1;

@@ -4,49 +4,14 @@
 // of x for 24 dot products, 12 cycles of a processor with two such units; 24 sums, 3 weights and 1 broadcast fit the 32
 // registers. The 8 rows of x stay in the first-level cache (9 KB at K = 1152 in int8), the weights stream from the
 // second: 192 bytes in 12 cycles.
-//
-// vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, that is by adding
-// 128, and 128 * sum(x) is taken off the result.
 #include "common/avx512.h"
 #include "gemm/epilogue.h"
+#include "gemm/multiply_avx512.h"
 
 namespace sana {
 namespace {
 
 constexpr int kRows = 8, kVectors = 3;
-
-struct Int8 {
-  // The type that the instruction computes in: with __m512i, gcc 12 copies the sums about inside the loop.
-  typedef int Sum __attribute__((vector_size(64)));
-  static __m512i weights(const char* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
-  static Sum dot(Sum sum, __m512i weights, __m512i x) {
-    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, weights, x);
-  }
-  static __m512 result(Sum sum, int correction) {
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)sum, _mm512_set1_epi32(correction)));
-  }
-  // 128 * sum(x) of a row.
-  static int correction(const char* x, int64_t bytes) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t k = 0; k < bytes; k += 64)
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(x + k));
-    return 128 * _mm512_reduce_add_epi32(sum);
-  }
-};
-
-struct BFloat16 {
-  typedef __m512 Sum;
-  static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
-  static Sum dot(Sum sum, __m512i weights, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x); }
-  static __m512 result(Sum sum, int) { return sum; }
-  static int correction(const char*, int64_t) { return 0; }
-};
-
-inline __m512i broadcast(const char* x) {
-  int value;
-  __builtin_memcpy(&value, x, sizeof value);
-  return _mm512_set1_epi32(value);
-}
 
 // R rows from m on, V vectors of columns from n on.
 template <class T, class E, int R, int V>
@@ -55,14 +20,7 @@ void product(const Gemm& p, int64_t m, int64_t n, const int* correction) {
   const char* x = static_cast<const char*>(p.x) + m * stride;
   const char* weight = static_cast<const char*>(p.weight) + n * bytes;
   typename T::Sum sum[R][V] = {};
-  for (int64_t k = 0; k < bytes; k += 4) {
-    __m512i w[V];
-    for (int v = 0; v < V; ++v) w[v] = T::weights(weight + v * 16 * bytes + k * 16);
-    for (int r = 0; r < R; ++r) {
-      const __m512i four = broadcast(x + r * stride + k);
-      for (int v = 0; v < V; ++v) sum[r][v] = T::dot(sum[r][v], w[v], four);
-    }
-  }
+  multiply<T>(sum, x, stride, weight, 16 * bytes, bytes);
   for (int v = 0; v < V; ++v) {
     const Columns columns(p, n + 16 * v);
     for (int r = 0; r < R; ++r)

@@ -2,25 +2,10 @@
 #include <math.h>
 
 #include "gemm/gemm_cpu.h"
+#include "gemm/multiply_portable.h"
 
 namespace sana {
 namespace {
-
-constexpr int kColumns = 16;
-
-struct Int8 {
-  using Element = int8_t;
-  using Sum = int32_t;
-  static constexpr int kInner = 4;  // elements of K that lie side by side
-  static int32_t wide(int8_t x) { return x; }
-};
-
-struct BFloat16 {
-  using Element = uint16_t;
-  using Sum = float;
-  static constexpr int kInner = 2;
-  static float wide(uint16_t x) { return bf16_to_float(x); }
-};
 
 // Epilogue of 16 sums of row m, from column n on.
 void finish(const Gemm& p, int64_t m, int64_t n, float* y) {
@@ -46,10 +31,7 @@ void block_of(const Gemm& p, const Block& block) {
     for (int64_t m = block.first_row; m < block.last_row; ++m) {
       const E* x = reinterpret_cast<const E*>(static_cast<const char*>(p.x) + m * p.x_stride);
       typename T::Sum sum[kColumns] = {};
-      for (int64_t k = 0; k < p.K; k += T::kInner)
-        for (int i = 0; i < kColumns; ++i)
-          for (int j = 0; j < T::kInner; ++j)
-            sum[i] += T::wide(x[k + j]) * T::wide(weight[k * kColumns + i * T::kInner + j]);
+      multiply<T>(sum, x, weight, p.K);
       float y[kColumns];
       for (int i = 0; i < kColumns; ++i) y[i] = float(sum[i]);
       finish(p, m, n, y);

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import call, define, register
-from sana_kernels.conv2d import cuda, reference
+from sana_kernels.conv2d import cpu, cuda, reference
 from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
 from sana_kernels.conv2d.weights import ConvWeight, as_weight, pack_conv2d, quantize_conv2d
 
@@ -216,6 +216,7 @@ def _fake_multi_scale(x, depthwise, grouped, band, backend):
 
 
 register("conv2d", "reference", reference.conv2d, accepts=_plain_weight)
+register("conv2d", "cpu", cpu.conv2d, device="cpu", accepts=cpu.accepts)
 define(
     "conv2d",
     "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor? bias, int stride, str activation,"
@@ -226,6 +227,7 @@ define(
 
 register("upsample", "reference", reference.upsample, accepts=_plain_weight)
 register("upsample", "cuda", cuda.upsample, device="cuda", accepts=cuda.accepts_upsample)
+register("upsample", "cpu", cpu.upsample, device="cpu", accepts=cpu.accepts)
 define(
     "upsample",
     "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor bias, int[] band",
@@ -233,10 +235,12 @@ define(
 )
 
 register("multi_scale", "reference", reference.multi_scale)
+register("multi_scale", "cpu", cpu.multi_scale, device="cpu", accepts=cpu.accepts)
 define("multi_scale", "Tensor x, Tensor depthwise, Tensor grouped, int[] band", _fake_multi_scale)
 
 register("rms_norm", "reference", reference.rms_norm)
 register("rms_norm", "cuda", cuda.rms_norm, device="cuda", accepts=cuda.accepts_rms_norm)
+register("rms_norm", "cpu", cpu.rms_norm, device="cpu", accepts=cpu.accepts_rms_norm)
 define(
     "rms_norm",
     "Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps",

@@ -17,7 +17,8 @@ The shortcut repeats each channel of x and moves them into pixels: out[2h + dy, 
 x[h, w, ⌊(4c + 2dy + dx) / repeats⌋], with repeats = 4 · out channels / in channels.
 
 Bands: `Band` says which rows of an image x holds and which rows of the result are wanted. A row of a band has the bytes of
-the same row of the whole image, in every backend.
+the same row of the whole image, in every kernel. (PyTorch's own convolution may sum floats in another order for another
+number of rows.)
 
 W8A8: weights are int8 with one scale per output channel (`quantize_weight`, rows as in sana_kernels/gemm/reference.py).
 Activations are quantised as they are read: the result is cut into tiles of TILE = 8 rows × 32 pixels, counted from the
@@ -208,7 +209,8 @@ def _tiles(window: Tensor, stride: int) -> _Tiles:
 
 def _sums(tiles: _Tiles, weight: Tensor, weight_scale: Tensor, stride: int = 1) -> Tensor:
     sums = F.conv2d(tiles.values, weight.double(), stride=stride)  # fp64 holds every sum exactly
-    return sums.float() * (tiles.scale[:, None] * weight_scale)[..., None, None]
+    wide = weight_scale.dtype  # fp32, or fp64 for an oracle
+    return sums.to(wide) * (tiles.scale.to(wide)[:, None] * weight_scale)[..., None, None]
 
 
 def _untile(y: Tensor, tiles: _Tiles, shape: torch.Size, stride: int = 1) -> Tensor:

@@ -1,0 +1,61 @@
+// "Vectors" of one float in plain C++, with the names of avx512.h, so that a kernel written once for vectors also serves
+// the portable tier.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace sana {
+namespace {
+
+using Vec = float;
+using Lanes = int;  // of which there is one
+
+constexpr int kLanes = 1;
+constexpr Lanes kAllLanes = 1;
+
+struct F32 {
+  using Type = float;
+  static Vec load(const float* x, Lanes) { return *x; }
+  static void store(float* x, Lanes, Vec y) { *x = y; }
+};
+
+struct F16 {
+  using Type = uint16_t;
+  static Vec load(const uint16_t* x, Lanes) { return f16_to_float(*x); }
+  static void store(uint16_t* x, Lanes, Vec y) { *x = f16_from_float(y); }
+};
+
+struct BF16 {
+  using Type = uint16_t;
+  static Vec load(const uint16_t* x, Lanes) { return bf16_to_float(*x); }
+  static void store(uint16_t* x, Lanes, Vec y) { *x = bf16_from_float(y); }
+};
+
+inline Vec set1(float x) { return x; }
+inline Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec max(Vec low, Vec x) { return low > x ? low : x; }  // where x is NaN: x
+inline float sum(Vec x) { return x; }
+
+// As in avx512.h: a NaN is larger than any number.
+inline Vec magnitude_max(Vec largest, Vec x) {
+  const uint32_t magnitude = bits_from_float(x) & 0x7fffffffu;
+  return magnitude > bits_from_float(largest) ? float_from_bits(magnitude) : largest;
+}
+inline float largest_magnitude(Vec magnitudes) { return magnitudes; }
+
+// To the nearest integer, ties to even; x lies in int8's range or is NaN.
+inline void store_int8(int8_t* to, Lanes, Vec x) { *to = x == x ? int8_t(lrintf(x)) : int8_t(0); }
+
+inline Vec silu(Vec x) { return x / (1 + expf(-x)); }
+inline Vec silu_16(Vec x) { return silu(x); }
+
+template <class F>
+inline void for_vectors(int64_t count, F f) {
+  for (int64_t i = 0; i < count; ++i) f(i, kAllLanes);
+}
+
+}  // namespace
+}  // namespace sana

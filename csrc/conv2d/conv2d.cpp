@@ -1,0 +1,69 @@
+// The DC-AE's convolutions on CPUs: implicit matrix products over tiles of 8 rows x 32 pixels of the result.
+//
+// Algorithm (sana_kernels/conv2d/reference.py), for each tile, on one thread:
+//     gather      the 10 x 34 pixels that the tile sees, zeros beyond the image, into a window: copied in 16 or 32 bits,
+//                 normalised where there is an input norm, quantised with one scale for the tile where weights are int8
+//     products    sums of a few rows x all N columns; K is 9 C. In the window a row of taps is 3 C elements that follow
+//                 each other, and the next pixel's begin C elements further: operand rows of a matrix that never exists
+//     epilogue    of each pixel: scales, bias, activation, RMSNorm over its N channels, residual or shortcut, one rounding
+// An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row.
+//
+// Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums stay in a core's
+// second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at C = N = 512 in bf16)
+// come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and core. A tile's result
+// depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and any number of threads,
+// give the same bytes.
+//
+// FLOPs: 18 C N per pixel (32 C N for the four of an upsampling). Bytes: x 1.33 times, of which the last cache has most,
+// the residual and the result once. Bound: the multiply unit; gather and epilogue, of 10 to 20 operations per 16 values
+// beside K / 32 of products in bf16 (K / 64 in int8) per core and 16 sums, are 2 to 10 %.
+// Measured: bench/notes/decoder.md.
+#include "conv2d/conv2d.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "common/cpu_features.h"
+#include "common/scratch.h"
+#include "common/threads.h"
+#include "conv2d/conv2d_cpu.h"
+
+namespace sana {
+namespace {
+
+constexpr const Conv2dKernels* kNarrow[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2),
+                                                 SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512(&conv2d_avx512),
+                                                 SANA_AMX(&conv2d_amx)};
+// Tiles multiply no floats.
+constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
+                                                SANA_AVX512(&conv2d_avx512), nullptr};
+
+bool valid(const Conv2d& p) {
+  const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
+  const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
+  return (one || four) && p.B > 0 && p.rows > 0 && p.width > 0 && p.C > 0 && p.N > 0 && p.band.first < p.band.last;
+}
+
+}  // namespace
+
+Status conv2d_cpu(const Conv2d& p, int threads) {
+  if (!valid(p)) return Status::bad_shape;
+  if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
+  const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
+  const Conv2dKernels& kernels = floats ? choose(kFloat) : choose(kNarrow);
+  const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
+  const int64_t down = (rows + kTileRows - 1) / kTileRows, across = (pixels + kTilePixels - 1) / kTilePixels;
+  std::atomic<bool> failed{false};
+  parallel_for(threads, p.B * down * across, [&](int64_t task) {
+    const int64_t row = task / across % down * kTileRows, pixel = task % across * kTilePixels;
+    const Tile tile = {task / across / down, p.band.first + row, pixel, std::min(kTileRows, rows - row),
+                       std::min(kTilePixels, pixels - pixel)};
+    static thread_local Scratch scratch;
+    char* memory = scratch.reserve(conv2d_memory(p, kernels.buffer));
+    if (memory == nullptr) failed = true;
+    else kernels.tile(p, tile, memory);
+  });
+  return failed ? Status::out_of_memory : Status::ok;
+}
+
+}  // namespace sana

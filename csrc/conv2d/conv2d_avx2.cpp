@@ -1,0 +1,8 @@
+// The DC-AE's convolutions for AVX2.
+#include "conv2d/conv2d_avx2.h"
+
+namespace sana {
+
+const Conv2dKernels conv2d_avx2 = {kScratch, tile};
+
+}  // namespace sana

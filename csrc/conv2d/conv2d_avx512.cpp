@@ -1,0 +1,71 @@
+// The DC-AE's convolutions for AVX-512: products of 8 pixels x 3 vectors of columns in registers, as in gemm.
+//
+// What 8 pixels see of 3 rows (30 KB at C = 512 in bf16) comes from the first-level cache; the weights of 48 columns
+// (442 KB there) stream from the second, where they stay for all pixels of the group.
+#include "common/avx512.h"
+#include "conv2d/conv2d_vector.h"
+#include "gemm/multiply_avx512.h"
+
+namespace sana {
+namespace {
+
+template <>
+constexpr int64_t kPart<Float> = 64;
+
+template <class T>
+struct Multiply {
+  static Vec load(const float* sums) { return _mm512_loadu_ps(sums); }
+
+  // R pixels and V panels.
+  template <int R, int V>
+  static void block(const Products& q, int64_t panel, int64_t row, int64_t pixel, const int* correction) {
+    const Layout& l = q.layout;
+    const char* const seen = q.x(row, pixel);
+    const char* const weight = q.weight + panel * l.panel;
+    typename T::Sum sum[R][V] = {}, parts[R][V] = {};
+    for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
+      multiply<T>(sum, seen + x, q.stride * l.pixel, weight + 16 * k, l.panel, bytes);
+      if constexpr (kPart<T> != 0)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) parts[r][v] += sum[r][v], sum[r][v] = typename T::Sum{};
+    });
+    float* to = q.to(row, pixel) + 16 * panel;
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        _mm512_storeu_ps(to + r * l.sums + 16 * v, T::result(kPart<T> == 0 ? sum[r][v] : parts[r][v], correction[row * kTilePixels + pixel + r]));
+  }
+
+  // V panels of all pixels.
+  template <int V>
+  static void columns(const Products& q, int64_t panel, const int* correction) {
+    for (int64_t row = 0; row < q.rows; ++row) {
+      int64_t i = 0;
+      for (; i + 8 <= q.pixels; i += 8) block<8, V>(q, panel, row, i, correction);
+      if (q.pixels - i >= 4) block<4, V>(q, panel, row, i, correction), i += 4;
+      if (q.pixels - i >= 2) block<2, V>(q, panel, row, i, correction), i += 2;
+      if (q.pixels - i >= 1) block<1, V>(q, panel, row, i, correction);
+    }
+  }
+
+  static void multiply_all(const Products& q) {
+    int correction[kTileRows * kTilePixels] = {};
+    for (int64_t row = 0; row < q.rows; ++row)
+      for (int64_t pixel = 0; pixel < q.pixels; ++pixel)
+        for (int64_t i = 0; i < q.kernel; ++i)
+          correction[row * kTilePixels + pixel] += T::correction(q.x(row, pixel) + i * q.layout.row, q.bytes);
+    for (int64_t panel = 0; panel < q.panels;) {
+      const int64_t left = q.panels - panel;
+      if (left == 1) columns<1>(q, panel, correction), panel += 1;
+      else if (left == 2 || left == 4) columns<2>(q, panel, correction), panel += 2;
+      else columns<3>(q, panel, correction), panel += 3;
+    }
+  }
+};
+
+void tile(const Conv2d& p, const Tile& tile, char* memory) { tile_any<Multiply, Float, BFloat16, Int8>(p, tile, memory); }
+
+}  // namespace
+
+const Conv2dKernels conv2d_avx512 = {0, tile};
+
+}  // namespace sana

@@ -1,0 +1,89 @@
+// What one instruction set contributes to the DC-AE's convolutions on CPUs: a tile of the result. conv2d.cpp has the
+// algorithm and splits the work.
+#pragma once
+
+#include "conv2d/conv2d.h"
+
+namespace sana {
+
+constexpr int64_t kTileRows = 8, kTilePixels = 32;  // TILE of sana_kernels/conv2d/reference.py
+constexpr int64_t kGroupBytes = 1 << 18;            // of sums between products and epilogue: they stay in the L2 cache
+
+static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// A tile of the result, of at most 8 rows x 32 pixels; of phases, the rows and pixels of x that they come of.
+struct Tile {
+  int64_t image, row, pixel, rows, pixels;
+};
+
+// What a tile sees lies in a buffer, with zeros beyond the image, as the operand of the products: `taps` bytes of a row
+// of taps follow each other, because pixels do.
+struct Layout {
+  int64_t pixel;   // bytes of a pixel: C elements, padded to 4 bytes
+  int64_t taps;    // bytes of a row of taps
+  int64_t packed;  // the same in the weights, padded to 64 bytes with zeros
+  int64_t row;     // bytes of a row of the tile
+  int64_t window;  // bytes of the tile, and 64 zeros that products of 64 bytes may read
+  int64_t sums;    // floats for a pixel
+  int64_t group;   // rows of the result that are computed at a time
+  int64_t panel;   // bytes of the weights of 16 columns of a phase
+};
+
+static inline Layout layout(const Conv2d& p) {
+  Layout l;
+  l.pixel = round_up(p.C * (p.weight_scale == nullptr ? element_size(p.dtype) : 1), 4);
+  l.taps = p.kernel * l.pixel;
+  l.packed = round_up(l.taps, 64);
+  l.row = round_up((p.stride * (kTilePixels - 1) + 3) * l.pixel, 64);
+  l.window = (p.stride * (kTileRows - 1) + 3) * l.row + 64;
+  l.sums = round_up(p.N, 32);
+  l.group = kGroupBytes / (kTilePixels * l.sums * int64_t(sizeof(float)));
+  l.group = l.group < 1 ? 1 : l.group > kTileRows ? kTileRows : l.group;
+  l.panel = 16 * p.kernel * l.packed;
+  return l;
+}
+
+// The products of a group of rows: sums of 16 `panels` columns of `rows` x `pixels` pixels.
+struct Products {
+  const Layout& layout;
+  const char* window;  // what the first pixel sees
+  const char* weight;  // of the phase
+  int64_t panels, rows, pixels, kernel, stride;
+  int64_t bytes;  // of a row of taps that take part: layout.taps, or with the padding layout.packed
+  float* sums;    // rows x 32 pixels x layout.sums
+  char* buffer;   // Conv2dKernels::buffer bytes for each byte of a panel's sixteenth
+
+  // What pixel `pixel` of row `row` sees, and where its sums go.
+  const char* x(int64_t row, int64_t pixel) const { return window + stride * (row * layout.row + pixel * layout.pixel); }
+  float* to(int64_t row, int64_t pixel) const { return sums + (row * kTilePixels + pixel) * layout.sums; }
+};
+
+struct Conv2dKernels {
+  int64_t buffer;
+  void (*tile)(const Conv2d& p, const Tile& tile, char* memory);  // of conv2d_memory(p, buffer) bytes
+};
+
+// A tile's window, sums, a row of floats and the products' buffer, in this order, each at a cache line's boundary.
+static inline int64_t conv2d_memory(const Conv2d& p, int64_t buffer) {
+  const Layout l = layout(p);
+  const int64_t floats = l.group * kTilePixels * l.sums + round_up(p.C, 16) + round_up(p.N, 16);
+  return round_up(l.window, 64) + floats * int64_t(sizeof(float)) + buffer * l.panel / 16;
+}
+
+extern const Conv2dKernels conv2d_portable;
+extern const Conv2dKernels conv2d_avx2;
+extern const Conv2dKernels conv2d_avxvnni;
+extern const Conv2dKernels conv2d_avx512;
+extern const Conv2dKernels conv2d_amx;  // of int8 and bf16
+
+// The ops beside the convolutions: some pixels of rms_norm, a row of multi_scale.
+struct PixelKernels {
+  void (*rms_norm)(const RmsNorm& p, int64_t first, int64_t last);
+  void (*multi_scale)(const MultiScale& p, int64_t image, int64_t row, float* memory);  // of kTilePixels * D floats
+};
+
+extern const PixelKernels pixels_portable;
+extern const PixelKernels pixels_avx2;
+extern const PixelKernels pixels_avx512;
+
+}  // namespace sana

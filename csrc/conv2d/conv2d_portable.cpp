@@ -1,0 +1,42 @@
+// The DC-AE's convolutions in plain C++, for any processor: one pixel by 16 columns at a time.
+#include "common/portable.h"
+#include "conv2d/conv2d_vector.h"
+#include "gemm/multiply_portable.h"
+
+namespace sana {
+namespace {
+
+template <>
+constexpr int64_t kPart<Float> = 64;
+
+template <class T>
+struct Multiply {
+  using Element = typename T::Element;
+
+  static Vec load(const float* sums) { return *sums; }
+
+  static void multiply_all(const Products& q) {
+    const Layout& l = q.layout;
+    for (int64_t panel = 0; panel < q.panels; ++panel)
+      for (int64_t row = 0; row < q.rows; ++row)
+        for (int64_t pixel = 0; pixel < q.pixels; ++pixel) {
+          typename T::Sum sum[kColumns] = {};
+          for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) {
+            typename T::Sum part[kColumns] = {};
+            multiply<T>(part, reinterpret_cast<const Element*>(q.x(row, pixel) + x),
+                        reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * k),
+                        bytes / int64_t(sizeof(Element)));
+            for (int i = 0; i < kColumns; ++i) sum[i] += part[i];
+          });
+          for (int i = 0; i < kColumns; ++i) q.to(row, pixel)[panel * kColumns + i] = float(sum[i]);
+        }
+  }
+};
+
+void tile(const Conv2d& p, const Tile& tile, char* memory) { tile_any<Multiply, Float, BFloat16, Int8>(p, tile, memory); }
+
+}  // namespace
+
+const Conv2dKernels conv2d_portable = {0, tile};
+
+}  // namespace sana

@@ -1,0 +1,205 @@
+// A tile of the DC-AE's convolutions: what stands before and after the products, on vectors; include common/avx512.h,
+// avx2.h or portable.h first, and the instruction set's products. conv2d.cpp has the algorithm.
+#pragma once
+
+#include <string.h>
+
+#include "conv2d/norm_vector.h"
+#include "gemm/quantize.h"
+
+namespace sana {
+namespace {
+
+// Bytes of K that are summed apart first, or 0: all of them in one chain. fp32 needs it; rounding to 16 bits hides what
+// a chain loses, and integers lose nothing.
+template <class T>
+constexpr int64_t kPart = 0;
+
+// f(x, k, bytes) for consecutive parts of K: where a pixel sees them, how far they are in the weights' K, their size.
+template <int64_t kMost, class F>
+inline __attribute__((always_inline)) void for_parts(const Products& q, F f) {
+  const int64_t most = kMost == 0 ? q.bytes : kMost;
+  for (int64_t i = 0; i < q.kernel; ++i)
+    for (int64_t j = 0; j < q.bytes; j += most)
+      f(i * q.layout.row + j, i * q.layout.packed + j, most < q.bytes - j ? most : q.bytes - j);
+}
+
+// Brings what a tile sees into the window: normalised, quantised where the weights are (then it returns the tile's scale,
+// else 1), with zeros around the image. E: the type of x.
+template <class E>
+class Gather {
+ public:
+  using T = typename E::Type;
+
+  Gather(const Conv2d& p, const Layout& layout, const Tile& tile, char* window, float* row)
+      : p_(p), layout_(layout), window_(window), row_(row) {
+    top_ = p.stride * tile.row - 1, left_ = p.stride * tile.pixel - 1;
+    const int64_t bottom = top_ + p.stride * (tile.rows - 1) + 3, right = left_ + p.stride * (tile.pixels - 1) + 3;
+    first_row_ = top_ < 0 ? 0 : top_, last_row_ = bottom < p.band.height ? bottom : p.band.height;
+    first_pixel_ = left_ < 0 ? 0 : left_, last_pixel_ = right < p.width ? right : p.width;
+    image_ = static_cast<const T*>(p.x) + tile.image * p.rows * p.width * p.C;
+    // Pixels may follow each other without a gap: then a row of them is a single run of elements.
+    const int64_t element = p.weight_scale == nullptr ? sizeof(T) : 1;
+    whole_rows_ = p.input_norm.weight == nullptr && layout.pixel == p.C * element;
+  }
+
+  float operator()() {
+    memset(window_, 0, layout_.window);
+    if (p_.weight_scale == nullptr) {
+      for_runs([&](const T* x, int64_t count, char* to) {
+        if (p_.input_norm.weight == nullptr) {
+          memcpy(to, x, count * sizeof(T));
+        } else {
+          normalized(x, [&](int64_t c, Lanes lanes, Vec y) { E::store(reinterpret_cast<T*>(to) + c, lanes, y); });
+        }
+      });
+      return 1;
+    }
+    Vec largest = set1(0);
+    for_values([&](int8_t*, Lanes, Vec x) { largest = magnitude_max(largest, x); });
+    const RowScale scale = row_scale(largest_magnitude(largest));
+    const Vec inverse = set1(scale.inverse);
+    for_values([&](int8_t* to, Lanes lanes, Vec x) { store_int8(to, lanes, x * inverse); });
+    return scale.scale;
+  }
+
+ private:
+  // f(x, count, to) for all runs of consecutive elements that the tile sees, and their place in the window.
+  template <class F>
+  void for_runs(F f) {
+    const int64_t pixels = last_pixel_ - first_pixel_, step = whole_rows_ ? pixels : 1;
+    for (int64_t row = first_row_; row < last_row_; ++row)
+      for (int64_t pixel = first_pixel_; pixel < last_pixel_; pixel += step)
+        f(image_ + ((row - p_.band.start) * p_.width + pixel) * p_.C, step * p_.C,
+          window_ + (row - top_) * layout_.row + (pixel - left_) * layout_.pixel);
+  }
+
+  template <class F>
+  void normalized(const T* x, F f) {
+    normalize(p_.C, p_.input_norm, p_.eps, [&](int64_t c, Lanes lanes) { return E::load(x + c, lanes); },
+              [&](int64_t c, Lanes lanes, Vec y) { f(c, lanes, activate<E>(p_.input_activation, y)); });
+  }
+
+  // f(to, lanes, x) for all vectors that are to be quantised.
+  template <class F>
+  void for_values(F f) {
+    for_runs([&](const T* x, int64_t count, char* window) {
+      int8_t* to = reinterpret_cast<int8_t*>(window);
+      if (p_.input_norm.weight == nullptr)
+        return for_vectors(count, [&](int64_t c, Lanes lanes) { f(to + c, lanes, E::load(x + c, lanes)); });
+      // Through memory, so that lanes beyond C are zero.
+      normalized(x, [&](int64_t c, Lanes lanes, Vec y) { F32::store(row_ + c, lanes, y); });
+      for_vectors(count, [&](int64_t c, Lanes lanes) { f(to + c, lanes, F32::load(row_ + c, lanes)); });
+    });
+  }
+
+  const Conv2d& p_;
+  const Layout& layout_;
+  char* window_;
+  float* row_;
+  const T* image_;
+  int64_t top_, left_, first_row_, last_row_, first_pixel_, last_pixel_;
+  bool whole_rows_;
+};
+
+// What becomes of a pixel's sums. M::load makes floats of them.
+template <class E, class M>
+class Epilogue {
+ public:
+  using T = typename E::Type;
+
+  Epilogue(const Conv2d& p, float x_scale, float* row) : p_(p), x_scale_(x_scale), row_(row) {}
+
+  // Pixel `pixel` of row `row` of the image's result (of phases, the pixel of x that it comes of).
+  void operator()(const Tile& tile, int64_t row, int64_t pixel, int phase, float* sums) {
+    const Band& band = p_.band;
+    const float* scale = p_.weight_scale == nullptr ? nullptr : p_.weight_scale + phase * p_.N;
+    const float* bias = p_.bias == nullptr || !p_.bias_by_phase ? p_.bias : p_.bias + phase * p_.N;
+    const auto result = [&](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+      Vec y = M::load(sums + n);
+      if (scale != nullptr) y = y * (F32::load(scale + n, lanes) * set1(x_scale_));
+      if (bias != nullptr) y = y + F32::load(bias + n, lanes);
+      return activate<E>(p_.activation, y);
+    };
+    if (p_.phases == 4) {
+      const int64_t index = (tile.image * 2 * (band.last - band.first) + 2 * (row - band.first) + phase / 2) * 2 * p_.width;
+      T* out = static_cast<T*>(p_.out) + (index + 2 * pixel + phase % 2) * p_.N;
+      const int64_t x = ((tile.image * p_.rows + row - band.start) * p_.width + pixel) * p_.C;
+      shortcut(static_cast<const T*>(p_.x) + x, phase);
+      return for_vectors(p_.N, [&](int64_t n, Lanes lanes) {
+        E::store(out + n, lanes, result(n, lanes) + F32::load(row_ + n, lanes));
+      });
+    }
+    const int64_t width = (p_.width + p_.stride - 1) / p_.stride;
+    const int64_t index = ((tile.image * (band.last - band.first) + row - band.first) * width + pixel) * p_.N;
+    T* out = static_cast<T*>(p_.out) + index;
+    const T* residual = p_.residual == nullptr ? nullptr : static_cast<const T*>(p_.residual) + index;
+    const auto store = [&](int64_t n, Lanes lanes, Vec y) __attribute__((always_inline)) {
+      E::store(out + n, lanes, residual == nullptr ? y : y + E::load(residual + n, lanes));
+    };
+    if (p_.norm.weight == nullptr)
+      return for_vectors(p_.N, [&](int64_t n, Lanes lanes) { store(n, lanes, result(n, lanes)); });
+    for_vectors(p_.N, [&](int64_t n, Lanes lanes) { F32::store(row_ + n, lanes, result(n, lanes)); });
+    normalize(p_.N, p_.norm, p_.eps, [&](int64_t n, Lanes lanes) { return F32::load(row_ + n, lanes); }, store);
+  }
+
+ private:
+  // Channel n of phase 2 dy + dx gets channel (4 n + phase) / repeats of x.
+  void shortcut(const T* x, int phase) {
+    const auto widen = [&](int64_t n, int64_t c) { row_[n] = sizeof(T) == 4 ? float(x[c]) : bf16_to_float(uint16_t(x[c])); };
+    const int64_t N = p_.N, repeats = 4 * N / p_.C, offset = phase / 2;
+    if (repeats == 4)
+      for (int64_t n = 0; n < N; ++n) widen(n, n);
+    else if (repeats == 2)
+      for (int64_t n = 0; n < N; ++n) widen(n, 2 * n + offset);
+    else
+      for (int64_t n = 0; n < N; ++n) widen(n, (4 * n + phase) / repeats);
+  }
+
+  const Conv2d& p_;
+  const float x_scale_;
+  float* row_;
+};
+
+// E: the type of x and of the result; M: the products of an instruction set.
+template <class E, class M>
+void tile_of(const Conv2d& p, const Tile& tile, char* memory) {
+  const Layout l = layout(p);
+  char* const window = memory;
+  float* const sums = reinterpret_cast<float*>(memory + round_up(l.window, 64));
+  float* const row = sums + l.group * kTilePixels * l.sums;
+  float* const result = row + round_up(p.C, 16);
+  char* const buffer = reinterpret_cast<char*>(result + round_up(p.N, 16));
+  Epilogue<E, M> epilogue(p, Gather<E>(p, l, tile, window, row)(), result);
+  for (int64_t first = 0; first < tile.rows; first += l.group) {
+    const int64_t rows = first + l.group < tile.rows ? l.group : tile.rows - first;
+    for (int phase = 0; phase < p.phases; ++phase) {
+      const int64_t shift = p.kernel == 2 ? phase / 2 * l.row + phase % 2 * l.pixel : 0;
+      const int64_t panels = (p.N + 15) / 16;
+      const char* weight = static_cast<const char*>(p.weight) + phase * panels * l.panel;
+      // In int8 the padding takes part, which is zero in the weights: sums over x are of whole vectors then.
+      const Products q = {l, window + p.stride * first * l.row + shift, weight, panels, rows, tile.pixels, p.kernel,
+                          p.stride, p.weight_scale == nullptr ? l.taps : l.packed, sums, buffer};
+      M::multiply_all(q);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < tile.pixels; ++i)
+          epilogue(tile, tile.row + first + r, tile.pixel + i, phase, q.to(r, i));
+    }
+  }
+}
+
+// `Multiply` of an instruction set: for pairs of bf16 and for int8, and with floats.
+template <template <class> class Multiply, class BFloat16, class Int8>
+void tile_narrow(const Conv2d& p, const Tile& tile, char* memory) {
+  if (p.weight_scale == nullptr) return tile_of<BF16, Multiply<BFloat16>>(p, tile, memory);
+  p.dtype == DType::f32 ? tile_of<F32, Multiply<Int8>>(p, tile, memory) : tile_of<BF16, Multiply<Int8>>(p, tile, memory);
+}
+
+template <template <class> class Multiply, class Float, class BFloat16, class Int8>
+void tile_any(const Conv2d& p, const Tile& tile, char* memory) {
+  const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
+  floats ? tile_of<F32, Multiply<Float>>(p, tile, memory) : tile_narrow<Multiply, BFloat16, Int8>(p, tile, memory);
+}
+
+}  // namespace
+}  // namespace sana

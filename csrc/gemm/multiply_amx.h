@@ -1,0 +1,76 @@
+// The inner loop of matrix products on AMX tiles: 32 rows x 32 columns of sums in tiles 0-3, x in tiles 4 and 5, weights
+// in 6 and 7. For gemm and conv2d; include common/avx512.h and common/tiles.h first.
+//
+// Weights stream from the second-level cache with the non-temporal hint (tileloaddt1), without which they would push x
+// out of the first.
+#pragma once
+
+namespace sana {
+namespace {
+
+constexpr int kRows = 32, kColumns = 32;
+constexpr int kSteps = 18;  // of 64 bytes of K, whose 32 rows of x fit the first-level cache
+
+struct Int8 {
+  using Sum = int;
+  static void product_0() { _tile_dpbssd(0, 4, 6); }
+  static void product_1() { _tile_dpbssd(1, 5, 6); }
+  static void product_2() { _tile_dpbssd(2, 4, 7); }
+  static void product_3() { _tile_dpbssd(3, 5, 7); }
+  static Vec load(const Sum* sums) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums)); }
+};
+
+struct BFloat16 {
+  using Sum = float;
+  static void product_0() { _tile_dpbf16ps(0, 4, 6); }
+  static void product_1() { _tile_dpbf16ps(1, 5, 6); }
+  static void product_2() { _tile_dpbf16ps(2, 4, 7); }
+  static void product_3() { _tile_dpbf16ps(3, 5, 7); }
+  static Vec load(const Sum* sums) { return _mm512_load_ps(sums); }
+};
+
+// Tiles 0-3 to and from 32 rows x 32 columns of sums, whose rows are `stride` bytes apart.
+inline void load_sums(const void* sums, int64_t stride) {
+  const char* upper = static_cast<const char*>(sums);
+  const char* lower = upper + 16 * stride;
+  _tile_loadd(0, upper, stride);
+  _tile_loadd(1, lower, stride);
+  _tile_loadd(2, upper + 64, stride);
+  _tile_loadd(3, lower + 64, stride);
+}
+
+inline void store_sums(void* sums, int64_t stride) {
+  char* upper = static_cast<char*>(sums);
+  char* lower = upper + 16 * stride;
+  _tile_stored(0, upper, stride);
+  _tile_stored(1, lower, stride);
+  _tile_stored(2, upper + 64, stride);
+  _tile_stored(3, lower + 64, stride);
+}
+
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Adds `steps` steps of K to tiles 0-3: 32 rows of x, 32 columns of weights, whose two halves are `apart` bytes apart.
+template <class T, class P>
+inline void multiply(const char* x, int64_t stride, const char* weight, int64_t apart, int64_t steps, P& pending) {
+  const int rows_per_step = int((kRows + steps - 1) / steps);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, x + 64 * step, stride);
+    _tile_stream_loadd(6, weight + 1024 * step, 64);
+    T::product_0();
+    _tile_loadd(5, x + 64 * step + 16 * stride, stride);
+    T::product_1();
+    _tile_stream_loadd(7, weight + 1024 * step + apart, 64);
+    T::product_2();
+    T::product_3();
+    pending.run(rows_per_step);
+  }
+}
+
+}  // namespace
+}  // namespace sana

@@ -1,0 +1,43 @@
+// The inner loop of matrix products in plain C++: one row by 16 columns. For gemm and conv2d.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace sana {
+namespace {
+
+constexpr int kColumns = 16;
+
+struct Int8 {
+  using Element = int8_t;
+  using Sum = int32_t;
+  static constexpr int kInner = 4;  // elements of K that lie side by side
+  static int32_t wide(int8_t x) { return x; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Sum = float;
+  static constexpr int kInner = 2;
+  static float wide(uint16_t x) { return bf16_to_float(x); }
+};
+
+struct Float {
+  using Element = float;
+  using Sum = float;
+  static constexpr int kInner = 1;
+  static float wide(float x) { return x; }
+};
+
+// Adds the products of K elements: a row of x, and 16 columns of weights.
+template <class T>
+inline void multiply(typename T::Sum (&sum)[kColumns], const typename T::Element* x, const typename T::Element* weight,
+                     int64_t K) {
+  for (int64_t k = 0; k < K; k += T::kInner)
+    for (int i = 0; i < kColumns; ++i)
+      for (int j = 0; j < T::kInner; ++j)
+        sum[i] += T::wide(x[k + j]) * T::wide(weight[k * kColumns + i * T::kInner + j]);
+}
+
+}  // namespace
+}  // namespace sana

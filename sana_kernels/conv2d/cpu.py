@@ -1,0 +1,93 @@
+"""Hands tensors to the C++ kernels in csrc/conv2d."""
+
+import torch
+from torch import Tensor
+
+from sana_kernels.backend import DTYPE_CODES, extension
+from sana_kernels.conv2d.reference import ACTIVATIONS
+from sana_kernels.conv2d.weights import ConvWeight, pack_conv2d
+from sana_kernels.gemm.cpu import address, as_float
+
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+WITHOUT_HALF = (torch.float32, torch.bfloat16)
+
+
+def accepts(x: Tensor, *args) -> str | None:
+    """For conv2d, upsample and multi_scale."""
+    return None if x.dtype in WITHOUT_HALF else f"it computes in float32 and bfloat16, not {x.dtype}"
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_shape: list[int],
+    bias: Tensor | None,
+    stride: int,
+    activation: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    input_weight: Tensor | None,
+    input_bias: Tensor | None,
+    input_activation: str,
+    eps: float,
+    band: list[int],
+) -> Tensor:
+    """As the reference, of a weight that may be packed; arguments as this package lets them through."""
+    out = torch.empty(x.shape[0], band[2] - band[1], -(-x.shape[2] // stride), weight_shape[0], dtype=x.dtype)
+    vectors = weight_scale, bias, norm_weight, norm_bias, input_weight, input_bias
+    weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
+    _run(x, weight, residual, out, vectors, band, (stride, 3, 1), (activation, input_activation), eps)
+    return out
+
+
+def upsample(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, weight_shape: list[int], bias: Tensor, band: list[int]
+) -> Tensor:
+    """As the reference, of a weight that may be packed."""
+    out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4, dtype=x.dtype)
+    vectors = weight_scale, bias, None, None, None, None
+    weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
+    _run(x, weight, None, out, vectors, band, (1, weight_shape[2], 4), ("none", "none"), 0.0)
+    return out
+
+
+def _run(
+    x: Tensor, weight: ConvWeight, residual: Tensor | None, out: Tensor, vectors: tuple, band: list[int],
+    kind: tuple[int, int, int], activations: tuple[str, str], eps: float,
+) -> None:  # fmt: skip
+    packed, floats = pack_conv2d(weight, kind[2]).values, [as_float(t) for t in vectors]
+    extension("_cpu")[0].conv2d(
+        [address(t) for t in (x, packed, residual, out)], [address(t) for t in floats], (*x.shape, out.shape[3]), band,
+        kind, [ACTIVATION_CODES[name] for name in activations], floats[1] is not None and len(floats[1]) > out.shape[3],
+        eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def multi_scale(x: Tensor, depthwise: Tensor, grouped: Tensor, band: list[int]) -> Tensor:
+    """As the reference."""
+    C, D, k = x.shape[3], grouped.shape[1], depthwise.shape[2]
+    out = torch.empty(x.shape[0], band[2] - band[1], x.shape[2], C, dtype=x.dtype)
+    weights = depthwise.view(C, k * k).t(), grouped.view(C // D, D, D).transpose(1, 2)
+    weights = [as_float(t) for t in weights]
+    extension("_cpu")[0].multi_scale(
+        [t.data_ptr() for t in (x, *weights, out)], (*x.shape, D, k), band, DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def accepts_rms_norm(x: Tensor, *args) -> str | None:
+    return None if x.dtype in DTYPE_CODES else f"it computes in float32, bfloat16 and float16, not {x.dtype}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float) -> Tensor:
+    """As the reference."""
+    out = torch.empty_like(x)
+    tensors = x, as_float(weight), as_float(bias), residual, out
+    extension("_cpu")[0].rms_norm(
+        [address(t) for t in tensors], x.numel() // x.shape[-1], x.shape[-1], DTYPE_CODES[x.dtype],
+        ACTIVATION_CODES[activation], eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
