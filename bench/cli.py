@@ -1,4 +1,4 @@
-"""`sana bench image|step|kernels|quality|compare` and `sana tune`. Imports nothing heavy before a command runs."""
+"""`sana bench image|step|decode|kernels|quality|compare` and `sana tune`. Imports nothing heavy before a command runs."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ ISAS = {
 def add_parser(subparsers) -> None:
     """Add `bench` to the subparsers of `sana`; each command sets run=callable(args) -> exit status."""
     bench = subparsers.add_parser("bench", help="measure speed and quality, with parity, or compare two results")
-    commands = bench.add_subparsers(metavar="image|step|kernels|quality|compare", required=True)
+    commands = bench.add_subparsers(metavar="image|step|decode|kernels|quality|compare", required=True)
 
     image = commands.add_parser("image", help="whole pictures, stage by stage, by several runs that take turns")
     image.set_defaults(run=_image)
@@ -45,6 +45,17 @@ def add_parser(subparsers) -> None:
     )
     _add_repeat(step, "repetitions of each run (default: 5)")
     _add_common(step, "2 repetitions")
+
+    decode = commands.add_parser("decode", help="the decoder alone, at several sizes")
+    decode.set_defaults(run=_decode)
+    decode.add_argument("--model", default="sana-tiny", help="a model, or an autoencoder alone (default: sana-tiny)")
+    decode.add_argument("--size", metavar="N,N,...", help="sides of square images (default: the model's)")
+    decode.add_argument(
+        "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
+        help=f"auto, cpu, cuda, triton, reference, diffusers, openvino, in the decoder's precision (default: {QUICK_RUNS})",
+    )  # fmt: skip
+    _add_repeat(decode, "repetitions of each run (default: 3)")
+    _add_common(decode, "2 repetitions")
 
     kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
     kernels.set_defaults(run=_kernels)
@@ -191,6 +202,30 @@ def _step(args: argparse.Namespace) -> int:
         loaded, names, size, args.text_tokens, device, peaks(device), results, seed=args.seed, say=_say
     )
     return _finish(bench, args.repeat or (2 if args.quick else 5), results, report.step_table)
+
+
+def _decode(args: argparse.Namespace) -> int:
+    device, results = _setup(args)
+    from sana_bench import report
+    from sana_bench.decode import DecodeBench
+    from sana_bench.harness import peaks
+    from sana_model.family import find_autoencoder
+    from sana_model.settings import PRECISIONS
+    from sana_model.weights import load_model
+
+    names = _run_names(args.runs, device)
+    try:
+        sizes = [int(size) for size in args.size.split(",")] if args.size else None
+    except ValueError as error:
+        raise UserError(f"--size {args.size!r} is not a list of numbers such as 512,1024") from error
+    source = find_autoencoder(args.model)
+    _say(f"loading {args.model}")
+    # Random weights are as good in half the memory; others stay as they were saved, for fp32 to mean them.
+    loaded = load_model(source, decoder_precision=PRECISIONS["bf16"] if source.random else None, parts=("autoencoder",))
+    bench = DecodeBench(
+        loaded, names, sizes or [source.config.size], device, peaks(device), results, seed=args.seed, say=_say
+    )
+    return _finish(bench, args.repeat or (2 if args.quick else 3), results, report.decode_table)
 
 
 def _stored(dtypes: list, preferred):

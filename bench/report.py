@@ -6,6 +6,7 @@ In the Markdown file, a table stands between two markers and is written anew eac
     <!-- table:step -->                          one step of the DiT, op by op
     <!-- table:kernels bench/results/x.json -->  ops, of that file
     <!-- table:quality -->                       what precisions cost in pictures, likewise
+    <!-- table:decode bench/results/x.json -->   the decoder alone, of that file
     <!-- table:ops -->                           op × backend, from the registry
     <!-- /table -->                              the end of either
 
@@ -108,6 +109,28 @@ def _step_row(row: dict, ops: list[str], baselines: list[str]) -> list[str]:
         cells += [f"{spent.get(op, 0):.1f}" for op in ops]
         cells += [f"{ms['median'] - sum(spent.values()):.1f}", f"{alone:.1f}", f"{ms['median'] / alone:.2f}"]
     return [*cells, *(f"{row['speedup'][b]:.2f}" if b in row["speedup"] else "" for b in baselines)]
+
+
+def decode_table(document: dict) -> str:
+    """A row per run and size of the decoder alone."""
+    rows = [row for row in document["results"] if row["kind"] == "decode"]
+    baselines = list(dict.fromkeys(name for row in rows for name in row.get("speedup", ())))
+    header = ["decoder", "run", "**ms** p50 [p10–p90]", "GiB", "% of peak", "SQNR, PSNR dB"]
+    body = [_decode_row(row, baselines) for row in rows]
+    conditions = _conditions(document, rows[0].get("weights", "") if rows else "")
+    return f"{_markdown([*header, *(f'× {name}' for name in baselines)], body)}\n\n{conditions}"
+
+
+def _decode_row(row: dict, baselines: list[str]) -> list[str]:
+    title = [row["name"], _run_name(row)]
+    if row["status"] not in schema.MEASURED:
+        return [*title, row["status"], *[""] * (3 + len(baselines))]
+    check = row["check"]
+    time = _range(row["timing"]["ms"], 1) if row["status"] == "ok" else f"**FAIL** ({_why(check)})"
+    decibels = f"{check['value']:.1f}" + (f", {check['psnr_db']:.1f}" if "psnr_db" in check else "")
+    cells = [time, f"{row['memory_mib']['rss'] / 1024:.1f}", f"{row['work']['pct_of_peak']['decode']:.0f}", decibels]
+    speedups = row.get("speedup", {})
+    return [*title, *cells, *(f"{speedups[b]:.2f}" if b in speedups else "" for b in baselines)]
 
 
 def kernel_table(document: dict) -> str:
@@ -213,8 +236,10 @@ def rewrite(text: str, find: Callable[[str, str], dict]) -> str:
     return MARKED.sub(table, text)
 
 
-_TABLES = {"image": image_table, "step": step_table, "kernels": kernel_table, "quality": quality_table}
-_ROWS = {"image": "image", "step": "step", "kernels": "kernel", "quality": "quality"}
+_TABLES = {
+    "image": image_table, "step": step_table, "kernels": kernel_table, "quality": quality_table, "decode": decode_table,
+}  # fmt: skip
+_ROWS = {"image": "image", "step": "step", "kernels": "kernel", "quality": "quality", "decode": "decode"}
 
 
 def newest(results: Path, table: str) -> dict | None:

@@ -29,7 +29,7 @@ from sana_model.ops import REFERENCE_OPS
 from sana_model.pipeline import Pipeline
 from sana_model.plan import PIPELINES, resolve
 from sana_model.prompt import DEFAULT_INSTRUCTION
-from sana_model.settings import PRECISIONS, QUANTIZED, Settings, dtypes_of
+from sana_model.settings import DTYPES, PRECISIONS, QUANTIZED, Settings, dtypes_of
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
@@ -73,8 +73,8 @@ class RunName:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """By part. The decoder has no W8A8 form."""
-        decoder = "bf16" if self.others in QUANTIZED else self.others
+        """By part. The decoder has no form with 4-bit weights."""
+        decoder = self.others if self.others in (*DTYPES, *QUANTIZED) else "bf16"
         return {"dit": self.precision, "text_encoder": self.others, "autoencoder": decoder}
 
     @property
@@ -98,7 +98,11 @@ class Weights:
 
     def __init__(self, loaded: LoadedModel, device: torch.device):
         self.loaded, self.config, self.device = loaded, loaded.config, device
-        modules = {part: getattr(loaded, part).to(device).eval().requires_grad_(False) for part in PARTS}
+        modules = {
+            part: getattr(loaded, part).to(device).eval().requires_grad_(False)
+            for part in PARTS
+            if getattr(loaded, part)
+        }
         self.stored = {part: next(module.parameters()).dtype for part, module in modules.items()}
         self._parts = {(part, self.stored[part]): module for part, module in modules.items()}
 
@@ -165,6 +169,7 @@ class PipelineRun:
             plan.prepare("dit", block)
         for layer in loaded.text_encoder.layers:
             plan.prepare("text_encoder", layer)
+        plan.prepare("autoencoder", loaded.autoencoder)
         self.pipeline = Pipeline(loaded, plan, self.weights.device, self.name.dtypes, low_memory=False)
 
     def text_encode(self, settings: Settings):

@@ -41,8 +41,11 @@ def denoise_macs(config: DiTConfig, tokens: int, steps: int, lengths: tuple[int,
     return sum(per_row)
 
 
-def decoder_macs(config: AutoencoderConfig, height: int, width: int) -> int:
-    """One decode of an image of height × width pixels."""
+def decoder_macs(config: AutoencoderConfig, height: int, width: int, folded: bool = False) -> int:
+    """One decode of an image of height × width pixels.
+
+    `folded`: of a convolution after nearest ×2, the 4 taps of each pixel that are different ones, not all 9.
+    """
     widths, last = config.widths, len(config.widths) - 1
     pixels = [(height >> i) * (width >> i) for i in range(len(widths))]
     total = pixels[last] * config.latent_channels * widths[last] * 9
@@ -50,8 +53,8 @@ def decoder_macs(config: AutoencoderConfig, height: int, width: int) -> int:
     for i, C in enumerate(widths):
         count, residual = config.decoder_layers[i], config.decoder_block_types[i] == "ResBlock"
         if i < last and count:  # the up-sampling convolution into this stage: at its resolution, or before it
-            shuffle = config.upsample == "pixel_shuffle"
-            total += pixels[i + 1] * widths[i + 1] * 4 * C * 9 if shuffle else pixels[i] * widths[i + 1] * C * 9
+            taps = 4 if folded and config.upsample == "interpolate" else 9  # a shuffle's 4C channels are as many pixels
+            total += pixels[i] * widths[i + 1] * C * taps
         scales = len(config.decoder_qkv_multiscales[i])
         total += pixels[i] * count * (2 * C * C * 9 if residual else _efficientvit_macs(config, C, scales))
     return total

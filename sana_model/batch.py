@@ -67,12 +67,13 @@ def paint(
     *,
     model: str,
     base: str | None = None,
+    decoder: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Painted]:
     """Paint every entry that is not there yet, in order; `defaults` are fields of `Settings` that entries may override.
 
     A picture is there when its file is, and results.jsonl says that it was painted with the same settings and model
-    (`model` and `base` are what `load` was given). All settings are checked before any picture is painted.
+    (`model`, `base` and `decoder` are what `load` was given). All settings are checked before any picture is painted.
     """
     jobs = []
     for entry in entries:
@@ -84,7 +85,9 @@ def paint(
     done = _done(results)
     for number, (place, settings) in enumerate(jobs):
         files = numbered(folder / f"{number:05d}{_slug(settings.prompt)}.png", settings.count)
-        metadata = [Metadata.of(pipe, settings, i, model=model, base=base) for i in range(settings.count)]
+        metadata = [
+            Metadata.of(pipe, settings, i, model=model, base=base, decoder=decoder) for i in range(settings.count)
+        ]
         if done.get(files[0].name) == _identity(metadata[0].as_json()) and all(file.is_file() for file in files):
             yield Painted(files, None)
             continue

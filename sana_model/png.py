@@ -39,14 +39,27 @@ class Metadata:
     decoder_precision: str
     dialect: str = "diffusers"
     base: str | None = None
+    decoder: str | None = None
+    exact: bool = False
+    lora: tuple[str, ...] = ()  # FILE:strength
     random: bool = False  # random weights: a picture of nothing
     software: str = SOFTWARE
 
     @classmethod
-    def of(cls, pipe: Pipeline, settings: Settings, index: int, *, model: str, base: str | None = None) -> "Metadata":
-        """Of picture `index` that `pipe` makes of `settings`; `model` and `base` are what `load` was given."""
+    def of(
+        cls,
+        pipe: Pipeline,
+        settings: Settings,
+        index: int,
+        *,
+        model: str,
+        base: str | None = None,
+        decoder: str | None = None,
+    ) -> "Metadata":
+        """Of picture `index` that `pipe` makes of `settings`; `model`, `base` and `decoder` are what `load` was given."""
         precisions = (pipe.plan.precisions[part] for part in ("dit", "text_encoder", "autoencoder"))
-        return cls(settings, index, model, pipe.plan.backend, *precisions, pipe.config.dialect, base, pipe.model.random)
+        options = pipe.config.dialect, base, decoder, pipe.plan.exact, pipe.loras.described()
+        return cls(settings, index, model, pipe.plan.backend, *precisions, *options, pipe.model.random)
 
     @property
     def prompt(self) -> str:
@@ -59,7 +72,8 @@ class Metadata:
     @property
     def load_options(self) -> dict:
         """Arguments of `sana_model.load` that give the model again."""
-        names = ("model", "backend", "precision", "text_precision", "decoder_precision", "dialect", "base")
+        names = ("model", "backend", "precision", "text_precision", "decoder_precision", "dialect", "base", "decoder",
+                 "exact", "lora")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def parameters(self) -> str:
@@ -104,10 +118,13 @@ def read_metadata(path: str | Path) -> Metadata:
         values = json.loads(text["sana"])
         settings = Settings(**{name: setting(name, value) for name, value in values.pop("settings").items()})
         known = {name: values[name] for name in (f.name for f in fields(Metadata)) if name in values}
-        metadata = Metadata(settings=settings, **known)
-        strings = (*metadata.load_options.values(), metadata.software)
-        if not all(isinstance(value, str) or value is None for value in strings):
+        metadata = Metadata(settings=settings, **known | {"lora": tuple(known.get("lora", ()))})
+        options = metadata.load_options
+        exact, lora = options.pop("exact"), options.pop("lora")
+        if not all(isinstance(value, str) or value is None for value in (*options.values(), *lora, metadata.software)):
             raise UserError("a name is not a text")
+        if type(exact) is not bool:
+            raise UserError("exact is neither true nor false")
         if not 0 <= metadata.index < settings.count:
             raise UserError(f"there is no picture {metadata.index} among {settings.count}")
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:

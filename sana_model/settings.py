@@ -46,9 +46,12 @@ class Settings:
 
 
 def settings_for(
-    config: ModelConfig, prompt: str | list[str] | tuple[str, ...], *, low_memory: bool = False, **overrides
+    config: ModelConfig, prompt: str | list[str] | tuple[str, ...], *, in_tiles: bool = False, **overrides
 ) -> Settings:
-    """The defaults of a model with `overrides` (None: not given) applied. Raises UserError naming what is wrong."""
+    """The defaults of a model with `overrides` (None: not given) applied. Raises UserError naming what is wrong.
+
+    `in_tiles` is the default of `tiled`.
+    """
     unknown = set(overrides) - set(Settings.__dataclass_fields__)
     if unknown:
         known = ", ".join(Settings.__dataclass_fields__)
@@ -56,7 +59,7 @@ def settings_for(
     values = {
         "prompt": prompt if isinstance(prompt, str) else tuple(prompt),
         "width": config.size, "height": config.size, "steps": config.steps, "guidance": config.guidance,
-        "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": low_memory,
+        "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": in_tiles,
     }  # fmt: skip
     settings = Settings(**values | {key: value for key, value in overrides.items() if value is not None})
     _check(settings, config)

@@ -1,4 +1,4 @@
-"""An image in bands is the image whole, bit for bit: every layer of the DC-AE family, in every precision of the CPU engine."""
+"""An image in bands is the image whole, bit for bit: every layer of the DC-AE family, in every precision of the CPU."""
 
 from dataclasses import replace
 

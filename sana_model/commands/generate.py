@@ -19,7 +19,8 @@ from sana_model.pipeline import Pipeline, Result, load
 from sana_model.plan import PIPELINES
 from sana_model.png import SOFTWARE, Metadata, read_metadata, setting, write_png
 
-MODEL_FLAGS = ("model", "base", "backend", "precision", "text_precision", "decoder_precision", "dialect", "device")
+NAMED = ("model", "base", "decoder")
+MODEL_FLAGS = (*NAMED, "backend", "precision", "text_precision", "decoder_precision", "dialect", "device", "exact", "lora")
 PICTURE_FLAGS = (
     "prompt", "steps", "guidance", "seed", "negative_prompt", "num_images", "sampler", "pag_scale", "guidance_interval",
     "binning", "tiled",
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     with closing(Bars()) as bars:
         result = pipe(**picture, progress=bars)
     wanted = range(result.settings.count) if keep is None else [keep]
-    named = {"model": options["model"], "base": options.get("base")}
+    named = {name: options.get(name) for name in NAMED}
     pictures = [Metadata.of(pipe, result.settings, i, **named) for i in wanted]
     for file, metadata in zip(files, pictures, strict=True):
         write_png(file, result.images[metadata.index], metadata)
@@ -145,7 +146,7 @@ def _load(args: argparse.Namespace, options: dict, picture: dict | None = None) 
     pipe = load(**options, low_memory=args.low_memory, picture=picture)
     load_ms = (time.perf_counter() - start) * 1e3
     label = " (random weights: timing only)" if pipe.model.random else ""
-    dit, text, decoder = (pipe.plan.precisions[part] for part in ("dit", "text_encoder", "autoencoder"))
+    dit, text, decoder = map(pipe.plan.described, ("dit", "text_encoder", "autoencoder"))
     print(f"{pipe.config.name}{label}, loaded in {load_ms:.0f} ms")
     print(f"backend {pipe.plan.backend} on {pipe.device}; {dit}, text encoder {text}, decoder {decoder}")
     if args.plan:
@@ -163,7 +164,7 @@ def _paint_file(args: argparse.Namespace, defaults: dict, options: dict) -> int:
         raise UserError(f"{folder} cannot be made a folder: {error.strerror}") from error
     check_writable(folder / batch.RESULTS)
     pipe, _ = _load(args, options)
-    named = {"model": options["model"], "base": options.get("base")}
+    named = {name: options.get(name) for name in NAMED}
     there = 0
     with closing(Bars()) as bars:
         for number, painted in enumerate(batch.paint(pipe, entries, defaults, folder, **named, progress=bars), 1):
