@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sana_bench.cli import add_parser as add_bench_parser
 from sana_bench.cli import add_tune_parser
+from sana_model.commands.export import add_parser as add_export_parser
 from sana_model.config import BUILT_IN, DIALECTS
 from sana_model.errors import UserError
 
@@ -100,9 +101,20 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_quantize(quantize)
 
+    reconstruct = commands.add_parser("reconstruct", help="a picture through the autoencoder and back, and its PSNR")
+    reconstruct.add_argument("picture", type=Path, metavar="IN.png")
+    reconstruct.add_argument("output", type=Path, metavar="OUT.png")
+    reconstruct.add_argument(
+        "--model", default="sana-tiny", metavar="M", help="a model, or an autoencoder alone (default: sana-tiny)"
+    )
+    reconstruct.add_argument("--backend", default="auto", metavar="B", help="auto (default) | reference | cpu | cuda")
+    reconstruct.add_argument("--precision", default="fp32", metavar="P", help="fp32 (default) | bf16 | w8a8")
+    reconstruct.set_defaults(run=_reconstruct)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, and why the rest is off")
     doctor.set_defaults(run=_doctor)
 
+    add_export_parser(commands)
     add_bench_parser(commands)
     add_tune_parser(commands)
     return root
@@ -141,17 +153,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="M", help=f"{MODEL_HELP} (default: sana-tiny)")
     model.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
     model.add_argument("--backend", metavar="B", help="auto (default) | reference | cpu | cuda | triton")
-    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 (default) | fp32 | fp16 | w8a8")
-    model.add_argument("--text-precision", metavar="P", help="default: bf16, or fp32 when --precision is fp32")
-    model.add_argument("--decoder-precision", metavar="P", help="likewise")
+    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 | fp32 | fp16 | w8a8 | w4a8 | w4a4")
+    model.add_argument("--text-precision", metavar="P", help="of the text encoder, where also w4a16 is worth its while")
+    model.add_argument("--decoder-precision", metavar="P", help="likewise: bf16 | fp32 | w8a8")
+    model.add_argument("--decoder", metavar="D", help="another autoencoder: lite, or a folder, file or hub id")
+    model.add_argument(
+        "--exact", action="store_true", default=None, help="compute quantised layers as they are stored, slowly"
+    )
+    model.add_argument(
+        "--lora", action="append", metavar="FILE[:STRENGTH]", help="a LoRA of the DiT; may be given several times"
+    )
     model.add_argument("--dialect", choices=DIALECTS, help="which public implementation to follow where they differ")
     model.add_argument("--device", metavar="D", help="cpu | cuda | cuda:N")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     model.add_argument(
-        "--low-memory", action="store_true", help="free the text encoder after encoding, and decode in tiles"
+        "--low-memory", action="store_true", help="free the text encoder after encoding; on a GPU, decode in tiles"
     )
     model.add_argument(
-        "--tiled", action=argparse.BooleanOptionalAction, help="decode in tiles: little memory, not the same pixels"
+        "--tiled", action=argparse.BooleanOptionalAction, help="decode in blended tiles, as diffusers does: not the same pixels"
     )
 
     output = parser.add_argument_group("input and output")
@@ -258,6 +277,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _quantize(args: argparse.Namespace) -> int:
     from sana_model.commands.quantize import run
+
+    return run(args)
+
+
+def _reconstruct(args: argparse.Namespace) -> int:
+    from sana_model.commands.reconstruct import run
 
     return run(args)
 

@@ -87,7 +87,7 @@ class PromptEncoder:
         line break), or None for that of the model's configuration. The end of a prompt that is too long is cut off,
         with a warning. UserError where there is no prompt, or the tokenizer is that of another model.
         """
-        instruction = self._instruction(self.config.instruction if instruction is None else instruction)
+        instruction = self.instruction(self.config.instruction if instruction is None else instruction)
         return CaptionStates.stack([self._caption(self._clean(prompt), instruction) for prompt in prompts])
 
     def encode_negative(self, prompts: list[str]) -> CaptionStates:
@@ -111,7 +111,8 @@ class PromptEncoder:
         self._captions.clear()
         self._prefixes.clear()
 
-    def _instruction(self, instruction: str) -> str:
+    def instruction(self, instruction: str) -> str:
+        """What goes in front of a prompt where `encode` is given this `instruction`."""
         if instruction == "none":
             return ""
         if instruction != "default":

@@ -41,10 +41,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. Printing it prints the table."""
+    """What `verify`, or `sana export check`, found. Printing it prints the table."""
 
     title: str
     rows: tuple[Row, ...]
+    against: str = "diffusers"
 
     @property
     def passed(self) -> bool:
@@ -60,7 +61,7 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
         failed = ", ".join(row.stage for row in self.rows if not row.passed)
-        verdict = f"differs in: {failed}" if failed else "agrees with diffusers"
+        verdict = f"differs in: {failed}" if failed else f"agrees with {self.against}"
         return "\n".join([self.title, *lines, f"{_word(self.passed)}: {verdict}"])
 
 

@@ -1,0 +1,73 @@
+"""What painting a few pictures tells of a transformer: scales of its activations for W8A8, and whether fp16 holds them."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sana_export.graphs import HIGHER_PRECISION
+from sana_export.ops import INT8_MOST
+from sana_kernels.quant.calibration import LayerInputs, calibrate
+from sana_model.dit import FP16_MAX
+from sana_model.errors import UserError
+from sana_model.pipeline import Pipeline
+
+PROMPTS = [
+    "a red fox in the snow, oil painting", "a 3d render of a teapot on a teal background", "a crowded night market, rain",
+    "portrait of an old sailor, studio light", "a flat icon of an owl", "an aerial photograph of a river delta",
+]  # fmt: skip
+HEADROOM = 2.0  # other pictures than these may reach further
+
+
+def activation_scales(inputs: dict[str, LayerInputs]) -> dict[str, float]:
+    """By layer of the DiT's blocks, of its input: the largest |value| / 127."""
+    return {
+        name: layer.absmax.max().item() / INT8_MOST
+        for name, layer in inputs.items()
+        if name.startswith("blocks.") and name.rpartition(".")[2] not in HIGHER_PRECISION
+    }
+
+
+def check_range(pipe: Pipeline, samples: int, steps: int) -> None:
+    """Raise UserError unless every tensor of a bf16 DiT stays well within fp16's range while it paints.
+
+    bf16 has the range of fp32 and is used where an fp16 graph uses fp16; what a graph computes in fp32 does not count.
+    """
+    with Largest(pipe.dit) as largest:
+        calibrate(pipe, PROMPTS, samples, steps)
+    if largest.value * HEADROOM > FP16_MAX:
+        raise UserError(
+            f"the transformer's activations reach {largest.value:.3g} ({largest.where}), and fp16 ends at {FP16_MAX:.0f},"
+            f" of which a factor of {HEADROOM:g} is kept free; export it with --precision bf16"
+        )
+
+
+class Largest(TorchDispatchMode):
+    """The largest |value| of all bf16 tensors that are computed within the block, and in which block of `dit`."""
+
+    def __init__(self, dit: nn.Module):
+        super().__init__()
+        self.value, self.where, self._module, self._dit = 0.0, "", "", dit
+
+    def __enter__(self):
+        def enter(name: str):
+            return lambda *_: setattr(self, "_module", name)
+
+        self._handles = [
+            block.register_forward_pre_hook(enter(f"block {i}")) for i, block in enumerate(self._dit.blocks)
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for handle in self._handles:
+            handle.remove()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 and tensor.numel():
+                value = tensor.abs().max().float().item()
+                if not value <= self.value:  # NaN is larger, too
+                    self.value, self.where = value, f"{self._module}, {func.__name__}"
+        return result
