@@ -23,7 +23,7 @@ from sana_kernels import Quantized
 from sana_kernels.linear_attention.reference import rms_norm
 from sana_model.config import DiTConfig
 from sana_model.ops import REFERENCE_OPS, Ops
-from sana_model.packed import PackedLinear
+from sana_model.packed import is_plain, linear, rows_for
 
 FP16_MAX = 65504.0
 
@@ -47,17 +47,10 @@ class TextContext:
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     lengths: Tensor | None  # (B,) int64; None: all L
 
-
-def linear(ops: Ops, x: Tensor | Quantized, layer: nn.Linear | PackedLinear, **epilogue) -> Tensor:
-    """x through a linear layer as the op `gemm`, whose epilogue may add a gated residual. 8-bit layers take 8-bit rows."""
-    if isinstance(layer.weight, Quantized) and not isinstance(x, Quantized):
-        x = ops.quantize(x, layer.weight.values.dtype)
-    return ops.gemm(x, layer.weight, layer.bias, **epilogue)
-
-
-def rows_for(layer: nn.Linear | PackedLinear) -> torch.dtype | None:
-    """What `modulate` should quantise to for this layer; None: nothing."""
-    return layer.weight.values.dtype if isinstance(layer.weight, Quantized) else None
+    def rows(self, index: slice | list[int]) -> "TextContext":
+        """Those of some of the batch, in that order."""
+        pairs = tuple((k[index], v[index]) for k, v in self.keys_values)
+        return TextContext(pairs, None if self.lengths is None else self.lengths[index])
 
 
 class LinearAttention(nn.Module):
@@ -131,10 +124,16 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor | Quantized, grid: tuple[int, int], ops: Ops, gate: Tensor, residual: Tensor) -> Tensor:
         """residual + gate · Mix-FFN(x), (B, N, C)."""
-        return ops.mix_ffn(
-            x, *grid, self.expand.weight, self.expand.bias, self.depthwise.weight, self.depthwise.bias,
-            self.project.weight, gate=gate, residual=residual,
-        )  # fmt: skip
+        depthwise = self.depthwise.weight, self.depthwise.bias
+        if is_plain(self.expand) and is_plain(self.project):
+            return ops.mix_ffn(
+                x, *grid, self.expand.weight, self.expand.bias, *depthwise, self.project.weight,
+                gate=gate, residual=residual,
+            )  # fmt: skip
+        u = ops.depthwise_glu(
+            linear(ops, x, self.expand, silu=True), *grid, *depthwise, quantize=rows_for(self.project)
+        )
+        return linear(ops, u, self.project, gate=gate, residual=residual)
 
 
 class Block(nn.Module):
@@ -260,27 +259,41 @@ class DiT(nn.Module):
         return TextContext(tuple(block.cross_attention.keys_values(y, self.ops) for block in self.blocks), lengths)
 
     def step(
-        self, latents: Tensor, time: TimeEmbedding, text: TextContext, perturbed: int = 0, pag_layers=()
+        self,
+        latents: Tensor,
+        time: TimeEmbedding,
+        text: TextContext,
+        perturbed: int = 0,
+        pag_layers=(),
+        positions: Tensor | None = None,
     ) -> Tensor:
         """One evaluation: (B, in channels, H, W) → (B, out channels, H, W), in the model's dtype.
 
         Perturbed-attention guidance (arXiv 2403.17377): in the blocks listed in `pag_layers`, the last `perturbed` images
-        of the batch skip the attention map.
+        of the batch skip the attention map. `positions`: those of this grid, where they are at hand.
         """
         grid = latents.shape[-2:]
-        x = self.embed(latents)
+        x = self.embed(latents, positions)
         for i, block in enumerate(self.blocks):
             rows = perturbed if i in pag_layers else 0
             x = block(x, time.modulation[:, i], text.keys_values[i], text.lengths, grid, self.ops, rows)
         return self.unembed(x, time.embedding, grid)
 
-    def embed(self, latents: Tensor) -> Tensor:
+    def embed(self, latents: Tensor, positions: Tensor | None = None) -> Tensor:
         """(B, in channels, H, W) → tokens (B, N, C), row-major, with the position embedding of the 2K and 4K models."""
         x = self.patch_embed(latents.to(self.dtype).flatten(2).transpose(1, 2))
-        if self.config.pos_embed_scale is not None:
-            grid, scale = latents.shape[-2:], self.config.pos_embed_scale
-            x = (x + position_embedding(self.config.hidden, *grid, self.config.sample_size, scale, x.device)).to(x)
-        return x
+        if positions is None:
+            positions = self.positions(*latents.shape[-2:], x.device)
+        return x if positions is None else (x + positions).to(x)
+
+    def positions(self, height: int, width: int, device: torch.device) -> Tensor | None:
+        """The position embedding (1, N, C) fp32 of the 2K and 4K models; None for the others, which have none."""
+        config = self.config
+        if config.pos_embed_scale is None:
+            return None
+        return position_embedding(
+            config.hidden, height, width, config.sample_size, config.pos_embed_scale, torch.device(device)
+        )
 
     def unembed(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) → (B, out channels, H, W)."""

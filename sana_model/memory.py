@@ -14,46 +14,69 @@ import psutil
 import torch
 
 from sana_model.autoencoder import Autoencoder
+from sana_model.bands import BAND_BYTES
 from sana_model.bins import nearest_bin
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
-from sana_model.settings import Settings
+from sana_model.quantized import KEPT
+from sana_model.settings import DTYPES, PRECISIONS, Settings
 from sana_model.text_encoder import TextEncoder
 
-Dtypes = dict[str, torch.dtype]
-"""By part: "dit", "text_encoder", "autoencoder"."""
+Precisions = dict[str, str]
+"""By part, "dit", "text_encoder", "autoencoder": what it is executed in, as `Plan.executed` and `precisions_for` say."""
+
+BYTES = {"w8a8": 1.01, "fp8": 1.01, "w4a8": 1.07, "w4a4": 1.07, "w4a16": 0.57, "exact": 5.1}
+"""Per weight of a quantised layer, with its scales: 4-bit weights that are multiplied as int8, or as they are (w4a16), or
+are kept beside their fp32 values (exact). A low-rank branch of 32 adds up to 6 % of bf16 weights."""
 
 GB = 1e9
 SMALL = 256 * 2**20  # whatever does not grow with the picture: workspaces, tables, the allocator's slack
 DIT_UNITS = 20  # × rows · N · C values: in a block 13 to 15 are alive (2F = 5C, twice, and fp32 copies), plus workspace
 DECODER_UNITS = 8  # × width · height · outermost channels (128) values: 4 are alive in the last stage, plus workspace
+ATTENTION_UNITS = 16  # × tokens · C values of the decoder's largest stage of attention, which stays whole
+BANDS_UNITS = 48  # × a band: those that are in flight between all layers
 DECODER_CPU_BYTES = 22  # × the same, whatever the dtype: the CPU's convolutions keep a wide copy of what they reorder
 TILE = 512  # pixels, `Autoencoder.tiled_decode`
 
 
 def estimate(
-    config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    settings: Settings,
+    precisions: Precisions,
+    device: torch.device | str = "cpu",
+    in_bands: bool = False,
 ) -> dict[str, int]:
     """Bytes by part: the weights "dit", "text_encoder" and "autoencoder", and the passing peaks "denoise" (with the
     keys and values of the text) and "decode", of which only one is there at a time. Encoding needs less than either.
+    `in_bands`: the decoder runs band by band, as `Plan.in_bands` says.
     """
     dit = config.dit
     width, height, rows = *_canvas(config, settings), _rows(config, settings)
     scale = config.autoencoder.spatial_compression
-    tokens, size = width * height // scale**2, dtypes["dit"].itemsize
+    tokens, size = width * height // scale**2, _size(precisions["dit"])
 
     blocks = DIT_UNITS * rows * tokens * dit.hidden * size
     keys_values = 2 * dit.layers * rows * config.max_text_tokens * dit.hidden * size
-    return weights(config, dtypes) | {
+    return weights(config, precisions) | {
         "denoise": blocks + keys_values + SMALL,
-        "decode": _decode(config, settings, width, height, dtypes["autoencoder"], torch.device(device)),
+        "decode": _decode(
+            config, settings, width, height, PRECISIONS[precisions["autoencoder"]], torch.device(device), in_bands
+        ),
     }
 
 
-def weights(config: ModelConfig, dtypes: Dtypes) -> dict[str, int]:
+def weights(config: ModelConfig, precisions: Precisions) -> dict[str, int]:
     """Bytes of the weights by part, as loaded."""
-    return {part: count * dtypes[part].itemsize for part, count in parameters(config).items()}
+    quantized = _in_blocks(config)
+
+    def of(part: str, count: int) -> int:
+        precision = precisions[part]
+        if precision in DTYPES:
+            return count * _size(precision)
+        return round(quantized[part] * BYTES[precision]) + (count - quantized[part]) * _size(precision)
+
+    return {part: of(part, count) for part, count in parameters(config).items()}
 
 
 @lru_cache(maxsize=32)
@@ -65,15 +88,38 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return dict(zip(("dit", "text_encoder", "autoencoder"), counts, strict=True))
 
 
-def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str, low_memory: bool = False) -> None:
+@lru_cache(maxsize=32)
+def _in_blocks(config: ModelConfig) -> dict[str, int]:
+    """How many of them are weights that quantisation is for: of the linear layers in the blocks."""
+    with torch.device("meta"):
+        blocks = {"dit": DiT(config.dit).blocks, "text_encoder": TextEncoder(config.text).layers, "autoencoder": ()}
+    return {
+        part: sum(
+            layer.weight.numel()
+            for block in modules
+            for name, layer in block.named_modules()
+            if isinstance(layer, torch.nn.Linear) and name.rpartition(".")[2] not in KEPT
+        )
+        for part, modules in blocks.items()
+    }
+
+
+def _size(precision: str) -> int:
+    """Bytes of what is not quantised."""
+    return PRECISIONS.get(precision, torch.bfloat16).itemsize
+
+
+def check_load(
+    config: ModelConfig, precisions: Precisions, device: torch.device | str, low_memory: bool = False
+) -> None:
     """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, which reads them first."""
-    device, parts = torch.device(device), weights(config, dtypes)
+    device, parts = torch.device(device), weights(config, precisions)
     for place in dict.fromkeys((torch.device("cpu"), device)):
         room, needed = available(place), sum(parts.values())
         if low_memory and place.type == "cuda":
             needed = parts["autoencoder"] + max(parts["text_encoder"], parts["dit"])
         if needed > room:
-            fits = list(_lighter_loads(config, dtypes, place, room))
+            fits = list(_lighter_loads(config, precisions, place, room))
             raise MissingError(
                 f"the weights of {config.name} need {_gb(needed)} of {_name(place)} and {_gb(room)} are free; "
                 + _advice(fits)
@@ -81,19 +127,26 @@ def check_load(config: ModelConfig, dtypes: Dtypes, device: torch.device | str, 
 
 
 def check_run(
-    config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device | str, loaded: bool = True
+    config: ModelConfig,
+    settings: Settings,
+    precisions: Precisions,
+    device: torch.device | str,
+    *,
+    loaded: bool = True,
+    low_memory: bool = False,
+    in_bands: bool = False,
 ) -> None:
     """Raise MissingError unless painting fits into what `device` has left, beside the weights, `loaded` or yet to be.
 
-    `settings.tiled` stands for --low-memory, which has let the text encoder go by then.
+    `low_memory` has let the text encoder go by then; `in_bands` as `estimate`.
     """
     device = torch.device(device)
-    room, needed = available(device), _peak(config, settings, dtypes, device)
+    room, needed = available(device), _peak(config, settings, precisions, device, in_bands)
     if not loaded:
-        parts = weights(config, dtypes)
-        room -= parts["dit"] + parts["autoencoder"] + (0 if settings.tiled else parts["text_encoder"])
+        parts = weights(config, precisions)
+        room -= parts["dit"] + parts["autoencoder"] + (0 if low_memory else parts["text_encoder"])
     if needed > room:
-        fits = list(_lighter_runs(config, settings, dtypes, device, room))
+        fits = list(_lighter_runs(config, settings, precisions, device, room, low_memory, in_bands))
         pictures = f"{settings.count} pictures" if settings.count > 1 else "a picture"
         raise MissingError(
             f"{pictures} of {settings.width}x{settings.height} need {_gb(needed)} of {_name(device)} beside the weights"
@@ -137,9 +190,9 @@ def cgroup_rooms(root: Path = Path("/")) -> Iterator[int]:
                 yield max(0, int(most) - used + int(stat.get("inactive_file" if v2 else "total_inactive_file", 0)))
 
 
-def _peak(config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device) -> int:
+def _peak(config: ModelConfig, settings: Settings, precisions: Precisions, device: torch.device, in_bands: bool) -> int:
     """The larger of denoising and decoding; encoding is over when this is asked."""
-    parts = estimate(config, settings, dtypes, device)
+    parts = estimate(config, settings, precisions, device, in_bands)
     return max(parts["denoise"], parts["decode"])
 
 
@@ -157,22 +210,43 @@ def _rows(config: ModelConfig, settings: Settings) -> int:
 
 
 def _decode(
-    config: ModelConfig, settings: Settings, width: int, height: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    settings: Settings,
+    width: int,
+    height: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_bands: bool,
 ) -> int:
     """Pictures are decoded one by one; all are kept, as 8-bit RGB, until the end."""
-    per_value = DECODER_UNITS * dtype.itemsize if device.type == "cuda" else DECODER_CPU_BYTES
-    pixels = width * height
-    at_once = min(width, TILE) * min(height, TILE) if settings.tiled else pixels
-    finished = 3 * pixels * (2 * 4 + settings.count)  # this picture in fp32, twice, and all of them in 8 bits
-    return per_value * at_once * config.autoencoder.widths[0] + finished + SMALL
+    finished = 3 * width * height * (2 * 4 + settings.count)  # this picture in fp32, twice, and all of them in 8 bits
+    at_once = (min(width, TILE), min(height, TILE)) if settings.tiled else (width, height)
+    return finished + decoder_bytes(config, *at_once, dtype, device, in_bands)
 
 
-def _lighter_loads(config: ModelConfig, dtypes: Dtypes, place: torch.device, room: int) -> Iterator[str]:
+def decoder_bytes(
+    config: ModelConfig, width: int, height: int, dtype: torch.dtype, device: torch.device, in_bands: bool = False
+) -> int:
+    """What a decode of one image takes beside the weights, ours whole or `in_bands`, or one of code that others wrote."""
+    ae = config.autoencoder
+    if not in_bands:
+        per_value = DECODER_UNITS * dtype.itemsize if device.type == "cuda" else DECODER_CPU_BYTES
+        return per_value * width * height * ae.widths[0] + SMALL
+    attention = [i for i, kind in enumerate(ae.decoder_block_types) if kind == "EfficientViTBlock"]
+    whole = max((width * height * ae.widths[i] >> 2 * i for i in attention), default=0)
+    image = 3 * width * height
+    return (ATTENTION_UNITS * whole + 2 * image) * dtype.itemsize + BANDS_UNITS * BAND_BYTES + SMALL
+
+
+def _lighter_loads(config: ModelConfig, precisions: Precisions, place: torch.device, room: int) -> Iterator[str]:
     """What to ask for instead so that the weights fit, least sacrifice first."""
-    half = dict.fromkeys(dtypes, torch.bfloat16)
-    now, lighter = sum(weights(config, dtypes).values()), sum(weights(config, half).values())
+    half = dict.fromkeys(precisions, "bf16")
+    now, lighter = sum(weights(config, precisions).values()), sum(weights(config, half).values())
     if lighter < now and lighter <= room:
         yield f"--precision bf16 ({_gb(lighter)})"
+    eight_bit = sum(weights(config, half | {"dit": "w8a8", "text_encoder": "w8a8"}).values())
+    if lighter > room >= eight_bit and eight_bit < now:
+        yield f"--precision w8a8 --text-precision w8a8 ({_gb(eight_bit)})"
     if place.type == "cuda" and now <= available(torch.device("cpu")):
         yield "--device cpu"
     family = {name: other for name, other in BUILT_IN.items() if other.scheduler.kind == config.scheduler.kind}
@@ -184,21 +258,27 @@ def _lighter_loads(config: ModelConfig, dtypes: Dtypes, place: torch.device, roo
 
 
 def _lighter_runs(
-    config: ModelConfig, settings: Settings, dtypes: Dtypes, device: torch.device, room: int
+    config: ModelConfig,
+    settings: Settings,
+    precisions: Precisions,
+    device: torch.device,
+    room: int,
+    low_memory: bool,
+    in_bands: bool,
 ) -> Iterator[str]:
     """What to ask for instead so that the picture fits, least sacrifice first; each by itself is enough."""
 
-    def fits(asked: Settings, with_dtypes: Dtypes = dtypes, freed: int = 0) -> int | None:
-        needed = _peak(config, asked, with_dtypes, device)
+    def fits(asked: Settings, with_precisions: Precisions = precisions, freed: int = 0) -> int | None:
+        needed = _peak(config, asked, with_precisions, device, in_bands)
         return needed if needed <= room + freed else None
 
-    held = weights(config, dtypes)
+    held = weights(config, precisions)
     if settings.num_images > 1 and (needed := fits(replace(settings, num_images=1))):
         yield f"--num-images 1 ({_gb(needed)})"
-    if not settings.tiled and (needed := fits(replace(settings, tiled=True), freed=held["text_encoder"])):
+    if not low_memory and (needed := fits(replace(settings, tiled=True), freed=held["text_encoder"])):
         yield f"--low-memory ({_gb(needed)}, and the text encoder's {_gb(held['text_encoder'])} are freed)"
-    if torch.float32 in dtypes.values():
-        half = dict.fromkeys(dtypes, torch.bfloat16)
+    if "fp32" in precisions.values():
+        half = dict.fromkeys(precisions, "bf16")
         if needed := fits(settings, half, sum(held.values()) - sum(weights(config, half).values())):
             yield f"--precision bf16 ({_gb(needed)})"
     if not settings.binning:  # a bin's area does not depend on the size asked for

@@ -76,6 +76,8 @@ def _plan(config, backend: str, device: torch.device, precisions: dict[str, str]
 
 
 def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
+    if pipe.loras.strengths:
+        raise UserError("this pipeline wears a LoRA; take it off first: pipe.remove_lora(name)")
     before, loaded_dit = pipe.__dict__.get("_before_optimize", (pipe.plan, pipe.dit))
     loaded = before.precisions["dit"]
     precision = precision or loaded
@@ -87,7 +89,7 @@ def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
         )
     plan = _plan(pipe.config, backend, pipe.device, precisions)
     others = [row for row in before.rows if row.part != "dit"]
-    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, plan.clock)
+    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, plan.clock, before.eager)
     tensors = itertools.chain(loaded_dit.parameters(), loaded_dit.buffers())
     dit = copy.deepcopy(loaded_dit, {id(t): t for t in tensors})  # other modules, the same memory
     for block in dit.blocks:

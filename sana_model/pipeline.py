@@ -2,7 +2,7 @@
 
     captions = text encoder(instruction + prompt)          sana_model/prompt.py, text_encoder.py
     latents  = noise of seed s, one generator per image    here
-    latents  = solver(velocity) for `steps` steps          sana_model/scheduler.py, dit.py
+    latents  = solver(velocity) for `steps` steps          sana_model/denoise.py, scheduler.py, dit.py; graph.py
     images   = decoder(latents / scaling factor)           sana_model/autoencoder.py
 
 `load` makes a `Pipeline`; calling it with a prompt and any field of `Settings` gives a `Result`. The same settings give the
@@ -12,19 +12,25 @@ same picture, on any backend from the same noise.
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sana_model import memory, scheduler
+from sana_export import layout
+from sana_model import graph, memory, scheduler
+from sana_model import lora as lora_file
 from sana_model.bins import nearest_bin, resize_and_crop
 from sana_model.config import ModelConfig
+from sana_model.denoise import Inputs, Loop, denoise
 from sana_model.dit import TextContext
 from sana_model.errors import MissingError, UserError
+from sana_model.family import with_decoder
+from sana_model.lora import Loras
 from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
 from sana_model.settings import Settings, dtypes_of, precisions_for, settings_for
@@ -58,11 +64,13 @@ class Pipeline:
         if self.autoencoder is not None:  # calibration only denoises
             self.autoencoder.use(plan.ops("autoencoder"))
         self._prompt_encoder: PromptEncoder | None = None
+        self.loras = Loras(self.dit, plan.wide_backend("dit"))
+        self.graphs = graph.Graphs(0 if plan.eager else graph.limit(device))
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def settings(self, prompt: str | list[str] | tuple[str, ...], **overrides) -> Settings:
         """The model's defaults with `overrides` applied and checked. Raises UserError naming what is wrong."""
-        return settings_for(self.config, prompt, low_memory=self.low_memory, **overrides)
+        return settings_for(self.config, prompt, in_tiles=self.low_memory and not self.plan.in_bands, **overrides)
 
     def __call__(self, prompt, *, progress: Progress | None = None, **overrides) -> Result:
         """Paint. `overrides` are fields of `Settings`; `progress` is told of every stage and step."""
@@ -85,8 +93,31 @@ class Pipeline:
                 images.append(_to_pil(self.decode(latent, settings)))
             clock.stop("decode")
             progress("decode", len(latents), len(latents))
-            plan = self.plan.as_json() | {"outside_share": self.plan.outside_share(denoise_ms / 1e3)}
+            share = self.plan.outside_share(denoise_ms / 1e3)
+            plan = self.plan.as_json() | {"eager": self.why_eager(settings), "outside_share": share}
         return Result(images, latents.cpu(), clock.timings(settings.steps), plan, settings)
+
+    def add_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Put a LoRA on the DiT (sana_model/lora.py); its name is that of the file, unless given. Returns the name.
+
+        Raises UserError for a file that does not fit the model.
+        """
+        lora = lora_file.read(Path(file), self.config.dit, name)
+        self._change_loras(lambda: self.loras.add(lora, scale))
+        return lora.name
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change the strength of a LoRA: 0 is none, 1 as it was trained."""
+        self._change_loras(lambda: self.loras.set_strength(name, scale))
+
+    def remove_lora(self, name: str) -> None:
+        """Take a LoRA off. Without any, the model is what it was before, to the bit."""
+        self._change_loras(lambda: self.loras.remove(name))
+
+    def _change_loras(self, change: Callable[[], None]) -> None:
+        with self._lock:
+            change()
+            self.graphs.clear()
 
     def encode(self, settings: Settings) -> tuple[CaptionStates | None, CaptionStates]:
         """Caption states (negative, positive), one row per prompt; no negative where the model is not guided by one."""
@@ -115,44 +146,42 @@ class Pipeline:
     ) -> Tensor:
         """Noise → latents (count, 32, H/32, W/32) in fp32. `noise` replaces the seed's initial latents."""
         config, dit = self.config, self.dit
-        height, width = self._canvas(settings)
-        memory.check_run(config, settings, self.dtypes, self.device)
-        scale = config.autoencoder.spatial_compression
-        shape = (1, config.dit.in_channels, height // scale, width // scale)
+        memory.check_run(config, settings, self.plan.executed, self.device, in_bands=self.plan.in_bands)
+        height, width = (side // config.autoencoder.spatial_compression for side in self._canvas(settings))
+        shape = (1, config.dit.in_channels, height, width)
         generators = [torch.Generator("cpu").manual_seed(settings.seed + i) for i in range(settings.count)]
 
-        def draw(_step: int = 0) -> Tensor:
+        def draw() -> Tensor:
             return torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(self.device)
 
-        noise = draw() if noise is None else noise.to(self.device, torch.float32)
         schedule = scheduler.timesteps(replace(config.scheduler, kind=settings.sampler), settings.steps)
-
-        noise_levels = schedule.model_times.tolist() if schedule.kind == "scm" else schedule.sigmas
+        loop = Loop.of(schedule, settings, config.dit, config.pag_layers)
+        draws = [draw() if noise is None else noise.to(self.device, torch.float32)]
+        draws += [draw() for _ in range(schedule.steps - 1) if schedule.kind == "scm"]
         times = torch.as_tensor(schedule.model_times, dtype=torch.float32, device=self.device)
-        scales = torch.full_like(times, settings.guidance) if config.dit.guidance_embeds else None
-        time_table = dit.time(times, scales)
-        guided, perturbed = self._guided(settings), settings.pag_scale > 0
-        text = self._text(settings, captions, perturbed)
-        first = settings.count * guided
-        unguided = _rows(text, slice(first, first + settings.count)) if guided or perturbed else text
-
-        def velocity(x: Tensor, i: int) -> Tensor:
-            lo, hi = settings.guidance_interval
-            if (guided or perturbed) and not lo <= noise_levels[i] <= hi:
-                return dit.step(x, time_table.step(i, len(x)), unguided)
-            copies = 1 + guided + perturbed
-            rows = torch.cat([x] * copies)
-            time = time_table.step(i, len(rows))
-            parts = dit.step(rows, time, text, len(x) * perturbed, config.pag_layers).float().chunk(copies)
-            positive = parts[int(guided)]
-            result = parts[0] + settings.guidance * (positive - parts[0]) if guided else positive
-            return result + settings.pag_scale * (positive - parts[-1]) if perturbed else result
+        guidance, pag_scale = torch.tensor(
+            (settings.guidance, settings.pag_scale), dtype=torch.float32, device=self.device
+        )
+        in_graph = self.why_eager(settings) is None
+        inputs = Inputs(
+            torch.stack(draws),
+            dit.time(times, torch.full_like(times, settings.guidance) if config.dit.guidance_embeds else None),
+            # A graph's captions are all of one length, so that it serves every prompt.
+            self._text(settings, captions, loop.perturbed, config.max_text_tokens if in_graph else None),
+            dit.positions(height, width, self.device),
+            guidance,
+            pag_scale,
+        )
 
         def after_step(i: int, _x: Tensor, _x0: Tensor) -> None:
             if progress is not None:
                 progress("denoise", i + 1, settings.steps)
 
-        latents = scheduler.sample(velocity, noise, schedule, noise=draw, callback=after_step)
+        if in_graph:
+            latents = self.graphs.denoise(dit, loop, inputs)
+            after_step(settings.steps - 1, latents, latents)
+        else:
+            latents = denoise(dit, loop, inputs, after_step)
         if not bool(latents.isfinite().all()):
             raise UserError(
                 f"the latents became NaN or infinite: this checkpoint overflows in {dtype_name(self.dtypes['dit'])}; "
@@ -164,7 +193,9 @@ class Pipeline:
         """Latents → images (B, 3, height, width), fp32 in [-1, 1] up to overshoot."""
         autoencoder = self.autoencoder
         z = latents.to(self.device, self.dtypes["autoencoder"]) / self.config.autoencoder.scaling_factor
-        images = autoencoder.tiled_decode(z) if settings.tiled else autoencoder.decode(z)
+        images = self.graphs.making_room(
+            lambda: autoencoder.tiled_decode(z) if settings.tiled else autoencoder.decode(z)
+        )
         if not bool(images.isfinite().all()):
             raise UserError(
                 f"the decoder overflowed in {dtype_name(self.dtypes['autoencoder'])}; run it with --decoder-precision bf16"
@@ -172,6 +203,17 @@ class Pipeline:
         if settings.binning:
             images = resize_and_crop(images, settings.height, settings.width)
         return images.float()
+
+    def why_eager(self, settings: Settings) -> str | None:
+        """Why the steps of this picture run launch by launch, not as a CUDA graph; None: they do run as one."""
+        if self.plan.eager is not None:
+            return self.plan.eager
+        held = memory.estimate(self.config, settings, self.plan.executed, self.device)["denoise"]
+        if held > self.graphs.limit:
+            return (
+                f"a graph of this size would hold {held / 1e9:.1f} GB, and {self.graphs.limit / 1e9:.1f} are for graphs"
+            )
+        return None
 
     def _guided(self, settings: Settings) -> bool:
         """Classifier-free guidance, which doubles the batch; Sprint takes the guidance scale as an input instead."""
@@ -190,18 +232,25 @@ class Pipeline:
         return self._prompt_encoder
 
     def _text(
-        self, settings: Settings, captions: tuple[CaptionStates | None, CaptionStates], perturbed: bool
+        self,
+        settings: Settings,
+        captions: tuple[CaptionStates | None, CaptionStates],
+        perturbed: bool,
+        length: int | None = None,
     ) -> TextContext:
-        """Keys and values for the batch [negative | positive | perturbed], each of count rows (prompt-major)."""
+        """Keys and values for the batch [negative | positive | perturbed], each of count rows (prompt-major).
+
+        Captions are padded to `length`, or to the longest one.
+        """
         present = [c for c in captions if c is not None]
-        longest = max(c.states.shape[1] for c in present)
-        states = torch.cat([torch.nn.functional.pad(c.states, (0, 0, 0, longest - c.states.shape[1])) for c in present])
+        length = length or max(c.states.shape[1] for c in present)
+        states = torch.cat([torch.nn.functional.pad(c.states, (0, 0, 0, length - c.states.shape[1])) for c in present])
         lengths = torch.cat([c.lengths for c in present])
         text = self.dit.text(states.to(self.device), lengths.to(self.device))
         prompts = len(settings.prompts)
         groups = [*range(len(present)), *([len(present) - 1] if perturbed else [])]
         index = [g * prompts + p for g in groups for p in range(prompts) for _ in range(settings.num_images)]
-        return text if index == list(range(len(states))) else _rows(text, index)
+        return text if index == list(range(len(states))) else text.rows(index)
 
     def _after_fork(self) -> None:
         """A forked child has none of its parent's OpenMP threads: compute on one thread rather than wait for them."""
@@ -218,41 +267,82 @@ def load(
     device: str | None = None,
     text_precision: str | None = None,
     decoder_precision: str | None = None,
+    decoder: str | None = None,
     dialect: str = "diffusers",
+    exact: bool = False,
+    lora: Sequence[str] = (),
     low_memory: bool = False,
+    cuda_graph: bool = True,
     base: str | None = None,
     picture: dict | None = None,
 ) -> Pipeline:
     """Load a model: a built-in name, a diffusers folder, a single file (with `base` for the other parts) or a hub id.
 
-    `precision` (fp32 | bf16 | fp16 | w8a8) is the DiT's, by default what the folder's sana.json asks for, or bf16; text
-    encoder and decoder default to bf16, or fp32 beside an fp32 DiT. `low_memory` lets the text encoder go after encoding,
-    has only one of it and the DiT on a GPU, and decodes in tiles. `picture`: fields of `Settings` that are going to be
+    `precision` (fp32 | bf16 | fp16 | w8a8 | w4a8 | w4a4) is the DiT's, by default what the folder is quantised in or its
+    sana.json asks for, or bf16; text encoder (also w4a16) and decoder default to bf16, or fp32 beside an fp32 DiT. Weights
+    that are not quantised yet are rounded to nearest. `exact` computes quantised layers as they are stored, in the
+    arithmetic of the reference, instead of what the plan executes. `lora`: files, each perhaps with a :strength.
+
+    `decoder`: another autoencoder for the same latents, "lite" or what `sana_model.family.find_autoencoder` takes.
+
+    `low_memory` lets the text encoder go after encoding, has only one of it and the DiT on a GPU, and decodes in tiles where
+    the decoder cannot run in bands, which are exact and the default of the CPU's kernels. On a GPU the denoising loop is a CUDA graph, but where
+    `cuda_graph` is False or the plan says why not. `picture`: fields of `Settings` that are going to be
     painted; what is wrong with them, or too large for this machine, is refused before anything is loaded.
     Raises UserError for a model that cannot be read and MissingError where this machine cannot run it.
     """
     target = _device(device, backend)
+    exports = ("onnxruntime", "tensorrt")
+    if backend in exports or layout.is_export(Path(model)):
+        from sana_model import exported  # which builds pipelines, too
+
+        if backend not in exports:
+            raise UserError(f"{model} holds exported graphs, not weights; paint with --backend {' or '.join(exports)}")
+        if lora or exact or low_memory or decoder:
+            raise UserError(
+                "exported graphs are as they were exported: --lora, --exact, --low-memory and --decoder change a model"
+            )
+        asked = {"dit": precision, "text_encoder": text_precision, "autoencoder": decoder_precision}
+        pipe = exported.load(model, backend, device=target, precisions=asked)
+        pipe.settings(**picture or {"prompt": "anything"})  # a mistake in them is told before the first stage
+        return pipe
     source = find(model, base)
-    precisions = precisions_for(precision or source.precision or "bf16", text_precision, decoder_precision)
+    if decoder is not None:
+        source = with_decoder(source, decoder)
+    precisions = precisions_for(
+        source.precision_of("dit", precision) or source.precision or "bf16",
+        source.precision_of("text_encoder", text_precision),
+        decoder_precision,
+    )
     dtypes = dtypes_of(precisions)
-    memory.check_load(source.config, dtypes, target, low_memory)
+    loras = [(lora_file.read(file, source.config.dit), scale) for file, scale in map(lora_file.parse, lora)]
+    plan = resolve(
+        source.config, backend, target, precisions, exact=exact, low_memory=low_memory, cuda_graph=cuda_graph
+    )
     if picture is not None:
-        settings = settings_for(source.config, low_memory=low_memory, **picture)
-        memory.check_run(source.config, settings, dtypes, target, loaded=False)
-    plan = resolve(source.config, backend, target, precisions)
+        settings = settings_for(source.config, in_tiles=low_memory and not plan.in_bands, **picture)
+    memory.check_load(source.config, plan.executed, target, low_memory)
+    if picture is not None:
+        memory.check_run(
+            source.config, settings, plan.executed, target, loaded=False, low_memory=low_memory, in_bands=plan.in_bands
+        )
     loaded = load_model(
         source, precision=dtypes["dit"], text_precision=dtypes["text_encoder"], decoder_precision=dtypes["autoencoder"],
         dialect=dialect,
         prepare={"dit": partial(plan.prepare, "dit"), "text": partial(plan.prepare, "text_encoder")},
     )  # fmt: skip
+    plan.prepare("autoencoder", loaded.autoencoder)
     for part in (loaded.text_encoder, loaded.autoencoder, *([] if low_memory else [loaded.dit])):
         part.to(target)
-    return Pipeline(loaded, plan, target, dtypes, low_memory=low_memory)
+    pipe = Pipeline(loaded, plan, target, dtypes, low_memory=low_memory)
+    for one, scale in loras:
+        pipe.loras.add(one, scale)
+    return pipe
 
 
 def _device(device: str | None, backend: str) -> torch.device:
-    wanted = device or ("cuda" if backend in ("cuda", "triton") or torch.cuda.is_available() else "cpu")
-    if backend == "cpu" and device is None:
+    wanted = device or ("cuda" if backend in ("cuda", "triton", "tensorrt") or torch.cuda.is_available() else "cpu")
+    if backend in ("cpu", "onnxruntime") and device is None:
         wanted = "cpu"
     try:
         target = torch.device(wanted)
@@ -263,11 +353,6 @@ def _device(device: str | None, backend: str) -> torch.device:
             "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu, or see `sana doctor`"
         )
     return target
-
-
-def _rows(text: TextContext, index) -> TextContext:
-    pairs = tuple((k[index], v[index]) for k, v in text.keys_values)
-    return TextContext(pairs, None if text.lengths is None else text.lengths[index])
 
 
 def _to_pil(image: Tensor) -> Image.Image:

@@ -15,20 +15,32 @@ import torch
 from torch import nn
 
 import sana_kernels
-from sana_kernels.backend import backend_status, extension, why_not
+from sana_kernels import Quantized
+from sana_kernels.backend import backend_status, extension, kernels, why_not
 from sana_kernels.gemm import fake_quantize
+from sana_kernels.quant.formats import GROUP
+from sana_model.bands import BAND_BYTES
 from sana_model.config import ModelConfig
 from sana_model.errors import MissingError, UserError
+from sana_model.graph import why_eager
 from sana_model.ops import REFERENCE_OPS, Ops
-from sana_model.packed import pack_linear_layers
-from sana_model.settings import PRECISIONS, QUANTIZED
+from sana_model.packed import pack_linear_layers, pack_quantized_layers
+from sana_model.packed_autoencoder import pack_autoencoder
+from sana_model.quantized import KEPT, RANK_STEP, SCHEMES, QuantizedLinear, quantize_linear_layers
+from sana_model.settings import DTYPES, FOUR_BIT, PRECISIONS, QUANTIZED
 
 PIPELINES = {
     "reference": ("reference",),
     "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-    "triton": ("triton", "reference"),
+    "cuda": ("cuda", "triton", "library", "reference"),
+    "triton": ("triton", "library", "reference"),
 }
+
+NATIVE = {"w4a4": "gemm_w4a4", "w4a16": "gemm_w4a16"}  # the ops that multiply 4-bit weights as they are
+EXECUTED = {"w4a8": "w8a8", "w4a4": "w8a8", "w4a16": "bf16"}  # what takes their place where no backend has a kernel
+EXACT = "quantized_linear"  # the row of layers that compute what is stored, to the letter
+PRODUCTS = ("gemm", "mix_ffn")  # what is computed in another precision, and
+WIDE = "_16bit"  # their form for what stays in 16 bits: keys and values of the caption, low-rank branches
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,9 @@ class Row:
     part: str  # text_encoder | dit | autoencoder
     op: str
     backend: str  # a kernel's backend, or "library" for what PyTorch does in any case
-    precision: str
+    precision: str  # what is executed
     reason: str  # why the backends before it in the list were passed over
+    stored: str = ""  # the precision of the weights where that is another
 
 
 class OpClock:
@@ -55,7 +68,7 @@ class OpClock:
 
     def wrap(self, key: tuple[str, str], run: Callable) -> Callable:
         def on_cpu(*args, **kwargs):
-            if torch.compiler.is_compiling():  # a graph cannot read the clock
+            if torch.compiler.is_compiling():  # what is compiled cannot read the clock
                 return run(*args, **kwargs)
             start = time.perf_counter()
             try:
@@ -64,6 +77,8 @@ class OpClock:
                 self._seconds[key] += time.perf_counter() - start
 
         def on_gpu(*args, **kwargs):
+            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():  # nor what is replayed
+                return run(*args, **kwargs)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
             result = run(*args, **kwargs)
@@ -83,47 +98,122 @@ class OpClock:
 
 
 class Plan:
-    """The rows, and the `Ops` that carry them out."""
+    """The rows, and the `Ops` that carry them out.
 
-    def __init__(self, backend: str, precisions: dict[str, str], rows: list[Row], clock: OpClock):
-        self.backend, self.precisions, self.rows, self.clock = backend, precisions, rows, clock
+    `eager`: why the steps of a picture run launch by launch; None: as one CUDA graph. `exact`: see `resolve`.
+    """
+
+    def __init__(
+        self, backend: str, precisions: dict[str, str], rows: list[Row], clock: OpClock,
+        eager: str | None = "the caller walks the steps", exact: bool = False,
+    ):  # fmt: skip
+        self.backend, self.precisions, self.rows, self.clock, self.eager = backend, precisions, rows, clock, eager
+        self.exact, self._outside_share = exact, 1.0
+
+    @property
+    def executed(self) -> dict[str, str]:
+        """By part, what most of its matrix products run in; "exact" where that is the letter of what is stored."""
+        found = dict(self.precisions)
+        for row in reversed(self.rows):  # the first row of a part counts
+            if row.op in ("gemm", EXACT, *NATIVE.values()):
+                found[row.part] = "exact" if row.op == EXACT else row.precision
+        return found
+
+    def described(self, part: str) -> str:
+        """The precision of a part, and what is executed where that is another."""
+        stored, executed = self.precisions[part], self.executed[part]
+        return stored if stored == executed else f"{stored} executed as {executed}".replace("as exact", "exactly")
 
     def ops(self, part: str) -> Ops:
         """The ops of "dit" or "autoencoder", each bound to its kernel and timed."""
         bound = {}
         for op in (f.name for f in fields(Ops)):
-            backend, run = self._backend(part, op), getattr(REFERENCE_OPS, op)
-            if backend not in ("reference", "library"):
-                run = partial(getattr(sana_kernels, op), backend=backend)
+            run = _on(op, self._backend(part, op))
+            if op == "gemm":
+                run = _by_weight(run, _on(op, self._backend(part, op, wide=True)))
             bound[op] = self.clock.wrap((part, op), run)
         return Ops(**bound)
 
     def prepare(self, part: str, module: nn.Module) -> None:
-        """Bring a block of the DiT or a layer of the text encoder, in place, into the form that its kernels read."""
+        """Bring a block of the DiT, a layer of the text encoder, or the autoencoder, in place, into its kernels' form."""
         precision = self.precisions[part]
+        if part == "autoencoder":
+            module.band_bytes = BAND_BYTES if self.in_bands else None
+            pack_autoencoder(module, QUANTIZED.get(precision), partial(self._backend, part))
+            return
+        stored = any(isinstance(layer, QuantizedLinear) for layer in module.modules())
+        if precision in FOUR_BIT and not stored:
+            quantize_linear_layers(module, precision)
 
         def backend(layer: str) -> str:
+            if layer.rpartition(".")[2] in KEPT:
+                return self.wide_backend(part)
             return self._backend(part, "mix_ffn" if layer.startswith("mix_ffn.") else "gemm")
 
-        pack_linear_layers(module, QUANTIZED.get(precision) or PRECISIONS[precision], backend)
+        if not self._has(part, EXACT):
+            pack_quantized_layers(module, partial(self._execution, part), self.wide_backend(part))
+        # Of a quantised checkpoint, whatever is not quantised is meant to stay so.
+        dtype = torch.bfloat16 if stored else QUANTIZED.get(precision, PRECISIONS[precision])
+        pack_linear_layers(module, dtype, backend)
 
-    def _backend(self, part: str, op: str) -> str:
-        return next((row.backend for row in self.rows if (row.part, row.op) == (part, op)), "reference")
+    def _execution(self, part: str, layer: QuantizedLinear) -> tuple[str, str]:
+        """The precision in which a layer is executed, and the backend."""
+        stored = layer.stored
+        for precision, op in NATIVE.items():
+            if (stored.format, stored.activations) == SCHEMES[precision] and self._has(part, op):
+                return precision, self._backend(part, op)
+        if stored.activations == "16bit":
+            return "bf16", self.wide_backend(part)
+        return "w8a8", self._backend(part, "gemm")
+
+    @property
+    def in_bands(self) -> bool:
+        """Does the autoencoder run band by band? Where its kernels then make the very same pixels."""
+        return self._backend("autoencoder", "conv2d") == "cpu"
+
+    def _has(self, part: str, op: str) -> bool:
+        return any((row.part, row.op) == (part, op) for row in self.rows)
+
+    def wide_backend(self, part: str) -> str:
+        """The backend of matrix products that stay in 16 bits or more, such as those of low-rank branches."""
+        return self._backend(part, "gemm", wide=True)
+
+    def _backend(self, part: str, op: str, wide: bool = False) -> str:
+        """`wide`: of the form with 16-bit operands, where there are two."""
+        rows = [row for row in self.rows if (row.part, row.op) == (part, op)]
+        chosen = [row for row in rows if row.precision in DTYPES] if wide else rows
+        return next((row.backend for row in chosen), "reference")
 
     def outside_share(self, denoise_seconds: float) -> float:
-        """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels."""
+        """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels.
+
+        The replay of a CUDA graph shows no ops: its fraction is that of the last loop that ran launch by launch.
+        """
         named = {("dit", row.op) for row in self.rows if row.part == "dit" and row.backend == self.backend}
-        inside = sum(seconds for key, seconds in self.clock.seconds().items() if key in named)
-        return max(0.0, 1 - inside / denoise_seconds) if denoise_seconds > 0 else 1.0
+        seconds = {op: spent for (part, op), spent in self.clock.seconds().items() if part == "dit"}
+        if "modulate" in seconds and denoise_seconds > 0:  # every step has it, and nothing outside the loop
+            inside = sum(spent for op, spent in seconds.items() if ("dit", op) in named)
+            self._outside_share = max(0.0, 1 - inside / denoise_seconds)
+        return self._outside_share
 
     def as_json(self) -> dict:
-        return {"backend": self.backend, "rows": [asdict(row) for row in self.rows]}
+        return {
+            "backend": self.backend,
+            "executed": self.executed,
+            "rows": [asdict(row) for row in self.rows],
+            "eager": self.eager,
+        }
 
     def __str__(self) -> str:
         lines = [f"plan for backend {self.backend!r}: " + " → ".join(PIPELINES[self.backend])]
         for row in self.rows:
-            why = f"   ({row.reason})" if row.reason else ""
-            lines.append(f"  {row.part:<13} {row.op:<17} {row.backend:<10} {row.precision:<5}{why}")
+            stored = f"stored as {row.stored}" if row.stored else ""
+            why = "; ".join(filter(None, (stored, row.reason)))
+            lines.append(
+                f"  {row.part:<13} {row.op:<17} {row.backend:<10} {row.precision:<5}" + f"   ({why})" * bool(why)
+            )
+        if self.clock.cuda:
+            lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))
         return "\n".join(lines)
 
 
@@ -144,30 +234,75 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def resolve(config: ModelConfig, backend: str, device: torch.device, precisions: dict[str, str]) -> Plan:
+def resolve(
+    config: ModelConfig,
+    backend: str,
+    device: torch.device,
+    precisions: dict[str, str],
+    *,
+    exact: bool = False,
+    low_memory: bool = False,
+    cuda_graph: bool = True,
+) -> Plan:
     """Choose a kernel for every op of the model. `precisions`: by part, as `settings.precisions_for` gives them.
 
+    `exact`: quantised products are computed as they are stored, in the reference's arithmetic, whatever that costs.
+    `low_memory`: the DiT is moved between pictures; `cuda_graph`: whether its loop may be one.
     Raises MissingError where the named backend cannot run at all.
     """
     backend = choose_backend(backend, device)
     rows = []
     for part, examples in (
-        ("text_encoder", _text_examples(config, precisions["text_encoder"])),
-        ("dit", _dit_examples(config, precisions["dit"])),
-        ("autoencoder", _autoencoder_examples(config, precisions["autoencoder"])),
-    ):
-        for op, args in examples.items():
-            chosen, reasons = _first_that_can(op, PIPELINES[backend], args, device)
-            if (op, chosen) == ("gemm", "reference") and precisions[part] not in QUANTIZED:
-                chosen = "library"
-            rows.append(Row(part, op, chosen, _precision_of(args, precisions[part]), "; ".join(reasons)))
-    rows.append(Row("autoencoder", "conv2d", "library", precisions["autoencoder"], ""))
-    return Plan(backend, precisions, rows, OpClock(device.type == "cuda"))
+        ("text_encoder", _text_examples), ("dit", _dit_examples), ("autoencoder", _autoencoder_examples)
+    ):  # fmt: skip
+        rows += _rows(part, partial(examples, config), precisions[part], PIPELINES[backend], device, exact)
+    eager = why_eager(backend, device, wanted=cuda_graph, low_memory=low_memory)
+    return Plan(backend, precisions, rows, OpClock(device.type == "cuda"), eager, exact)
+
+
+def _rows(
+    part: str, examples: Callable[[str], dict], stored: str, order: tuple[str, ...], device: torch.device, exact: bool
+) -> list[Row]:
+    """The plan of one part, whose precision is `stored`. `examples`: by precision, arguments of every op."""
+    executed, rows, why = stored, [], []
+    if stored in FOUR_BIT and (exact or order == ("reference",)):
+        rows.append(Row(part, EXACT, "reference", stored, ""))
+    elif stored in FOUR_BIT:
+        executed, rows, why = _four_bit(part, examples(stored), stored, order, device)
+    for name, args in examples(executed).items():
+        op = name.removesuffix(WIDE)
+        if op in NATIVE.values():
+            continue
+        precision = _precision_of(args, executed)
+        only_reference = exact and op in PRODUCTS and precision in QUANTIZED
+        chosen, reasons = _first_that_can(op, ("reference",) if only_reference else order, args, device)
+        if op in ("gemm", "conv2d") and chosen == "reference" and precision in DTYPES:
+            chosen = "library"
+        of_stored = name in PRODUCTS and stored != executed
+        reason = "; ".join((why if of_stored else []) + reasons)
+        rows.append(Row(part, op, chosen, precision, reason, stored if of_stored else ""))
+    return rows
+
+
+def _four_bit(
+    part: str, examples: dict[str, tuple], stored: str, order: tuple[str, ...], device: torch.device
+) -> tuple[str, list[Row], list[str]]:
+    """(what 4-bit weights are executed in, the rows of ops that multiply them as they are, why there are none)."""
+    reasons = []
+    for name in order[:-1] if stored in NATIVE else ():
+        reason = why_not(NATIVE[stored], name, *examples[NATIVE[stored]], device=device)
+        if reason is None:
+            ops = [NATIVE[stored]] + ["quantize_int4"] * (stored == "w4a4")
+            return stored, [Row(part, op, name, stored, "; ".join(reasons)) for op in ops], []
+        reasons.append(f"{name}: {reason}")
+    return EXECUTED[stored], [], reasons
 
 
 def _first_that_can(op: str, order: tuple[str, ...], args: tuple, device: torch.device) -> tuple[str, list[str]]:
     reasons = []
     for name in order:
+        if name == "library" and not _has_kernel(op, name):
+            continue
         reason = why_not(op, name, *args, device=device) or _library_is_faster(op, name, args[0].dtype)
         if reason is None:
             return name, reasons
@@ -178,9 +313,29 @@ def _first_that_can(op: str, order: tuple[str, ...], args: tuple, device: torch.
 def _precision_of(args: tuple, precision: str) -> str:
     """What an op with these arguments runs in: in a quantised part, some have no 8-bit operands or results."""
     dtypes = [arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args]
-    if precision in QUANTIZED and QUANTIZED[precision] not in dtypes:
+    if precision in FOUR_BIT or (precision in QUANTIZED and QUANTIZED[precision] not in dtypes):
         return dtype_name(PRECISIONS[precision])
     return precision
+
+
+def _on(op: str, backend: str) -> Callable:
+    """An op on one backend; of ops without a "library" kernel that is the reference, which calls PyTorch."""
+    if backend == "reference" or (backend == "library" and not _has_kernel(op, backend)):
+        return getattr(REFERENCE_OPS, op)
+    return partial(getattr(sana_kernels, op), backend=backend)
+
+
+def _has_kernel(op: str, backend: str) -> bool:
+    return any(kernel.backend == backend for kernel in kernels(op))
+
+
+def _by_weight(quantized: Callable, wide: Callable) -> Callable:
+    """`gemm`, which may run on another backend for 16-bit weights than for quantised ones."""
+    if quantized == wide:
+        return quantized
+    return lambda x, weight, *args, **kwargs: (quantized if isinstance(weight, Quantized) else wide)(
+        x, weight, *args, **kwargs
+    )
 
 
 def _library_is_faster(op: str, backend: str, dtype: torch.dtype) -> str | None:
@@ -192,7 +347,8 @@ def _library_is_faster(op: str, backend: str, dtype: torch.dtype) -> str | None:
 
 def _text_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
     like, C = partial(torch.empty, dtype=PRECISIONS[precision], device="meta"), config.text.hidden
-    return {"gemm": _gemm_example(like, precision, 1, config.max_text_tokens, C, config.text.ffn)}
+    examples = {"gemm": _gemm_example(like, precision, 1, config.max_text_tokens, C, config.text.ffn)}
+    return examples | _four_bit_examples(like, precision, 1, config.max_text_tokens, C, config.text.ffn)
 
 
 def _dit_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
@@ -213,20 +369,54 @@ def _dit_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
         "cross_attention": (cross_q, cross_kv, cross_kv, lengths),
         "mix_ffn": _mix_ffn_example(like, precision, 2, dit.sample_size, C, dit.ffn),
     }
+    if precision not in DTYPES:
+        h, depthwise = like(2, N, 2 * dit.ffn), (like(2 * dit.ffn, 1, 3, 3), like(2 * dit.ffn))
+        examples["depthwise_glu"] = h, dit.sample_size, dit.sample_size, *depthwise
+    if precision in FOUR_BIT:
+        del examples["mix_ffn"]  # which takes no 4-bit weights
     if dtype := QUANTIZED.get(precision):
         examples |= {"modulate_quantized": (x, row, row, dit.norm_eps, dtype), "quantize": (x, dtype)}
-    return examples
+        examples["gemm" + WIDE] = _gemm_example(like, "bf16", 1, L, C, 2 * C)
+    return examples | _four_bit_examples(like, precision, 2, N, C, 3 * C)
 
 
 def _autoencoder_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
     ae, side = config.autoencoder, config.dit.sample_size
-    C = ae.widths[-1]
+    C, outer = ae.widths[-1], ae.widths[1]
     like = partial(torch.empty, dtype=PRECISIONS[precision], device="meta")
     q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
-    return {
-        "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
-        "mix_ffn": _mix_ffn_example(like, precision, 1, side, C, 4 * C),
+    x, channels, band = like(1, side, side, outer), like(outer), [0, 0, side, side]
+
+    def convolution(precision: str, phases: int = 1, size: int = 3) -> tuple:
+        shape = (phases * outer, outer, size, size)
+        if precision in QUANTIZED:
+            return like(*shape).to(QUANTIZED[precision]), like(phases * outer).float(), list(shape)
+        return like(*shape), None, list(shape)
+
+    def conv2d(precision: str) -> tuple:
+        norms = channels, channels, x, None, None, "none"
+        return x, *convolution(precision), channels, 1, "silu", *norms, ae.norm_eps, band
+
+    examples = {
+        "conv2d": conv2d(precision),
+        "upsample": (x, *convolution(precision, 4, 2), channels, band),
+        "rms_norm": (x, channels, channels, x, "none", ae.norm_eps),
     }
+    if precision in QUANTIZED:
+        examples["conv2d" + WIDE] = conv2d("bf16")
+    if "EfficientViTBlock" in ae.encoder_block_types + ae.decoder_block_types:
+        examples |= {
+            "gemm": _gemm_example(like, precision, 1, side**2, C, 3 * C),
+            "multi_scale": (like(1, side, side, 3 * C), like(3 * C, 1, 5, 5), like(3 * C, ae.head_dim, 1, 1), band),
+            "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
+            "mix_ffn": _mix_ffn_example(like, precision, 1, side, C, 4 * C),
+        }
+        if precision in QUANTIZED:
+            examples |= {
+                "gemm" + WIDE: _gemm_example(like, "bf16", 1, side**2, C, C),
+                "quantize": (like(1, side**2, C), QUANTIZED[precision]),
+            }
+    return examples
 
 
 def _rows_example(like: Callable[..., torch.Tensor], precision: str, *shape: int) -> tuple:
@@ -239,6 +429,24 @@ def _rows_example(like: Callable[..., torch.Tensor], precision: str, *shape: int
 def _gemm_example(like: Callable[..., torch.Tensor], precision: str, B: int, M: int, K: int, N: int) -> tuple:
     x, weight = _rows_example(like, precision, B, M, K), _rows_example(like, precision, N, K)
     return *x, *weight, None, False, None, None, like(0).dtype
+
+
+def _four_bit_examples(
+    like: Callable[..., torch.Tensor], precision: str, B: int, M: int, K: int, N: int
+) -> dict[str, tuple]:
+    """Of the ops of NATIVE, for a precision that has one."""
+    if precision not in NATIVE:
+        return {}
+
+    def int4(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = -(-shape[-1] // GROUP)
+        return like(*shape[:-1], groups * GROUP // 2).byte(), like(*shape[:-1], groups).float()
+
+    x, weight, dtype = like(B, M, K), int4(N, K), like(0).dtype
+    if precision == "w4a16":
+        return {"gemm_w4a16": (x, *weight, None, False, None, None, dtype)}
+    branch = like(B, M, RANK_STEP), like(N, RANK_STEP)
+    return {"gemm_w4a4": (*int4(B, M, K), *weight, *branch, None, False, None, None, dtype)}
 
 
 def _mix_ffn_example(like: Callable[..., torch.Tensor], precision: str, B: int, side: int, C: int, F: int) -> tuple:

@@ -60,6 +60,18 @@ class Source:
     precision: str | None = None  # fp32, bf16 or fp16, where the folder's sana.json asks for one
     quantized: dict[str, Header] = field(default_factory=dict)  # "dit", "text_encoder": those that are
 
+    def precision_of(self, part: str, asked: str | None) -> str | None:
+        """What a part is quantised in, else what is asked for. UserError where these are two things."""
+        header = self.quantized.get(part)
+        if header is None:
+            return asked
+        if asked not in (None, header.precision):
+            raise UserError(
+                f"{self.name}: its {part.replace('_', ' ')} is stored in {header.precision}, from which {asked} cannot be"
+                f" made; leave the precision out, or name the weights that it was made from ({header.model})"
+            )
+        return header.precision
+
     def refuse_quantized(self, purpose: str) -> None:
         """Raise UserError for a quantised model, where 16-bit weights are needed."""
         for part, header in self.quantized.items():

@@ -16,12 +16,13 @@ from sana_model.autoencoder import Autoencoder
 from sana_model.config import BUILT_IN
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
+from sana_model.plan import dtype_name
 from sana_model.settings import Settings
 
 TINY, FULL = BUILT_IN["sana-tiny-random"], BUILT_IN["sana-1.6b"]
 CPU = torch.device("cpu")
 PARTS = ("dit", "text_encoder", "autoencoder")
-BF16, FP32 = dict.fromkeys(PARTS, torch.bfloat16), dict.fromkeys(PARTS, torch.float32)
+BF16, FP32 = dict.fromkeys(PARTS, "bf16"), dict.fromkeys(PARTS, "fp32")
 
 
 def settings(width: int, height: int, **values) -> Settings:
@@ -56,12 +57,12 @@ def peak_of(run) -> int:
 def test_decoding_stays_below_the_estimate_and_near_it(dtype):
     config = replace(TINY, autoencoder=replace(TINY.autoencoder, decoder_layers=(1,) * 6))
     autoencoder = Autoencoder(config.autoencoder).to(dtype).eval()
-    latents, dtypes = torch.randn(1, 32, 40, 32), BF16 | {"autoencoder": dtype}
+    latents, precisions = torch.randn(1, 32, 40, 32), BF16 | {"autoencoder": dtype_name(dtype)}
     used = peak_of(lambda: autoencoder.decode(latents))
-    estimated = memory.estimate(config, settings(1024, 1280), dtypes)["decode"]
+    estimated = memory.estimate(config, settings(1024, 1280), precisions)["decode"]
     assert used <= estimated, f"{used / 1e6:.0f} MB used, {estimated / 1e6:.0f} MB estimated"
     assert estimated - memory.SMALL <= 3 * used
-    tiled = memory.estimate(config, settings(1024, 1280, tiled=True), dtypes)["decode"]
+    tiled = memory.estimate(config, settings(1024, 1280, tiled=True), precisions)["decode"]
     assert peak_of(lambda: autoencoder.tiled_decode(latents)) <= tiled < estimated
 
 
@@ -74,7 +75,10 @@ def test_denoising_stays_below_the_estimate_and_near_it(dtype):
     def run():
         dit(torch.randn(2, 32, 48, 64), torch.full((2,), 500.0), caption, torch.tensor([300, 30]))
 
-    used, estimated = peak_of(run), memory.estimate(config, settings(2048, 1536), BF16 | {"dit": dtype})["denoise"]
+    used, estimated = (
+        peak_of(run),
+        memory.estimate(config, settings(2048, 1536), BF16 | {"dit": dtype_name(dtype)})["denoise"],
+    )
     assert used <= estimated, f"{used / 1e6:.0f} MB used, {estimated / 1e6:.0f} MB estimated"
     assert estimated - memory.SMALL <= 4 * used
 
@@ -89,7 +93,7 @@ def test_weights_are_counted_as_published_and_as_loaded():
     assert memory.parameters(FULL)["dit"] == 1_604_462_752
     assert memory.parameters(FULL)["autoencoder"] == 153_027_104 + 159_223_171
     loaded = sana_model.load("sana-tiny-random", text_precision="fp32", backend="reference").model
-    counted = memory.weights(TINY, BF16 | {"text_encoder": torch.float32})
+    counted = memory.weights(TINY, BF16 | {"text_encoder": "fp32"})
     for part in PARTS:
         assert counted[part] == sum(p.nbytes for p in getattr(loaded, part).parameters())
 

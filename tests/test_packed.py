@@ -106,6 +106,6 @@ def test_same_bytes_on_one_and_two_threads(saved):
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
 
 
-def test_the_decoder_has_no_w8a8():
-    with pytest.raises(UserError, match="'w8a8' is not known for the autoencoder; choose one of fp32, bf16, fp16"):
-        sana_model.load("sana-tiny-random", decoder_precision="w8a8")
+def test_the_decoder_has_no_four_bit_form():
+    with pytest.raises(UserError, match="'w4a4' is not known for the autoencoder; choose one of fp32, bf16, fp16"):
+        sana_model.load("sana-tiny-random", decoder_precision="w4a4")
