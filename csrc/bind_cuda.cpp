@@ -49,11 +49,12 @@ void py_quantize(Address x, const std::array<int64_t, 3>& shape, int dtype, cons
 }
 
 void py_depthwise_glu(const std::array<Address, 4>& pointers, const std::array<int64_t, 4>& shape,
-                      const std::array<int, 3>& dtypes, Address stream) {
+                      const std::array<int64_t, 2>& weight_strides, const std::array<int, 3>& dtypes, Address stream) {
   const auto [h, weight, bias, out] = pointers;
-  const DepthwiseGluArgs p = {pointer(h),       pointer(weight),  pointer(bias),   pointer(out),
-                              shape[0],         shape[1],         shape[2],        shape[3],
-                              DType(dtypes[0]), DType(dtypes[1]), DType(dtypes[2])};
+  const DepthwiseGluArgs p = {pointer(h),        pointer(weight),   pointer(bias),    pointer(out),
+                              shape[0],          shape[1],          shape[2],         shape[3],
+                              weight_strides[0], weight_strides[1], DType(dtypes[0]), DType(dtypes[1]),
+                              DType(dtypes[2])};
   call("depthwise_glu", depthwise_glu_cuda, p, pointer(stream));
 }
 
@@ -181,7 +182,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
              py::arg("eps"), py::arg("stream"), "pointers: x, weight, bias, residual, out; shape: (rows, C).");
   module.def("upsample_shuffle", py_upsample_shuffle, py::arg("pointers"), py::arg("shape"), py::arg("dtype"),
              py::arg("stream"), "pointers: phases, x, bias, out; shape: (B, H, W, C, repeats).");
-  module.def("depthwise_glu", py_depthwise_glu, py::arg("pointers"), py::arg("shape"), py::arg("dtypes"),
-             py::arg("stream"),
-             "pointers: h, weight, bias, out; shape: (B, height, width, F); dtypes: h, weight, bias.");
+  module.def("depthwise_glu", py_depthwise_glu, py::arg("pointers"), py::arg("shape"), py::arg("weight_strides"),
+             py::arg("dtypes"), py::arg("stream"),
+             "pointers: h, weight, bias, out; shape: (B, height, width, F); weight_strides: of channel and of tap;"
+             " dtypes: h, weight, bias.");
 }

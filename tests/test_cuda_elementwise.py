@@ -9,6 +9,7 @@ from sana_kernels.gemm import cuda as gemm_cuda
 from sana_kernels.gemm import reference as gemm_reference
 from sana_kernels.mix_ffn import cuda as mix_ffn_cuda
 from sana_kernels.mix_ffn import reference as mix_ffn_reference
+from sana_kernels.mix_ffn import taps_first
 from sana_kernels.modulate import cuda as modulate_cuda
 from sana_kernels.modulate import reference as modulate_reference
 from tests import emulated
@@ -116,9 +117,12 @@ def test_quantize_is_exact_to_the_bit(module, K, dtype, eight_bit):
 # ---- depthwise_glu
 
 
-def check_depthwise_glu(module, B, height, width, F, dtype, weights=None, orders=emulated.ORDERS, of_rms=None):
+def check_depthwise_glu(
+    module, B, height, width, F, dtype, weights=None, orders=emulated.ORDERS, of_rms=None, taps=False
+):
     h = signed(B, height * width, 2 * F).to(dtype)
     weight, bias = (t.to(weights or dtype) for t in (torch.randn(2 * F, 1, 3, 3) / 3, torch.randn(2 * F)))
+    weight = taps_first(weight) if taps else weight
     (out,) = emulated.run(module, mix_ffn_cuda.depthwise_glu, h, height, width, weight, bias, orders=orders)
     same_dtype = mix_ffn_reference.depthwise_glu(h, height, width, weight.to(dtype), bias.to(dtype))
     oracle = mix_ffn_reference.depthwise_glu(*double(h, height, width, weight, bias))
@@ -141,6 +145,11 @@ def check_depthwise_glu(module, B, height, width, F, dtype, weights=None, orders
 )
 def test_depthwise_glu(module, shape, weights, dtype):
     check_depthwise_glu(module, *shape, dtype, weights)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, None], ids=str)
+def test_depthwise_glu_reads_its_weight_in_either_layout(module, weights):
+    check_depthwise_glu(module, 2, 3, 7, 75, torch.bfloat16, weights, taps=True)
 
 
 @pytest.mark.parametrize("eight_bit", EIGHT_BIT, ids=str)
@@ -203,6 +212,7 @@ DEFECTS = {  # name: edits, each of a file, what stands there, what to put in it
     "glu: halo off by one": ((GLU, "left - 1 + pixel % kTileColumns", "left + pixel % kTileColumns"),),
     "glu: the border is not zero": ((GLU, "x >= 0 && x < p.width &&", "x >= 0 && x <= p.width &&"),),
     "glu: no mask for rows": ((GLU, "if (row >= 2 && y < p.height) {", "if (row >= 2) {"),),
+    "glu: a weight read as checkpoints have it": ((GLU, "k * p.weight_tap", "k"),),
     "glu: value and gate swapped": ((GLU, "{bottom[0] * silu(bottom[1])", "{bottom[1] * silu(bottom[0])"),),
 }
 # Compiled for float only.
@@ -221,7 +231,7 @@ def check_all(module, orders=(0, 1)):
     check_modulate(module, 2, 3, 700, float32, padded=True, orders=orders)
     check_quantize(module, hard_rows(6, 200, float32), int8, orders=orders)
     check_quantize(module, -signed(2, 97).abs(), int8, orders=orders)
-    check_depthwise_glu(module, 1, 9, 3, 72, float32, orders=orders, of_rms=1e-5)
+    check_depthwise_glu(module, 1, 9, 3, 72, float32, orders=orders, of_rms=1e-5, taps=True)
 
 
 @pytest.fixture(scope="module")

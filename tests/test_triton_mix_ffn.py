@@ -9,7 +9,7 @@ from interpreted import DEVICE, defective, on_guarded
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm.reference import MOST, dequantize, quantize
-from sana_kernels.mix_ffn import reference, triton
+from sana_kernels.mix_ffn import reference, taps_first, triton
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Case:
         weight, bias = torch.randn(2 * self.F, 1, 3, 3) / 3, torch.randn(2 * self.F)
         weight = weight.to(DEVICE, dtype)
         return (
-            h.to(DEVICE), self.height, self.width, triton.taps_first(weight) if self.taps_first else weight,
+            h.to(DEVICE), self.height, self.width, taps_first(weight) if self.taps_first else weight,
             bias.to(DEVICE, dtype),
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_quantized_rows(eight_bits, dtype, case):
 
 def test_taps_first_is_another_layout_of_the_same_weight():
     weight = torch.randn(20, 1, 3, 3)
-    stored = triton.taps_first(weight)
+    stored = taps_first(weight)
     assert torch.equal(stored, weight) and stored.stride(0) == 1
 
 

@@ -7,8 +7,8 @@
 // only when all F channels are, and a block that owned whole tokens would keep F = 5600 channels of few of them: with 4
 // tokens it would read every value of h 4.5 times, here 1.6. u (23 MB at 1024 px) stays in the L2 cache in between.
 //
-// Layouts: h (B, H, W, 2F), u (B, H, W, F), NHWC, contiguous, of float, half or bfloat16; weight (2F, 1, 3, 3), bias
-// (2F).
+// Layouts: h (B, H, W, 2F), u (B, H, W, F), NHWC, contiguous, of float, half or bfloat16; bias (2F); weight (2F, 9) by its
+// strides. Tap by tap a warp reads it in whole lines, channel by channel in one line for every second lane.
 //
 // Tiling: a block makes 8 x 8 tokens of 64 channels. It copies 10 x 10 tokens of 64 values and their 64 gates into
 // shared memory, 16 bytes at a time and asynchronously; the copy fills what lies beyond the image with zeros. Warp w
@@ -39,6 +39,7 @@ struct Problem {
   const void *weight, *bias;
   T* out;
   int height, width, F, tiles_x, tiles_y;
+  int64_t weight_channel, weight_tap;
   bool float_weight, float_bias;
   bool aligned;  // rows of h can be read 16 bytes at a time
 };
@@ -83,7 +84,9 @@ __global__ void __launch_bounds__(kThreads) depthwise_glu_kernel(Problem<T> p) {
   for (int i = 0; i < 4; ++i) {
     const int c = i % 2 * p.F + min(channel + i / 2, p.F - 1);
     bias[i] = read<T>(p.bias, c, p.float_bias);
-    for (int k = 0; k < 9; ++k) weight[i][k] = read<T>(p.weight, int64_t{c} * 9 + k, p.float_weight);
+    for (int k = 0; k < 9; ++k) {
+      weight[i][k] = read<T>(p.weight, c * p.weight_channel + k * p.weight_tap, p.float_weight);
+    }
   }
 
   // Sums of the outputs of which input row `row` is the bottom, the middle and the top.
@@ -133,6 +136,8 @@ cudaError_t run(const DepthwiseGluArgs& args, cudaStream_t stream) {
   p.F = static_cast<int>(args.F);
   p.tiles_x = static_cast<int>(ceil_div(args.width, kColumns));
   p.tiles_y = static_cast<int>(ceil_div(args.height, kRows));
+  p.weight_channel = args.weight_channel;
+  p.weight_tap = args.weight_tap;
   p.float_weight = args.weight_dtype == DType::f32;
   p.float_bias = args.bias_dtype == DType::f32;
   p.aligned = reinterpret_cast<uintptr_t>(args.h) % 16 == 0 && args.F * sizeof(T) % 16 == 0;

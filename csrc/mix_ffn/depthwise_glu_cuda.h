@@ -8,12 +8,13 @@
 
 namespace sana {
 
-// h (B, height * width, 2F), out (B, height * width, F) of `dtype`, contiguous; weight (2F, 1, 3, 3) and bias (2F),
-// contiguous, in `dtype` or float.
+// h (B, height * width, 2F), out (B, height * width, F) of `dtype`, contiguous; bias (2F), contiguous, and weight (2F, 9)
+// of any strides, in `dtype` or float.
 struct DepthwiseGluArgs {
   const void *h, *weight, *bias;
   void* out;
   int64_t B, height, width, F;
+  int64_t weight_channel, weight_tap;  // strides: 9 and 1 as checkpoints have it, 1 and 2F tap by tap
   DType dtype, weight_dtype, bias_dtype;
 };
 

@@ -22,10 +22,11 @@ def depthwise_glu(h: Tensor, height: int, width: int, weight: Tensor, bias: Tens
     """As the reference; arguments as `depthwise_glu` of this package and `accepts` let them through."""
     B, N, channels = h.shape
     out = torch.empty((B, N, channels // 2), dtype=h.dtype, device=h.device)
-    tensors = (h, weight.contiguous(), bias.contiguous())
+    taps = weight.reshape(channels, 9)
+    tensors = (h, taps, bias.contiguous())
     with torch.cuda.device(h.device):
         extension("_cuda")[0].depthwise_glu(
-            [t.data_ptr() for t in (*tensors, out)], (B, height, width, channels // 2),
+            [t.data_ptr() for t in (*tensors, out)], (B, height, width, channels // 2), taps.stride(),
             [DTYPE_CODES[t.dtype] for t in tensors], torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return out

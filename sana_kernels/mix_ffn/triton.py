@@ -90,11 +90,6 @@ def _depthwise_glu(
     return out
 
 
-def taps_first(weight: Tensor) -> Tensor:
-    """The same (2F, 1, 3, 3) weight, in memory tap by tap."""
-    return weight.flatten(1).t().contiguous().t().view(weight.shape)
-
-
 def mix_ffn(
     x: Tensor,
     x_scale: Tensor | None,
