@@ -30,7 +30,7 @@ from sana_kernels.quant import calibration, checkpoint
 from sana_kernels.quant.calibration import Collector, LayerInputs
 from sana_kernels.quant.checkpoint import CheckpointError, Header, LayerInfo
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
-from sana_model.config import ModelConfig
+from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import UserError
 from sana_model.files import atomic
 from sana_model.loaded import LoadedModel
@@ -75,12 +75,13 @@ def quantize(
     """
     device, progress = device or torch.device("cpu"), progress or Progress()
     source = find(job.model, job.base)
+    source.refuse_quantized("quantising")
     job = replace(job, steps=job.steps or source.config.steps)
     refuse_to_destroy(out, force)
     if source.folder is not None and out.exists() and out.samefile(source.folder):
         raise UserError(f"{out} is the model that is to be quantised; name another folder")
     progress.begin(f"fingerprint of {source.name}")
-    sources = {part: fingerprint(source, part) for part in job.parts}
+    sources = {part: fingerprint(source, part, _is_drawn(job, source)) for part in job.parts}
     work = _claim(out.with_name(out.name + ".partial"), asdict(job) | {"sources": sources})
     inputs = _calibrated(job, source, work, device, progress) if job.samples else {part: {} for part in job.parts}
     rows: list[Planned] = []
@@ -100,10 +101,15 @@ def quantize(
     return rows
 
 
-def fingerprint(source: Source, part: str) -> str:
-    """sha256 of the names and values of a part, as stored; of a model of random weights, of its configuration."""
+def _is_drawn(job: Job, source: Source) -> bool:
+    """Random weights of a built-in name: whoever needs them draws them again, and no file holds them."""
+    return source.folder is None and job.model in BUILT_IN
+
+
+def fingerprint(source: Source, part: str, drawn: bool = False) -> str:
+    """sha256 of the names and values of a part, as stored; of one that is drawn, of its configuration."""
     digest = hashlib.sha256()
-    if source.folder is None and source.random:
+    if drawn:
         digest.update(f"random weights, seed 0: {source.config.dit} {source.config.text}".encode())
         return digest.hexdigest()
 
@@ -232,7 +238,7 @@ def _quantize_part(
             progress.layer(planned, new, (number + before / size) / total)
 
     # Random weights are drawn in what `sana generate` draws them in; others are read as they are stored.
-    dtype = torch.bfloat16 if source.folder is None and source.random else None
+    dtype = torch.bfloat16 if _is_drawn(job, source) else None
     network = source.open[part](source.config, dtype)(prepare)
     finished.plain = {
         name: tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
@@ -315,7 +321,7 @@ def _write(
                     finished[part].layers,
                 )  # fmt: skip
                 checkpoint.save(place / folder / checkpoint.FILE, header, *_tensors(finished[part]))
-            elif not source.random:
+            elif not _is_drawn(job, source):
                 stem = "model" if part == "text" else "diffusion_pytorch_model"
                 state = source.open[part](source.config, None)(None).state_dict()
                 write_weights(place / folder, stem, state, None, 5 * 10**9)
