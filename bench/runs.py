@@ -1,4 +1,5 @@
-"""The competitors. A run is named `backend:precision`; all of them paint from the same weights and the same noise.
+"""The competitors. A run is named `backend:precision`, or `backend@FOLDER` for what `sana quantize` made of the same model;
+all of them paint from the same weights and the same noise.
 
     cpu, cuda, triton, reference    this library's pipeline with that plan
     reference-compile               its plain PyTorch form under torch.compile, max-autotune
@@ -6,9 +7,10 @@
     diffusers-compile               the same with its DiT and decoder under torch.compile, max-autotune
     openvino                        the same with its DiT and decoder compiled by OpenVINO; w8a8 by NNCF
 
-`precision` is the DiT's; text encoder and decoder run in bf16 beside it (fp32 beside an fp32 DiT), or in the precision
-itself where the name ends in +. The weights exist once in memory, and once more for each other dtype that a run asks
-for.
+`precision` is the DiT's, rounded to nearest where it is quantised; text encoder and decoder run in bf16 beside it (fp32
+beside an fp32 DiT), or in the precision itself where the name ends in +. What a precision is executed in stands in the
+row's plan; `reference:w4a4` and `reference@FOLDER` compute exactly what is stored. The weights exist once in memory, and
+once more for each other dtype that a run asks for.
 """
 
 import copy
@@ -16,6 +18,8 @@ import importlib.metadata
 import itertools
 import time
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,35 +31,48 @@ from sana_model.interop import diffusers_autoencoder, diffusers_pipeline, diffus
 from sana_model.loaded import LoadedModel
 from sana_model.ops import REFERENCE_OPS
 from sana_model.pipeline import Pipeline
-from sana_model.plan import PIPELINES, resolve
+from sana_model.plan import PIPELINES, Plan, resolve
 from sana_model.prompt import DEFAULT_INSTRUCTION
-from sana_model.settings import DTYPES, PRECISIONS, QUANTIZED, Settings, dtypes_of
+from sana_model.quantized_checkpoint import header_in
+from sana_model.settings import DTYPES, OF_DECODERS, PRECISIONS, Settings, dtypes_of
+from sana_model.weights import find, load_model
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
 CALIBRATION_STEPS = 4  # of one picture, for OpenVINO's W8A8
+BASELINE_PRECISIONS = {"diffusers": DTYPES, "diffusers-compile": DTYPES, "openvino": (*DTYPES, "w8a8")}
 BASELINES = ("diffusers", "diffusers-compile", "openvino", "reference", "reference-compile")
 
 
 @dataclass(frozen=True)
 class RunName:
-    """`backend:precision`, with + for a precision that text encoder and decoder share."""
+    """`backend:precision`, with + for a precision that text encoder and decoder share, or `backend@FOLDER`."""
 
     backend: str
     precision: str
     everywhere: bool = False
+    folder: str = ""  # a quantised model, whose precision this is
 
     @classmethod
     def parse(cls, text: str) -> "RunName":
-        """Raises UserError for a backend or precision that is not known."""
-        backend, _, precision = text.strip().partition(":")
-        name = cls(backend, precision.removesuffix("+") or "bf16", precision.endswith("+"))
+        """Raises UserError for a backend or precision that is not known, and a folder that is not quantised."""
+        backend, at, folder = text.strip().partition("@")
+        backend, _, precision = backend.partition(":")
         known = dict.fromkeys((*OWN, *BASELINES))
         if backend not in known:
             raise UserError(f"run {text!r}: backend {backend!r} is not known; choose one of {', '.join(known)}")
-        if name.precision not in PRECISIONS:
+        if at:
+            if backend not in OWN or precision:
+                raise UserError(f"run {text!r}: a quantised folder goes with one of {', '.join(OWN)}, as in cpu@FOLDER")
+            header = header_in(Path(folder) / "transformer")
+            if header is None:
+                raise UserError(f"run {text!r}: {folder} holds no quantised DiT; `sana quantize` makes one")
+            return cls(backend, header.precision, folder=folder)
+        name = cls(backend, precision.removesuffix("+") or "bf16", precision.endswith("+"))
+        allowed = PRECISIONS if backend in (*OWN, "reference-compile") else BASELINE_PRECISIONS[backend]
+        if name.precision not in allowed:
             raise UserError(
-                f"run {text!r}: precision {name.precision!r} is not known; choose one of {', '.join(PRECISIONS)}"
+                f"run {text!r}: precision {name.precision!r} is not known; choose one of {', '.join(allowed)}"
             )
         return name
 
@@ -64,7 +81,11 @@ class RunName:
 
     @property
     def label(self) -> str:
-        return self.precision + "+" * self.everywhere
+        return (
+            f"{self.precision}@{Path(self.folder).resolve().name}"
+            if self.folder
+            else self.precision + "+" * self.everywhere
+        )
 
     @property
     def others(self) -> str:
@@ -73,8 +94,8 @@ class RunName:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """By part. The decoder has no form with 4-bit weights."""
-        decoder = self.others if self.others in (*DTYPES, *QUANTIZED) else "bf16"
+        """By part. The decoder has no form with 4-bit weights, nor in fp8."""
+        decoder = self.others if self.others in OF_DECODERS else "bf16"
         return {"dit": self.precision, "text_encoder": self.others, "autoencoder": decoder}
 
     @property
@@ -127,7 +148,7 @@ class Weights:
         What is needed are the copies that the run takes, the activations of a picture, and the parts that it keeps
         `again` in a layout of its own.
         """
-        parts = memory.estimate(self.config, settings, name.dtypes, self.device)
+        parts = memory.estimate(self.config, settings, name.precisions, self.device)
         needed = self.missing_bytes(name.dtypes) + max(parts["denoise"], parts["decode"])
         needed += sum(parts[part] for part in again)
         free = memory.available(self.device)
@@ -135,9 +156,9 @@ class Weights:
             raise MemoryError(f"{needed / 1e9:.1f} GB more are needed, and {free / 1e9:.1f} GB are free")
         return self.model(name.dtypes)
 
-    def bytes(self, dtypes: dict[str, torch.dtype]) -> int:
-        """Size of the weights that a run in these dtypes works with."""
-        return sum(count(getattr(self.loaded, part)) * dtype.itemsize for part, dtype in dtypes.items())
+    def bytes(self, precisions: dict[str, str]) -> int:
+        """Size of the weights that a run in these precisions works with."""
+        return sum(memory.weights(self.config, precisions).values())
 
 
 def count(module: nn.Module) -> int:
@@ -170,6 +191,8 @@ class PipelineRun:
         for layer in loaded.text_encoder.layers:
             plan.prepare("text_encoder", layer)
         plan.prepare("autoencoder", loaded.autoencoder)
+        if self.name.folder:
+            loaded = replace(loaded, dit=_quantized_dit(self.name.folder, plan, self.weights))
         self.pipeline = Pipeline(loaded, plan, self.weights.device, self.name.dtypes, low_memory=False)
 
     def text_encode(self, settings: Settings):
@@ -200,6 +223,18 @@ class PipelineRun:
     def close(self) -> None:
         """Let go of everything that is not shared."""
         self.__dict__ = {"name": self.name, "weights": self.weights}
+
+
+def _quantized_dit(folder: str, plan: Plan, weights: Weights) -> nn.Module:
+    """The DiT of a quantised folder, as the plan executes it. Raises UserError where it is of another model."""
+    source = find(folder)
+    if replace(source.config.dit, sample_size=weights.config.dit.sample_size) != weights.config.dit:
+        raise UserError(
+            f"{folder} is no quantised {weights.config.name}; name the model that it was made from as --model"
+        )
+    prepare = {"dit": partial(plan.prepare, "dit")}
+    loaded = load_model(source, precision=torch.bfloat16, parts=("dit",), prepare=prepare)
+    return loaded.dit.to(weights.device)
 
 
 class CompiledReference(PipelineRun):

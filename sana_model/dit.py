@@ -69,14 +69,18 @@ class LinearAttention(nn.Module):
         """residual + gate · attention(x), (B, N, C). The last `perturbed` images attend to themselves only (PAG: out(v))."""
         config = self.config
         B, N, C = residual.shape
-        q, k, v = linear(ops, x, self.qkv).view(B, N, 3, config.heads, config.head_dim).unbind(2)
-        kept = B - perturbed
-        y = ops.linear_attention(
-            q[:kept], k[:kept], v[:kept],
-            q_norm=self.norm_q, k_norm=self.norm_k, norm_eps=config.qk_norm_eps, eps=config.attention_eps,
-        )  # fmt: skip
-        if perturbed:
-            y = torch.cat([y, v[kept:]])
+        if ops.linear_attention_from and is_plain(self.qkv) and self.norm_q is None and not perturbed:
+            weight = self.qkv.weight
+            y = ops.linear_attention_from(x, weight, head_dim=config.head_dim, eps=config.attention_eps)
+        else:
+            q, k, v = linear(ops, x, self.qkv).view(B, N, 3, config.heads, config.head_dim).unbind(2)
+            kept = B - perturbed
+            y = ops.linear_attention(
+                q[:kept], k[:kept], v[:kept],
+                q_norm=self.norm_q, k_norm=self.norm_k, norm_eps=config.qk_norm_eps, eps=config.attention_eps,
+            )  # fmt: skip
+            if perturbed:
+                y = torch.cat([y, v[kept:]])
         y = y.view(B, N, C)
         if config.clamp or y.dtype == torch.float16:  # fp16-trained weights never saw anything beyond fp16's range
             return ops.gate_residual(residual, linear(ops, y, self.out).clamp(-FP16_MAX, FP16_MAX), gate)

@@ -5,7 +5,7 @@ it before the first step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache, partial
 
 import sana_kernels
@@ -13,7 +13,10 @@ import sana_kernels
 
 @dataclass(frozen=True)
 class Ops:
-    """Signatures as in `sana_kernels`, without `backend`."""
+    """Signatures as in `sana_kernels`, without `backend`.
+
+    `linear_attention_from` is None where no kernel fuses it: the projection then is a product like others.
+    """
 
     gemm: Callable
     quantize: Callable
@@ -30,12 +33,14 @@ class Ops:
     upsample: Callable
     multi_scale: Callable
     rms_norm: Callable
+    linear_attention_from: Callable | None = None
 
 
 @cache
 def ops_on(backend: str) -> Ops:
-    """All of them on one backend."""
-    return Ops(**{f.name: partial(getattr(sana_kernels, f.name), backend=backend) for f in fields(Ops)})
+    """All of them on one backend, each by itself."""
+    names = (f.name for f in fields(Ops) if f.default is MISSING)
+    return Ops(**{name: partial(getattr(sana_kernels, name), backend=backend) for name in names})
 
 
 REFERENCE_OPS = ops_on("reference")

@@ -17,16 +17,16 @@ from torch import nn
 import sana_kernels
 from sana_kernels import Quantized
 from sana_kernels.backend import backend_status, extension, kernels, why_not
-from sana_kernels.gemm import fake_quantize
-from sana_kernels.quant.formats import GROUP
+from sana_kernels.mix_ffn import taps_first
 from sana_model.bands import BAND_BYTES
 from sana_model.config import ModelConfig
 from sana_model.errors import MissingError, UserError
+from sana_model.example_calls import NATIVE, WIDE, autoencoder_examples, dit_examples, text_examples
 from sana_model.graph import why_eager
 from sana_model.ops import REFERENCE_OPS, Ops
 from sana_model.packed import pack_linear_layers, pack_quantized_layers
 from sana_model.packed_autoencoder import pack_autoencoder
-from sana_model.quantized import KEPT, RANK_STEP, SCHEMES, QuantizedLinear, quantize_linear_layers
+from sana_model.quantized import KEPT, SCHEMES, QuantizedLinear, quantize_linear_layers
 from sana_model.settings import DTYPES, FOUR_BIT, PRECISIONS, QUANTIZED
 
 PIPELINES = {
@@ -36,11 +36,10 @@ PIPELINES = {
     "triton": ("triton", "library", "reference"),
 }
 
-NATIVE = {"w4a4": "gemm_w4a4", "w4a16": "gemm_w4a16"}  # the ops that multiply 4-bit weights as they are
 EXECUTED = {"w4a8": "w8a8", "w4a4": "w8a8", "w4a16": "bf16"}  # what takes their place where no backend has a kernel
 EXACT = "quantized_linear"  # the row of layers that compute what is stored, to the letter
-PRODUCTS = ("gemm", "mix_ffn")  # what is computed in another precision, and
-WIDE = "_16bit"  # their form for what stays in 16 bits: keys and values of the caption, low-rank branches
+PRODUCTS = ("gemm", "mix_ffn")  # what is computed in another precision
+ON_GPU = ("cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,8 @@ class Plan:
         """The ops of "dit" or "autoencoder", each bound to its kernel and timed."""
         bound = {}
         for op in (f.name for f in fields(Ops)):
+            if op == "linear_attention_from" and not self._has(part, op):
+                continue
             run = _on(op, self._backend(part, op))
             if op == "gemm":
                 run = _by_weight(run, _on(op, self._backend(part, op, wide=True)))
@@ -155,6 +156,12 @@ class Plan:
         # Of a quantised checkpoint, whatever is not quantised is meant to stay so.
         dtype = torch.bfloat16 if stored else QUANTIZED.get(precision, PRECISIONS[precision])
         pack_linear_layers(module, dtype, backend)
+        if (
+            part == "dit"
+            and self._backend(part, "mix_ffn" if self._has(part, "mix_ffn") else "depthwise_glu") in ON_GPU
+        ):
+            depthwise = module.mix_ffn.depthwise
+            depthwise.weight = nn.Parameter(taps_first(depthwise.weight.detach()), requires_grad=False)
 
     def _execution(self, part: str, layer: QuantizedLinear) -> tuple[str, str]:
         """The precision in which a layer is executed, and the backend."""
@@ -253,7 +260,7 @@ def resolve(
     backend = choose_backend(backend, device)
     rows = []
     for part, examples in (
-        ("text_encoder", _text_examples), ("dit", _dit_examples), ("autoencoder", _autoencoder_examples)
+        ("text_encoder", text_examples), ("dit", dit_examples), ("autoencoder", autoencoder_examples)
     ):  # fmt: skip
         rows += _rows(part, partial(examples, config), precisions[part], PIPELINES[backend], device, exact)
     eager = why_eager(backend, device, wanted=cuda_graph, low_memory=low_memory)
@@ -276,6 +283,13 @@ def _rows(
         precision = _precision_of(args, executed)
         only_reference = exact and op in PRODUCTS and precision in QUANTIZED
         chosen, reasons = _first_that_can(op, ("reference",) if only_reference else order, args, device)
+        if op in PRODUCTS and chosen == "reference" and precision == "fp8" and not only_reference and len(order) > 1:
+            raise MissingError(
+                f"fp8 cannot run here ({'; '.join(reasons)}); run with --precision w8a8 or bf16, or with --backend"
+                " reference, which simulates it"
+            )
+        if op == "linear_attention_from" and chosen == "reference":
+            continue  # where no kernel fuses them, a product and `linear_attention` are faster
         if op in ("gemm", "conv2d") and chosen == "reference" and precision in DTYPES:
             chosen = "library"
         of_stored = name in PRODUCTS and stored != executed
@@ -343,116 +357,6 @@ def _library_is_faster(op: str, backend: str, dtype: torch.dtype) -> str | None:
     if op not in ("gemm", "mix_ffn") or backend != "cpu" or dtype == torch.int8:
         return None
     return "PyTorch's product is faster than portable C++" if extension("_cpu")[0].isa() == "portable" else None
-
-
-def _text_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
-    like, C = partial(torch.empty, dtype=PRECISIONS[precision], device="meta"), config.text.hidden
-    examples = {"gemm": _gemm_example(like, precision, 1, config.max_text_tokens, C, config.text.ffn)}
-    return examples | _four_bit_examples(like, precision, 1, config.max_text_tokens, C, config.text.ffn)
-
-
-def _dit_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
-    """Arguments of every op as the DiT calls it, without memory (device "meta")."""
-    dit, N, L = config.dit, config.dit.sample_size**2, config.max_text_tokens
-    C = dit.hidden
-    like = partial(torch.empty, dtype=PRECISIONS[precision], device="meta")
-    x, row = like(2, N, C), like(2, C)
-    norm = like(C) if dit.qk_norm else None
-    q, k, v = like(2, N, 3, dit.heads, dit.head_dim).unbind(2)
-    cross_q, cross_kv = like(2, N, dit.cross_heads, dit.cross_head_dim), like(2, L, dit.cross_heads, dit.cross_head_dim)
-    lengths = torch.empty(2, dtype=torch.int64, device="meta")
-    examples = {
-        "modulate": (x, row, row, dit.norm_eps),
-        "gemm": _gemm_example(like, precision, 2, N, C, 3 * C),
-        "linear_attention": (q, k, v, norm, norm, dit.qk_norm_eps, dit.attention_eps),
-        "gate_residual": (x, x, row),
-        "cross_attention": (cross_q, cross_kv, cross_kv, lengths),
-        "mix_ffn": _mix_ffn_example(like, precision, 2, dit.sample_size, C, dit.ffn),
-    }
-    if precision not in DTYPES:
-        h, depthwise = like(2, N, 2 * dit.ffn), (like(2 * dit.ffn, 1, 3, 3), like(2 * dit.ffn))
-        examples["depthwise_glu"] = h, dit.sample_size, dit.sample_size, *depthwise
-    if precision in FOUR_BIT:
-        del examples["mix_ffn"]  # which takes no 4-bit weights
-    if dtype := QUANTIZED.get(precision):
-        examples |= {"modulate_quantized": (x, row, row, dit.norm_eps, dtype), "quantize": (x, dtype)}
-        examples["gemm" + WIDE] = _gemm_example(like, "bf16", 1, L, C, 2 * C)
-    return examples | _four_bit_examples(like, precision, 2, N, C, 3 * C)
-
-
-def _autoencoder_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
-    ae, side = config.autoencoder, config.dit.sample_size
-    C, outer = ae.widths[-1], ae.widths[1]
-    like = partial(torch.empty, dtype=PRECISIONS[precision], device="meta")
-    q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
-    x, channels, band = like(1, side, side, outer), like(outer), [0, 0, side, side]
-
-    def convolution(precision: str, phases: int = 1, size: int = 3) -> tuple:
-        shape = (phases * outer, outer, size, size)
-        if precision in QUANTIZED:
-            return like(*shape).to(QUANTIZED[precision]), like(phases * outer).float(), list(shape)
-        return like(*shape), None, list(shape)
-
-    def conv2d(precision: str) -> tuple:
-        norms = channels, channels, x, None, None, "none"
-        return x, *convolution(precision), channels, 1, "silu", *norms, ae.norm_eps, band
-
-    examples = {
-        "conv2d": conv2d(precision),
-        "upsample": (x, *convolution(precision, 4, 2), channels, band),
-        "rms_norm": (x, channels, channels, x, "none", ae.norm_eps),
-    }
-    if precision in QUANTIZED:
-        examples["conv2d" + WIDE] = conv2d("bf16")
-    if "EfficientViTBlock" in ae.encoder_block_types + ae.decoder_block_types:
-        examples |= {
-            "gemm": _gemm_example(like, precision, 1, side**2, C, 3 * C),
-            "multi_scale": (like(1, side, side, 3 * C), like(3 * C, 1, 5, 5), like(3 * C, ae.head_dim, 1, 1), band),
-            "linear_attention": (q, k, v, None, None, 1e-5, ae.attention_eps),
-            "mix_ffn": _mix_ffn_example(like, precision, 1, side, C, 4 * C),
-        }
-        if precision in QUANTIZED:
-            examples |= {
-                "gemm" + WIDE: _gemm_example(like, "bf16", 1, side**2, C, C),
-                "quantize": (like(1, side**2, C), QUANTIZED[precision]),
-            }
-    return examples
-
-
-def _rows_example(like: Callable[..., torch.Tensor], precision: str, *shape: int) -> tuple:
-    """Rows in the model's dtype, or quantised: values and scales."""
-    if precision not in QUANTIZED:
-        return like(*shape), None
-    return fake_quantize(like(*shape), QUANTIZED[precision], "")
-
-
-def _gemm_example(like: Callable[..., torch.Tensor], precision: str, B: int, M: int, K: int, N: int) -> tuple:
-    x, weight = _rows_example(like, precision, B, M, K), _rows_example(like, precision, N, K)
-    return *x, *weight, None, False, None, None, like(0).dtype
-
-
-def _four_bit_examples(
-    like: Callable[..., torch.Tensor], precision: str, B: int, M: int, K: int, N: int
-) -> dict[str, tuple]:
-    """Of the ops of NATIVE, for a precision that has one."""
-    if precision not in NATIVE:
-        return {}
-
-    def int4(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = -(-shape[-1] // GROUP)
-        return like(*shape[:-1], groups * GROUP // 2).byte(), like(*shape[:-1], groups).float()
-
-    x, weight, dtype = like(B, M, K), int4(N, K), like(0).dtype
-    if precision == "w4a16":
-        return {"gemm_w4a16": (x, *weight, None, False, None, None, dtype)}
-    branch = like(B, M, RANK_STEP), like(N, RANK_STEP)
-    return {"gemm_w4a4": (*int4(B, M, K), *weight, *branch, None, False, None, None, dtype)}
-
-
-def _mix_ffn_example(like: Callable[..., torch.Tensor], precision: str, B: int, side: int, C: int, F: int) -> tuple:
-    x, expand = _rows_example(like, precision, B, side**2, C), _rows_example(like, precision, 2 * F, C)
-    depthwise, project = (like(2 * F, 1, 3, 3), like(2 * F)), _rows_example(like, precision, C, F)
-    return *x, side, side, *expand, like(2 * F), *depthwise, *project, None, None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

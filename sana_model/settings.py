@@ -8,8 +8,9 @@ from sana_model.config import ModelConfig
 from sana_model.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZED = {"w8a8": torch.int8}  # what matrix products run in, where not in the dtype of the rest, bf16
+QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}  # what products run in, where not in bf16 as the rest
 FOUR_BIT = ("w4a8", "w4a4", "w4a16")  # what weights are stored in; sana_model/plan.py says what they are executed in
+OF_DECODERS = (*DTYPES, "w8a8")  # what an autoencoder can run in
 PRECISIONS = DTYPES | dict.fromkeys((*QUANTIZED, *FOUR_BIT), torch.bfloat16)
 
 
@@ -71,7 +72,7 @@ def precisions_for(precision: str, text: str | None = None, decoder: str | None 
     others = "fp32" if precision == "fp32" else "bf16"
     names = {"dit": precision, "text_encoder": text or others, "autoencoder": decoder or others}
     for part, name in names.items():
-        known = DTYPES | QUANTIZED if part == "autoencoder" else PRECISIONS
+        known = OF_DECODERS if part == "autoencoder" else PRECISIONS
         if name not in known:
             raise UserError(
                 f"precision {name!r} is not known for the {part.replace('_', ' ')}; choose one of {', '.join(known)}"

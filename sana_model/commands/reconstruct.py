@@ -13,16 +13,15 @@ from sana_model.errors import UserError
 from sana_model.family import find_autoencoder
 from sana_model.files import atomic, check_writable
 from sana_model.plan import resolve
-from sana_model.settings import DTYPES, PRECISIONS, QUANTIZED
+from sana_model.settings import OF_DECODERS, PRECISIONS
 from sana_model.weights import load_model
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the parsed command line; raises UserError and MissingError."""
-    known = (*DTYPES, *QUANTIZED)
-    if args.precision not in known:
+    if args.precision not in OF_DECODERS:
         raise UserError(
-            f"precision {args.precision!r} is not known for an autoencoder; choose one of {', '.join(known)}"
+            f"precision {args.precision!r} is not known for an autoencoder; choose one of {', '.join(OF_DECODERS)}"
         )
     if args.output.suffix.lower() != ".png":
         raise UserError(f"pictures are written as PNG, so the name must end in .png; {args.output} does not")
