@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def add_parser(subparsers) -> None:
     image.add_argument(
         "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
         help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision "
-        f"that ends in + holds for text encoder and decoder, too (default: {QUICK_RUNS})",
+        "that ends in + holds for text encoder and decoder, too; cpu@FOLDER is the DiT of a folder that `sana quantize` "
+        f"made, and reference:w4a4 or reference@FOLDER what is stored, exactly (default: {QUICK_RUNS})",
     )  # fmt: skip
     _add_repeat(image, "repetitions of each run (default: 3)")
     _add_common(image, "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny")
@@ -161,6 +163,7 @@ def _image(args: argparse.Namespace) -> int:
     from sana_bench.image import ImageBench, Workload
     from sana_bench.runs import PARTS
     from sana_model import memory
+    from sana_model.plan import dtype_name
     from sana_model.settings import PRECISIONS
     from sana_model.weights import find, load_model
 
@@ -178,7 +181,8 @@ def _image(args: argparse.Namespace) -> int:
     workload = Workload(height, width, steps, guidance, args.batch, args.text_tokens)
 
     stored = {part: _stored([name.dtypes[part] for name in names], PRECISIONS["bf16"]) for part in PARTS}
-    memory.check_load(config, stored, device)
+    source.refuse_quantized("a benchmark, whose runs may be cpu@FOLDER,")
+    memory.check_load(config, {part: dtype_name(dtype) for part, dtype in stored.items()}, device)
     _say(f"loading {args.model}")
     loaded = load_model(
         source, precision=stored["dit"], text_precision=stored["text_encoder"], decoder_precision=stored["autoencoder"]
@@ -288,9 +292,10 @@ def _quality(args: argparse.Namespace) -> int:
     judges = Judges.load(device, random=source.random, sets=args.reference is not None)
     folder = reference.features(args.reference, judges.networks(), _say) if args.reference else {}
 
+    source.refuse_quantized("a benchmark, whose runs may be cpu@FOLDER,")
     # As it was saved, so that "in fp32" means the checkpoint itself; random weights are as good in half the memory.
     stored = PRECISIONS["bf16"] if source.random else None
-    memory.check_load(config, dict.fromkeys(("dit", "text_encoder", "autoencoder"), PRECISIONS["bf16"]), device)
+    memory.check_load(config, dict.fromkeys(("dit", "text_encoder", "autoencoder"), "bf16"), device)
     _say(f"loading {args.model}")
     loaded = load_model(source, precision=stored, text_precision=stored, decoder_precision=stored)
     bench = QualityBench(
@@ -319,7 +324,7 @@ def _run_names(text: str, device) -> list:
 
     auto = choose_backend("auto", device)
     texts = [name.strip() for name in text.split(",") if name.strip()]
-    names = [RunName.parse(auto + name[4:] if name.split(":")[0] == "auto" else name) for name in texts]
+    names = [RunName.parse(re.sub(r"^auto(?=[:@]|$)", auto, name)) for name in texts]
     if not names:
         raise UserError("--runs names no run")
     return list(dict.fromkeys(names))

@@ -36,6 +36,7 @@ MAX_DRIFT = 0.10
 
 ARITHMETIC = {
     "fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("bf16", "fp32"), "fp8": ("fp8", "int8", "bf16", "fp32"),
+    "w4a16": ("bf16", "fp32"),
     "w8a8": ("int8", "bf16", "fp32"), "w4a8": ("int8", "bf16", "fp32"), "w4a4": ("int8", "bf16", "fp32"),
 }  # fmt: skip
 """What a row of a precision may compute with: its peak is the fastest of these that the machine has."""

@@ -168,7 +168,7 @@ class ImageBench:
             run = measured.run
             measured.checks = [
                 check.dit_check(run.velocity(moment), velocity, run.name.precision),
-                check.image_check(run.decode(latents, settings), images, run.name.others),
+                check.image_check(run.decode(latents, settings), images, run.name.precisions["autoencoder"]),
             ]
 
         for measured in self.alive.values():
@@ -203,7 +203,7 @@ class ImageBench:
             return paint
 
         names = [m.run.name for m in self.alive.values()]
-        kinds = {self.peaks.kind(precision) for name in names for precision in (name.precision, name.others)}
+        kinds = {self.peaks.kind(precision) for name in names for precision in name.precisions.values()}
         tasks = {name: task(measured) for name, measured in self.alive.items()}
         for name, stages, verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
             measured = self.measured[name]
@@ -247,7 +247,8 @@ class ImageBench:
         dit, image = measured.checks
         common["plan"] = measured.run.plan()
         memory = {
-            "weights": self.weights.bytes(name.dtypes), "rss": measured.peak_rss, "peak_allocated": measured.peak_allocated,
+            "weights": self.weights.bytes(name.precisions), "rss": measured.peak_rss,
+            "peak_allocated": measured.peak_allocated,
         }  # fmt: skip
         common["memory_mib"] = {key: round(size / 2**20) for key, size in memory.items() if size}
         first = dict(measured.first)
@@ -291,7 +292,7 @@ class ImageBench:
 
     def work(self, stages: dict[str, float], name: RunName) -> dict:
         """GMAC of the stages, and what share of the measured peak that is."""
-        precisions = {"denoise": name.precision, "decode": name.others}
+        precisions = {"denoise": name.precision, "decode": name.precisions["autoencoder"]}
         percent = {
             stage: self.peaks.percent(2 * macs, stages[stage] / 1e3, precisions[stage])
             for stage, macs in self.macs().items()

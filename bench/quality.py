@@ -299,8 +299,8 @@ def recorded(dit: DiT, wanted: set[int]) -> Iterator[list[tuple[int, Tensor, Ten
     """Within the block, the evaluations of `dit.step` with these numbers are kept: (number, latents, output)."""
     kept, numbers, step = [], itertools.count(), dit.step
 
-    def step_and_keep(latents: Tensor, *args) -> Tensor:
-        velocity, number = step(latents, *args), next(numbers)
+    def step_and_keep(latents: Tensor, *args, **kwargs) -> Tensor:
+        velocity, number = step(latents, *args, **kwargs), next(numbers)
         if number in wanted:
             kept.append((number, latents, velocity))
         return velocity

@@ -84,9 +84,11 @@ def test_prompts_have_exactly_the_tokens_asked_for(loaded, instruction):
 
 def test_runs_share_their_weights_and_copy_each_dtype_once(loaded):
     weights = runs.Weights(loaded, torch.device("cpu"))
-    bf16, fp32 = (runs.RunName.parse(f"reference:{p}").dtypes for p in ("bf16", "fp32"))
+    names = {p: runs.RunName.parse(f"reference:{p}") for p in ("bf16", "fp32", "w8a8")}
+    sizes = {p: weights.bytes(name.precisions) for p, name in names.items()}
+    bf16, fp32 = names["bf16"].dtypes, names["fp32"].dtypes
     assert weights.missing_bytes(bf16) == 0
-    assert weights.missing_bytes(fp32) == weights.bytes(fp32) == 2 * weights.bytes(bf16)
+    assert weights.missing_bytes(fp32) == sizes["fp32"] == 2 * sizes["bf16"] > 2 * sizes["w8a8"]
     first, second = weights.model(bf16), weights.model(bf16)
     assert first.dit is not second.dit
     assert first.dit.head.weight.data_ptr() == second.dit.head.weight.data_ptr() == loaded.dit.head.weight.data_ptr()
@@ -175,7 +177,7 @@ def test_what_does_not_fit_gets_a_row_and_the_rest_goes_on(paint, monkeypatch):
     available, room = memory.available, []
 
     def limit(bench):
-        parts = memory.estimate(bench.config, bench.settings(0), runs.RunName.parse("reference:bf16").dtypes)
+        parts = memory.estimate(bench.config, bench.settings(0), runs.RunName.parse("reference:bf16").precisions)
         room.append(max(parts["denoise"], parts["decode"]) + 2**20)
 
     monkeypatch.setattr(memory, "available", lambda device: room[0] if room else available(device))
