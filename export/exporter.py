@@ -212,6 +212,7 @@ def clean(model):
         passes.LiftConstantsToInitializersPass(lift_all_constants=False),
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
+        passes.ShapeInferencePass(),  # the exporter leaves some values without a type, on which `twin` depends
         passes.ClearMetadataAndDocStringPass(),  # of each node: the Python stack that made it
     ):
         step(model)
@@ -236,7 +237,7 @@ def _pack_int4(model) -> None:
     import onnx_ir
 
     for node in model.graph:
-        if node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
+        if node.op_type == "DequantizeLinear" and node.attributes.get_int("block_size", 0):
             value = node.inputs[0]
             values = value.const_value.numpy().astype(ml_dtypes.int4)
             value.const_value = onnx_ir.tensor(values, name=value.name)
