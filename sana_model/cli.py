@@ -153,7 +153,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="M", help=f"{MODEL_HELP} (default: sana-tiny)")
     model.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
     model.add_argument("--backend", metavar="B", help="auto (default) | reference | cpu | cuda | triton")
-    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 | fp32 | fp16 | w8a8 | w4a8 | w4a4")
+    model.add_argument("--precision", metavar="P", help="of the DiT: bf16 | fp32 | fp16 | w8a8 | fp8 | w4a8 | w4a4")
     model.add_argument("--text-precision", metavar="P", help="of the text encoder, where also w4a16 is worth its while")
     model.add_argument("--decoder-precision", metavar="P", help="likewise: bf16 | fp32 | w8a8")
     model.add_argument("--decoder", metavar="D", help="another autoencoder: lite, or a folder, file or hub id")
@@ -170,7 +170,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--low-memory", action="store_true", help="free the text encoder after encoding; on a GPU, decode in tiles"
     )
     model.add_argument(
-        "--tiled", action=argparse.BooleanOptionalAction, help="decode in blended tiles, as diffusers does: not the same pixels"
+        "--tiled",
+        action=argparse.BooleanOptionalAction,
+        help="decode in blended tiles, as diffusers does: not the same pixels",
+    )
+    model.add_argument(
+        "--no-cuda-graph", dest="cuda_graph", action="store_false", help="on a GPU, start every kernel from Python"
     )
 
     output = parser.add_argument_group("input and output")

@@ -278,16 +278,16 @@ def load(
 ) -> Pipeline:
     """Load a model: a built-in name, a diffusers folder, a single file (with `base` for the other parts) or a hub id.
 
-    `precision` (fp32 | bf16 | fp16 | w8a8 | w4a8 | w4a4) is the DiT's, by default what the folder is quantised in or its
-    sana.json asks for, or bf16; text encoder (also w4a16) and decoder default to bf16, or fp32 beside an fp32 DiT. Weights
-    that are not quantised yet are rounded to nearest. `exact` computes quantised layers as they are stored, in the
+    `precision` (fp32 | bf16 | fp16 | w8a8 | fp8 | w4a8 | w4a4) is the DiT's, by default what the folder is quantised in or
+    its sana.json asks for, or bf16; text encoder (also w4a16) and decoder default to bf16, or fp32 beside an fp32 DiT.
+    Weights that are not quantised yet are rounded to nearest. `exact` computes quantised layers as they are stored, in the
     arithmetic of the reference, instead of what the plan executes. `lora`: files, each perhaps with a :strength.
 
     `decoder`: another autoencoder for the same latents, "lite" or what `sana_model.family.find_autoencoder` takes.
 
     `low_memory` lets the text encoder go after encoding, has only one of it and the DiT on a GPU, and decodes in tiles where
-    the decoder cannot run in bands, which are exact and the default of the CPU's kernels. On a GPU the denoising loop is a CUDA graph, but where
-    `cuda_graph` is False or the plan says why not. `picture`: fields of `Settings` that are going to be
+    the decoder cannot run in bands, which are exact and the default of the CPU's kernels. On a GPU the denoising loop is a
+    CUDA graph, unless `cuda_graph` is False or the plan says why not. `picture`: fields of `Settings` that are going to be
     painted; what is wrong with them, or too large for this machine, is refused before anything is loaded.
     Raises UserError for a model that cannot be read and MissingError where this machine cannot run it.
     """

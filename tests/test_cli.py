@@ -68,7 +68,7 @@ def test_a_picture_is_that_of_the_python_interface(capsys):
     assert said.startswith("sana-tiny, loaded in ") and "out.png   seed 7" in said
     assert all(f"\n{stage} " in said for stage in ("text encoder", "denoising", "decoder", "other", "total"))
     same = {"width": 96, "height": 64, "steps": 1, "negative_prompt": "blur", "guidance": 3.0}
-    pipe = _load_once(model="sana-tiny", low_memory=False)
+    pipe = _load_once(model="sana-tiny", low_memory=False, cuda_graph=True)
     assert (pixels("out.png") == np.asarray(pipe("a red fox", seed=7, **same).images[0])).all()
     assert (pixels("out.png") != np.asarray(pipe("a red fox", seed=8, **same).images[0])).any()
     assert os.listdir() == ["out.png"]
@@ -121,7 +121,7 @@ def test_an_instruction_may_come_from_a_file():
 def test_low_memory_frees_the_text_encoder_and_decodes_in_tiles():
     for _ in range(2):
         assert main(["generate", "a fox", *SMALL, "--low-memory"]) == 0
-        assert _load_once(model="sana-tiny", low_memory=True).model.text_encoder is None
+        assert _load_once(model="sana-tiny", low_memory=True, cuda_graph=True).model.text_encoder is None
     assert read_metadata("out.png").settings.tiled is True
 
 

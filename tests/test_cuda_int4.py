@@ -175,6 +175,14 @@ SMALLER = (
 )
 
 
+@pytest.mark.parametrize(("capability", "accepted"), [((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False)])
+def test_w4a4_is_for_gpus_that_multiply_4_bits(monkeypatch, capability, accepted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = int4_cuda.accepts_w4a4(*[None] * 7, False, None, None, BF16)
+    assert (reason is None) == accepted and (accepted or "run in int8" in reason)
+
+
 def check_all(module, orders=(0, 1)):
     # The last slab lies where the low-rank branch or the epilogue writes first.
     check_quantize(module, hard_rows(5, 104)[:, :100], 0.1 + signed(100).abs(), orders=orders)

@@ -63,6 +63,11 @@ def gemm_w4a16(
 
 
 def accepts_w4a4(x, x_scale, weight, weight_scale, low, up, bias, silu, gate, residual, dtype) -> str | None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        return (
+            "GPUs of compute capability 9.0 and higher emulate 4-bit products; there 4-bit weights run in int8"
+            " (formats.int4_to_int8, and `gemm`)"
+        )
     if low is not None and low.dtype not in HALVES:
         return f"its low-rank branch is float16 or bfloat16, not {low.dtype}"
     if low is not None and low.shape[2] % 8:

@@ -143,7 +143,7 @@ def _load(args: argparse.Namespace, options: dict, picture: dict | None = None) 
     """The pipeline, introduced on the terminal, and how many ms it took to load."""
     options.setdefault("model", "sana-tiny")
     start = time.perf_counter()
-    pipe = load(**options, low_memory=args.low_memory, picture=picture)
+    pipe = load(**options, low_memory=args.low_memory, cuda_graph=args.cuda_graph, picture=picture)
     load_ms = (time.perf_counter() - start) * 1e3
     label = " (random weights: timing only)" if pipe.model.random else ""
     dit, text, decoder = map(pipe.plan.described, ("dit", "text_encoder", "autoencoder"))
