@@ -16,12 +16,14 @@ from torch import Tensor, nn
 import sana_kernels
 from sana_bench import check, work
 from sana_bench.harness import Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
+from sana_bench.prompts import Prompts
 from sana_bench.runs import BASELINES, Moment, PipelineRun, RunName, Weights, make
 from sana_kernels import Quantized
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
 from sana_model.loaded import LoadedModel
 from sana_model.packed import PackedLinear
+from sana_model.prompt import PromptEncoder
 from sana_model.random_weights import random_model
 from sana_model.settings import settings_for
 from sana_model.weights import load_model
@@ -66,7 +68,8 @@ class StepBench:
         self.weights, self.config, self.device = Weights(loaded, device), loaded.config, device
         self.size, self.text_tokens, self.peaks, self.results, self.say = size, text_tokens, peaks, results, say
         self.settings = settings_for(self.config, "a picture", width=size[0], height=size[1])
-        self.moment = self._moment(seed)
+        with torch.inference_mode():
+            self.moment = self._moment(seed)
         self.measured = {str(name): Measured(make(name, self.weights)) for name in names}
 
     @property
@@ -150,18 +153,19 @@ class StepBench:
         return 1e3 * (time.perf_counter() - start)
 
     def _moment(self, seed: int) -> Moment:
-        """Noise in the middle of the schedule, with a caption of `text_tokens` states and an empty one of one."""
-        dit, side = self.config.dit, self.config.autoencoder.spatial_compression
-        draw = torch.Generator().manual_seed(seed)
-        lengths = torch.tensor([self.text_tokens] if dit.guidance_embeds else [1, self.text_tokens])
-        R = len(lengths)
+        """Noise in the middle of the schedule, with a caption of `text_tokens` tokens and the empty one."""
+        dit, side, loaded = self.config.dit, self.config.autoencoder.spatial_compression, self.weights.loaded
+        prompt = Prompts(loaded.tokenizer, self.config, self.text_tokens, seed)(0)
+        captions = PromptEncoder(loaded.text_encoder, loaded.tokenizer, self.config).encode(
+            [prompt] if dit.guidance_embeds else ["", prompt]
+        )
+        R, draw = len(captions.lengths), torch.Generator().manual_seed(seed)
         return Moment(
             torch.randn(R, dit.in_channels, self.size[1] // side, self.size[0] // side, generator=draw).to(self.device),
             torch.full((R,), 0.8 if self.config.scheduler.kind == "scm" else 500.0, device=self.device),
-            torch.randn(R, self.text_tokens, dit.caption_channels, generator=draw).to(self.device),
-            lengths.to(self.device),
+            captions.states, captions.lengths,
             torch.full((R,), self.config.guidance, device=self.device) if dit.guidance_embeds else None,
-        )
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ rows
 
