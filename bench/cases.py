@@ -242,19 +242,20 @@ def _upsample(name: str, side: int, channels: int, C: int) -> Case:
 
 
 def _conv2d(name: str, side: int, C: int, N: int, norm: bool = False, silu: bool = False) -> Case:
-    """Of a decoder's block: the first convolution, with SiLU, or the second, with norm and residual."""
+    """64 rows, as of a band, of a decoder's block: its first convolution, with SiLU, or its second, with norm."""
+    rows = min(side, 64)
 
     def make(inputs: Inputs) -> tuple:
         weight, scale = inputs.kernel(N, C, 3)
         bias = None if norm else inputs(N, scale=0.1)
-        after = (inputs(N), inputs(N, scale=0.1), inputs(1, side, side, N)) if norm else (None, None, None)
+        after = (inputs(N), inputs(N, scale=0.1), inputs(1, rows, side, N)) if norm else (None, None, None)
         return (
-            inputs(1, side, side, C), weight, scale, list(weight.shape), bias, 1, "silu" if silu else "none", *after, None,
-            None, "none", 1e-5, [0, 0, side, side],
+            inputs(1, rows, side, C), weight, scale, list(weight.shape), bias, 1, "silu" if silu else "none", *after, None,
+            None, "none", 1e-5, [0, 0, rows, rows],
         )  # fmt: skip
 
-    shape = {"H": side, "W": side, "in": C, "out": N}
-    return Case("conv2d", name, shape, side**2 * 9 * C * N, make, WITH_W8A8)
+    shape = {"H": rows, "W": side, "in": C, "out": N}
+    return Case("conv2d", name, shape, rows * side * 9 * C * N, make, WITH_W8A8)
 
 
 def _multi_scale(name: str, side: int, C: int, D: int = 32) -> Case:

@@ -21,6 +21,7 @@ from sana_bench import check
 from sana_bench.cases import Case, cases
 from sana_bench.harness import Peaks, Results, interleave, statistics_ms
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
+from sana_kernels.conv2d import ConvWeight, pack_conv2d
 from sana_kernels.gemm import PACKED, pack
 from sana_kernels.gemm.reference import dequantize
 from sana_kernels.quant.formats import Int4, dequantize_int4
@@ -29,6 +30,7 @@ from sana_model.settings import PRECISIONS, QUANTIZED
 
 COMPILED = "torch-compile"
 BASELINES = ("reference", COMPILED)
+CONVOLUTIONS = {"conv2d": 1, "upsample": 4}  # and their phases
 BATCH_SECONDS, MIN_CALLS = 0.2, 5  # of one repetition
 MOST_COPIES, MOST_BYTES = 256, 2**30
 
@@ -197,6 +199,9 @@ def _gemm(run: Callable, quantize: Callable, x: Tensor, x_scale: Tensor | None, 
 
 def prepared(op: str, backend: str, arguments: tuple) -> tuple:
     """The arguments as a model hands them to this backend: weights are packed once, when it is loaded."""
+    if backend == "cpu" and op in CONVOLUTIONS:
+        x, weight, scale, shape, *rest = arguments
+        return x, pack_conv2d(ConvWeight(weight, scale, shape), CONVOLUTIONS[op]).values, scale, shape, *rest
     weights = {"gemm": (2,), "mix_ffn": (4, 9)}.get(op, ()) if backend == "cpu" else ()
     return tuple(pack(a) if i in weights and a.dtype in PACKED else a for i, a in enumerate(arguments))
 
