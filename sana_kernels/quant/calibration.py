@@ -139,7 +139,7 @@ def observed(dit: nn.Module, observe: Callable[[str, Tensor], None]) -> Iterator
         u = sana_kernels.depthwise_glu(h, height, width, depthwise, depthwise_bias)
         return gemm(u, project, **epilogue)
 
-    dit.ops = replace(ops, gemm=gemm, mix_ffn=mix_ffn)
+    dit.ops = replace(ops, gemm=gemm, mix_ffn=mix_ffn, linear_attention_from=None)  # each product by itself
     try:
         yield
     finally:
