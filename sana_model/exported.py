@@ -50,7 +50,8 @@ def load(folder: str | Path, backend: str, *, device: torch.device, precisions: 
             f"backend {backend!r} paints from a folder of exported graphs, and {folder} is none;"
             f" make one: sana export onnx {folder} -o DIR, then --model DIR"
         )
-    stored = layout.read(folder, ("text_encoder", "transformer", "decoder")).precisions
+    graphs = ("text_encoder", "transformer", "decoder") if backend == "onnxruntime" else ()  # or engines in their place
+    stored = layout.read(folder, graphs).precisions
     for part, asked in precisions.items():
         if asked is not None and asked != stored[part]:
             raise UserError(

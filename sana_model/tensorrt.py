@@ -39,11 +39,9 @@ class Cuda:
     """What running engines takes from torch.cuda; tests lend another."""
 
     def __init__(self, device: torch.device):
+        """Raises MissingError where there is no GPU."""
+        self.target, self.name = tensorrt_library.gpu(device)  # sm89, NVIDIA GeForce RTX 4090
         self.device, self._stream = device, torch.cuda.Stream(device)
-
-    def gpu(self) -> tuple[str, str]:
-        """Compute capability, such as sm89, and name."""
-        return tensorrt_library.gpu(self.device)
 
     @contextmanager
     def stream(self) -> Iterator[int]:
@@ -68,15 +66,14 @@ class Runner:
     def __init__(self, folder: str | Path, device: torch.device, cuda: Cuda | None = None):
         """Raises UserError for a folder without engines for this GPU, and MissingError without TensorRT or a GPU."""
         self.folder, self.device = Path(folder), device
-        target, gpu = (cuda or tensorrt_library).gpu()
         self.manifest = layout.read(self.folder)
-        self.library, self.engines = _choose(self.folder, self.manifest, target, gpu)
-        self.log = tensorrt_library.log(self.library)
         self.cuda = cuda or Cuda(device)
+        self.library, self.engines = _choose(self.folder, self.manifest, self.cuda)
+        self.log = tensorrt_library.log(self.library)
         self.memory: Tensor | None = None
         self._loaded: dict[str, LoadedEngine] = {}
         self._compiled = None  # RTX: the kernels of all contexts
-        self._compiled_file = self.folder / f"runtime-{target}-{self.library.version}.cache"
+        self._compiled_file = self.folder / f"runtime-{self.cuda.target}-{self.library.version}.cache"
 
     def __call__(self, graph: str, **inputs: Tensor) -> Tensor:
         """The output of one graph. Raises UserError where no profile of its engine covers the shapes of the inputs."""
@@ -129,17 +126,15 @@ class Runner:
         self.memory = None
 
 
-def _choose(
-    folder: Path, manifest: layout.Manifest, target: str, gpu: str
-) -> tuple[Library, dict[str, engines.Engine]]:
+def _choose(folder: Path, manifest: layout.Manifest, cuda: Cuda) -> tuple[Library, dict[str, engines.Engine]]:
     """The library that has an engine of every graph for this GPU, and those. Raises what the first one lacks."""
     first = None
     for library in tensorrt_library.every():
         try:
-            found = {
-                graph: engines.choose(folder, manifest, graph, str(library), target, gpu) for graph in engines.GRAPHS
+            return library, {
+                graph: engines.choose(folder, manifest, graph, str(library), cuda.target, cuda.name)
+                for graph in engines.GRAPHS
             }
-            return library, found
         except UserError as error:
             first = first or error
     raise first

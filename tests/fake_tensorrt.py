@@ -46,6 +46,10 @@ class ExecutionContextAllocationStrategy(Enum):
     STATIC, USER_MANAGED = range(2)
 
 
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY, EAGER = range(2)
+
+
 class ILogger:
     class Severity(IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -209,10 +213,42 @@ class Engine:
         listing = "Layers:\nName: whole graph, LayerType: session\n"
         return SimpleNamespace(get_engine_information=lambda form: listing)
 
-    def create_execution_context(self, strategy):
-        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+    def create_runtime_config(self):
+        return RuntimeConfig()
+
+    def create_execution_context(self, how):
+        """`how`: an allocation strategy or, of RTX, a runtime configuration."""
+        if isinstance(how, RuntimeConfig):
+            assert how.dynamic_shapes_kernel_specialization_strategy == DynamicShapesKernelSpecializationStrategy.EAGER
+            how.cache.content += b"compiled;"
+            how = how.strategy
+        assert how == ExecutionContextAllocationStrategy.USER_MANAGED
         self.contexts.append(Context(self))
         return self.contexts[-1]
+
+
+class RuntimeConfig:
+    def set_execution_context_allocation_strategy(self, strategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache) -> bool:
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    content = b""
+
+    def deserialize(self, content: bytes) -> bool:
+        mine = content.startswith(b"compiled;")
+        self.content = content if mine else b""
+        return mine
+
+    def serialize(self) -> bytes:
+        return self.content
 
 
 class Context:
@@ -298,9 +334,6 @@ class FakeCuda:
 
     def __init__(self, target: str = "sm89", name: str = "an RTX 4090"):
         self.device, self.target, self.name, self.graphs = torch.device("cpu"), target, name, 0
-
-    def gpu(self) -> tuple[str, str]:
-        return self.target, self.name
 
     @contextmanager
     def stream(self):
