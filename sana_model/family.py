@@ -158,8 +158,11 @@ def _source(config: AutoencoderConfig, name: str, random: bool, read) -> Source:
     def open_part(_config, dtype: torch.dtype | None):
         return lambda _prepare=None: read(dtype or torch.float32) if random else read(dtype)
 
-    model = replace(BUILT_IN["sana-0.6b"], autoencoder=config)
-    return Source(model, name, random, {"autoencoder": open_part}, None)
+    def open_nothing(_config, _dtype):
+        raise UserError(f"{name} is an autoencoder; it has no other part of a model")
+
+    model = replace(BUILT_IN["sana-0.6b"], autoencoder=config, name=Path(name).name)
+    return Source(model, name, random, {"dit": open_nothing, "text": open_nothing, "autoencoder": open_part}, None)
 
 
 def _folder(folder: Path) -> Source:

@@ -108,7 +108,7 @@ def join(parts: list[Tensor], rule: Rule) -> Tensor:
 def split(whole: Tensor, rule: Rule, dialect: str) -> dict[str, Tensor]:
     """Our tensor for one rule → theirs, by name: contiguous views of ours."""
     names = rule.theirs(dialect)
-    parts = whole.chunk(len(names))
+    parts = whole.chunk(len(names)) if len(names) > 1 else (whole,)  # which may be a scalar
     return dict(zip(names, (part[..., None, None] if rule.conv else part for part in parts), strict=True))
 
 
