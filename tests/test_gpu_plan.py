@@ -1,0 +1,183 @@
+"""What is planned for a GPU, on a machine that has none: which kernel for which op, on which generation; and fp8."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import assert_close, relative_rms
+from models import SMALL
+
+import sana_kernels
+from sana_bench.check import DIT_LIMITS, sqnr
+from sana_kernels import backend
+from sana_model import plan as plan_module
+from sana_model.config import BUILT_IN
+from sana_model.errors import MissingError, UserError
+from sana_model.ops import REFERENCE_OPS
+from sana_model.plan import resolve
+from sana_model.random_weights import random_dit
+from sana_model.settings import OF_DECODERS, precisions_for
+
+SANA = {name: BUILT_IN[f"sana-{name}"] for name in ("0.6b", "1.6b", "sprint-0.6b")}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes the plan believe in a GPU of a compute capability."""
+
+    def of(capability: tuple[int, int]) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        for module in (backend, plan_module):
+            monkeypatch.setattr(module, "backend_status", lambda name: None)
+        return torch.device("cuda")
+
+    return of
+
+
+def rows(name: str, backend: str, device: torch.device, precision: str) -> dict[str, tuple[str, str]]:
+    """op → (backend, precision), of the DiT; the first row of each op."""
+    plan = resolve(SANA[name], backend, device, precisions_for(precision))
+    found = [(row.op, (row.backend, row.precision)) for row in plan.rows if row.part == "dit"]
+    return dict(reversed(found))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("order", "precision", "expected"),
+    [
+        ("cuda", "bf16", {"modulate": "cuda", "gemm": "triton", "cross_attention": "library", "mix_ffn": "cuda"}),
+        ("cuda", "fp16", {"linear_attention": "cuda", "linear_attention_from": "triton", "gate_residual": "cuda"}),
+        ("cuda", "fp32", {"cross_attention": "reference", "mix_ffn": "cuda", "linear_attention": "cuda"}),
+        ("cuda", "w8a8", {"gemm": "cuda", "mix_ffn": "cuda", "modulate_quantized": "cuda", "quantize": "cuda"}),
+        ("triton", "bf16", {"modulate": "triton", "cross_attention": "library", "linear_attention_from": "triton"}),
+        ("triton", "w8a8", {"gemm": "triton", "mix_ffn": "triton", "linear_attention_from": "triton"}),
+    ],
+    ids=str,
+)
+def test_kernels_of_the_dit(gpu, capability, order, precision, expected):
+    found = rows("1.6b", order, gpu(capability), precision)
+    assert {op: found[op][0] for op in expected} == expected
+
+
+def test_the_fused_projection_is_for_models_without_qk_norm(gpu):
+    device = gpu((9, 0))
+    assert "linear_attention_from" in rows("0.6b", "cuda", device, "bf16")
+    assert "linear_attention_from" not in rows("sprint-0.6b", "cuda", device, "bf16")
+    assert "linear_attention_from" not in rows("0.6b", "reference", torch.device("cpu"), "bf16")
+    assert "linear_attention_from" not in rows("0.6b", "cpu", torch.device("cpu"), "bf16")
+
+
+def test_a_plan_says_how_the_steps_run(gpu):
+    plan = resolve(SANA["1.6b"], "cuda", gpu((9, 0)), precisions_for("bf16"))
+    assert plan.eager is None and "denoising loop: one CUDA graph per shape" in str(plan)
+    plan = resolve(SANA["1.6b"], "cuda", gpu((9, 0)), precisions_for("bf16"), cuda_graph=False)
+    assert "denoising loop: eager (CUDA graphs are turned off)" in str(plan)
+    plan = resolve(SANA["1.6b"], "cuda", gpu((9, 0)), precisions_for("fp32"))
+    assert "library: FlashAttention computes in bfloat16 and float16, not torch.float32" in str(plan)
+
+
+# ------------------------------------------------------------------------------------------------ fp8
+
+
+@pytest.mark.parametrize("order", ["cuda", "triton"])
+def test_fp8_runs_from_ada_on(gpu, order):
+    expected = {"gemm": ("triton", "fp8"), "mix_ffn": ("triton", "fp8"), "linear_attention_from": ("triton", "fp8")}
+    for capability in ((8, 9), (9, 0), (12, 0)):
+        found = rows("0.6b", order, gpu(capability), "fp8")
+        assert {op: found[op] for op in expected} == expected
+        assert found["modulate_quantized"] == (order, "fp8") and found["cross_attention"] == ("library", "bf16")
+
+
+@pytest.mark.parametrize(("order", "capability"), [("cuda", (8, 0)), ("triton", (8, 6)), ("cpu", None), ("auto", None)])
+def test_fp8_is_refused_elsewhere_with_a_way_out(gpu, order, capability):
+    device = torch.device("cpu") if capability is None else gpu(capability)
+    with pytest.raises(
+        MissingError, match=r"fp8 cannot run here .*--precision w8a8 or bf16, or with --backend reference"
+    ):
+        resolve(SANA["0.6b"], order, device, precisions_for("fp8"))
+    assert rows("0.6b", order, device, "w8a8")["gemm"][1] == "w8a8"
+
+
+def test_fp8_is_no_precision_of_decoders():
+    assert "fp8" not in OF_DECODERS
+    with pytest.raises(UserError, match="autoencoder; choose one of fp32, bf16, fp16, w8a8"):
+        precisions_for("fp8", decoder="fp8")
+
+
+def dit_inputs(config, batch: int = 2) -> tuple:
+    caption = torch.randn(batch, 9, config.caption_channels)
+    caption[..., ::40] *= 30
+    return torch.randn(batch, config.in_channels, 5, 6), torch.tensor([999, 428]), caption, torch.tensor([9, 3])
+
+
+@torch.inference_mode()
+def in_precision(precision: str, spoil=None, seed: int = 3) -> torch.Tensor:
+    """The DiT on the reference backend, its matrix products in that precision."""
+    plan = resolve(SMALL, "reference", torch.device("cpu"), precisions_for(precision))
+    dit = random_dit(SMALL.dit, seed=seed, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    for block in dit.blocks:
+        plan.prepare("dit", block)
+    if spoil is not None:
+        spoil(dit)
+    dit.ops = plan.ops("dit")
+    torch.manual_seed(5)
+    return dit(*dit_inputs(SMALL.dit)).float()
+
+
+def unscaled(dit) -> None:
+    dit.blocks[1].mix_ffn.expand.scale.fill_(dit.blocks[1].mix_ffn.expand.scale.mean())
+
+
+def test_the_reference_simulates_fp8():
+    exact, wide = in_precision("fp32"), in_precision("bf16")
+    found = in_precision("fp8")
+    worst = min(map(sqnr, found, exact))
+    assert DIT_LIMITS["fp8"] <= worst < min(map(sqnr, wide, exact)) - 3, "fp8, and not bf16"
+    assert min(map(sqnr, in_precision("fp8", unscaled), exact)) < DIT_LIMITS["fp8"]
+
+
+# ------------------------------------------------------------------------------------------------ how a DiT is prepared
+
+
+@pytest.mark.parametrize(
+    ("order", "precision"), [("cuda", "bf16"), ("triton", "w8a8"), ("cuda", "fp8"), ("cpu", "bf16")]
+)
+def test_depthwise_weights_lie_as_the_kernel_reads_them(gpu, order, precision):
+    device = torch.device("cpu") if order == "cpu" else gpu((9, 0))
+    plan = resolve(SMALL, order, device, precisions_for(precision))
+    dit, other = (random_dit(SMALL.dit, seed=3, dtype=torch.bfloat16) for _ in range(2))
+    shared = dit.blocks[0].mix_ffn.depthwise.weight
+    plan.prepare("dit", dit.blocks[0])
+    weight = dit.blocks[0].mix_ffn.depthwise.weight
+    assert torch.equal(weight, other.blocks[0].mix_ffn.depthwise.weight)
+    assert weight.stride(0) == (9 if order == "cpu" else 1)
+    assert shared.is_contiguous(), "whoever else has the weight keeps it as it was"
+
+
+@pytest.mark.parametrize("perturbed", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "w8a8"])
+def test_the_fused_projection_is_the_same_attention(precision, perturbed):
+    """In a DiT, with the reference as its kernel; perturbed images need their values, and so the two ops."""
+    plan = resolve(SMALL, "reference", torch.device("cpu"), precisions_for(precision))
+    dit = random_dit(SMALL.dit, seed=3, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    for block in dit.blocks:
+        plan.prepare("dit", block)
+    calls = []
+
+    def fused(*args, **kwargs):
+        calls.append(kwargs)
+        return sana_kernels.linear_attention_from(*args, backend="reference", **kwargs)
+
+    arguments = dit_inputs(SMALL.dit)
+    with torch.inference_mode():
+        dit.ops = REFERENCE_OPS
+        expected = dit(*arguments, perturbed=perturbed)
+        dit.ops = replace(REFERENCE_OPS, linear_attention_from=fused)
+        found = dit(*arguments, perturbed=perturbed)
+    assert len(calls) == (0 if perturbed else SMALL.dit.layers)
+    assert_close(found, expected, of_rms=1e-5 if precision == "fp32" else 0.05)
+    if not perturbed:
+        with torch.inference_mode():
+            dit.ops = replace(dit.ops, linear_attention_from=lambda *args, **kwargs: fused(*args, **kwargs).roll(1, 2))
+            assert relative_rms(dit(*arguments), expected) > 0.05, "heads out of step are noticed"
