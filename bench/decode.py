@@ -15,13 +15,13 @@ from torch import Tensor
 from sana_bench import check, openvino, work
 from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
 from sana_bench.metrics import psnr, to_bytes
-from sana_bench.runs import BASELINES, RunName, Weights
+from sana_bench.runs import BASELINES, RunName, Weights, count
 from sana_model import memory
 from sana_model.errors import MissingError, UserError
 from sana_model.interop import diffusers_autoencoder
 from sana_model.loaded import LoadedModel
 from sana_model.plan import resolve
-from sana_model.settings import PRECISIONS
+from sana_model.settings import PRECISIONS, QUANTIZED
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "diffusers", "openvino")
 LARGEST_WHOLE = 1024  # pixels; the oracle of larger images is ours in bands
@@ -119,9 +119,7 @@ class OpenVINODecoder(DiffusersDecoder):
         return {"backend": self.backend}
 
 
-def make(name: RunName, weights: Weights) -> OwnDecoder:
-    kind = {"diffusers": DiffusersDecoder, "openvino": OpenVINODecoder}.get(name.backend, OwnDecoder)
-    return kind(name.backend, name.precision, weights)
+KINDS = {"diffusers": DiffusersDecoder, "openvino": OpenVINODecoder}
 
 
 @dataclass
@@ -156,7 +154,7 @@ class DecodeBench:
     ):  # fmt: skip
         self.weights, self.config, self.device = Weights(loaded, device), loaded.config, device
         self.names, self.sizes, self.peaks, self.results = names, sizes, peaks, results
-        self.seed, self.say = seed, say
+        self.seed, self.say, self.kinds = seed, say, KINDS
         self.measured: list[Measured] = []
         factor = self.config.autoencoder.spatial_compression
         for size in sizes:
@@ -185,7 +183,10 @@ class DecodeBench:
 
     def measure(self, size: int, repeat: int) -> None:
         """All runs at one size. One after the other is prepared and checked, then all take turns."""
-        runs = [Measured(name, size, make(name, self.weights)) for name in self.names]
+        runs = [
+            Measured(name, size, self.kinds.get(name.backend, OwnDecoder)(name.backend, name.precision, self.weights))
+            for name in self.names
+        ]
         self.measured += runs
         z = self.latents(size, -1)
         oracle = self.oracle(size, z)
@@ -235,7 +236,7 @@ class DecodeBench:
 
     def copies(self, precision: str) -> int:
         """Bytes of the weights in a precision, in a layout of its own."""
-        return self.weights.bytes({"autoencoder": PRECISIONS[precision]})
+        return count(self.weights.loaded.autoencoder) * (1 if precision in QUANTIZED else PRECISIONS[precision].itemsize)
 
     def first(self, measured: Measured, z: Tensor, oracle: Tensor | None) -> None:
         """Prepare a run, decode a first image and compare it."""

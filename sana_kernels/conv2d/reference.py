@@ -116,13 +116,12 @@ def conv2d(
         x = rms_norm(x, input_weight, input_bias, None, input_activation, eps)
     window = _window(x, band, stride)
     if weight_scale is None:
-        y = F.conv2d(window, weight, None if bias is None else bias.to(x.dtype), stride).permute(0, 2, 3, 1)
+        y = F.conv2d(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
         tiles = _tiles(window, stride)
         y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
-        y = y.permute(0, 2, 3, 1).contiguous()
-        y = y if bias is None else y + bias.float()
-    y = ACTIVATIONS[activation](y)
+        y = y if bias is None else y + bias.float()[:, None, None]
+    y = ACTIVATIONS[activation](y.permute(0, 2, 3, 1).contiguous())
     if norm_weight is not None:
         norm = (t.to(y.dtype) for t in (norm_weight, norm_bias))
         return rms_norm(y, *norm, residual, "none", eps).to(x.dtype)

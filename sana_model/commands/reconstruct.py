@@ -77,7 +77,7 @@ def reflect(x: Tensor, count: int, dim: int) -> Tensor:
         step = min(count, size - 1)
         if step == 0:  # a single row is its own reflection
             return torch.cat([x, *[x] * count], dim)
-        padding = [0, step] if dim == 3 else [0, 0, 0, step]
+        padding = (0, step, 0, 0) if dim == 3 else (0, 0, 0, step)
         x, count = F.pad(x, padding, mode="reflect"), count - step
     return x
 
