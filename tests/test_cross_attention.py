@@ -10,6 +10,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
+from sana_kernels.cross_attention import library
 from sana_kernels.cross_attention.reference import cross_attention as reference
 
 
@@ -131,6 +132,47 @@ def test_against_the_dit_of_diffusers(lengths):
     )  # fmt: skip
     theirs = SanaAttnProcessor2_0()(attn, q.flatten(2), k.flatten(2), mask)
     assert_close(reference(q, k, v, lengths).flatten(2), theirs, of_rms=2e-6)
+
+
+def flash(q, k, v, offsets_q, offsets_k, most_q, most_k, dropout, causal, debug, *, seqused_k=None):
+    """What aten's _flash_attention_forward computes, as torch.nn.attention.varlen documents it, sequence by sequence."""
+    assert offsets_q.dtype == offsets_k.dtype == torch.int32 and (dropout, causal) == (0.0, False)
+    assert seqused_k is None or seqused_k.dtype == torch.int32
+    out = torch.full_like(q, torch.nan)
+    for b, (begin, end) in enumerate(zip(offsets_q[:-1].tolist(), offsets_q[1:].tolist(), strict=True)):
+        first, last = offsets_k[b : b + 2].tolist()
+        assert end - begin <= most_q and last - first <= most_k
+        kept = slice(first, last if seqused_k is None else first + int(seqused_k[b]))
+        scores = torch.einsum("nhd,lhd->hnl", q[begin:end].float(), k[kept].float()) * q.shape[-1] ** -0.5
+        out[begin:end] = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), v[kept].float()).to(q.dtype)
+    return out, None, None, None, None
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_the_library_kernel_is_told(monkeypatch, case, dtype):
+    """On a machine without a GPU: the call itself, with sequences as they lie in a padded batch."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    q, k, v, lengths = args = case.make(dtype)
+    assert library.accepts(*args) is None
+    assert_kernel(library.cross_attention(*args), plain(*args), plain(*double(*args)), str(case))
+    if lengths is not None and len(set(lengths.tolist())) > 1:
+        with pytest.raises(AssertionError):
+            assert_kernel(library.cross_attention(q, k, v, lengths.flip(0)), plain(*args), plain(*double(*args)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda q, k, v: (q.float(), k.float(), v.float()), "not torch.float32"),
+        (lambda q, k, v: (q[..., :36], k[..., :36], v[..., :36]), "multiples of 8 up to 256, not 36"),
+        (lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v), "contiguous channels"),
+    ],
+)
+def test_what_the_library_kernel_does_not_take(change, reason):
+    q, k, v, lengths = Case(45, 37, 3, 72, (5, 21)).make(torch.bfloat16)
+    assert library.accepts(q, k, v, lengths) is None
+    assert reason in library.accepts(*change(q, k, v), lengths)
 
 
 def test_lengths_may_lie_with_the_model():
