@@ -156,14 +156,15 @@ class Loras:
             build, attribute = (_branch, "branch") if name.startswith("blocks.") else (_merged, "weight")
             before = self._before.setdefault(name, getattr(layer, attribute, None))
             if factors:
-                setattr(layer, attribute, build(layer, before, factors, self.dit.dtype, self.backend))
+                setattr(layer, attribute, build(layer, before, factors, self.dit.patch_embed.weight, self.backend))
             else:
                 setattr(layer, attribute, self._before.pop(name))
 
 
-def _branch(layer: nn.Module, before: LowRank | None, factors: list, dtype: torch.dtype, backend: str) -> LowRank:
-    """`before`'s factors and these, one below the other, in the form that the layer's kernels read."""
-    device = next(t for t in (layer.bias, *layer.buffers(), *layer.parameters()) if t is not None).device
+def _branch(layer: nn.Module, before: LowRank | None, factors: list, like: Tensor, backend: str) -> LowRank:
+    """`before`'s factors and these, one below the other, in the form that the layer's kernels read; in dtype and on the
+    device of `like`."""
+    dtype = like.dtype
     downs, ups = [], []
     if before is not None:
         rows = [t if t.ndim == 2 else unpack(t, backend) for t in (before.down, before.up)]
@@ -172,18 +173,18 @@ def _branch(layer: nn.Module, before: LowRank | None, factors: list, dtype: torc
     for target, down, up in factors:
         whole = up.new_zeros(layer.out_features, up.shape[1])
         whole[target.first : target.first + target.rows] = up
-        downs.append(down.to(device, dtype))
-        ups.append(whole.to(device, dtype))
+        downs.append(down.to(like.device, dtype))
+        ups.append(whole.to(like.device, dtype))
     branch = LowRank(torch.cat(downs), torch.cat(ups, dim=1))
     return branch if isinstance(layer, QuantizedLinear) else branch.packed(backend)
 
 
-def _merged(layer: nn.Linear, before: nn.Parameter, factors: list, dtype: torch.dtype, backend: str) -> nn.Parameter:
+def _merged(layer: nn.Linear, before: nn.Parameter, factors: list, like: Tensor, backend: str) -> nn.Parameter:
     """W + up · down, summed in fp32."""
     weight = before.detach().float().clone()
     for target, down, up in factors:
         weight[target.first : target.first + target.rows] += (up @ down).to(weight.device)
-    return nn.Parameter(weight.to(dtype), requires_grad=False)
+    return nn.Parameter(weight.to(before.dtype), requires_grad=False)
 
 
 # ------------------------------------------------------------------------------------------------ names

@@ -303,7 +303,8 @@ def _four_bit(
 ) -> tuple[str, list[Row], list[str]]:
     """(what 4-bit weights are executed in, the rows of ops that multiply them as they are, why there are none)."""
     reasons = []
-    for name in order[:-1] if stored in NATIVE else ():
+    kernels_of = [name for name in order if name not in ("library", "reference")]
+    for name in kernels_of if stored in NATIVE else ():
         reason = why_not(NATIVE[stored], name, *examples[NATIVE[stored]], device=device)
         if reason is None:
             ops = [NATIVE[stored]] + ["quantize_int4"] * (stored == "w4a4")
