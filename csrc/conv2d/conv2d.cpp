@@ -38,6 +38,9 @@ constexpr const Conv2dKernels* kNarrow[kIsas] = {&conv2d_portable, SANA_AVX2(&co
 constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
                                                 SANA_AVX512(&conv2d_avx512), nullptr};
 
+// A task is a tile, or some side by side where an epilogue runs beside the products of the next one.
+constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
+
 bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
@@ -51,17 +54,26 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
   const Conv2dKernels& kernels = floats ? choose(kFloat) : choose(kNarrow);
+  const Layout layout = layout_of(p, kernels);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
-  const int64_t down = (rows + kTileRows - 1) / kTileRows, across = (pixels + kTilePixels - 1) / kTilePixels;
+  const int64_t down = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
+  const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
+  const int64_t run = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most) * kTilePixels;
+  const int64_t across = (pixels + run - 1) / run;
   std::atomic<bool> failed{false};
   parallel_for(threads, p.B * down * across, [&](int64_t task) {
-    const int64_t row = task / across % down * kTileRows, pixel = task % across * kTilePixels;
-    const Tile tile = {task / across / down, p.band.first + row, pixel, std::min(kTileRows, rows - row),
-                       std::min(kTilePixels, pixels - pixel)};
+    const int64_t row = task / across % down * kTileRows, pixel = task % across * run;
     static thread_local Scratch scratch;
-    char* memory = scratch.reserve(conv2d_memory(p, kernels.buffer));
-    if (memory == nullptr) failed = true;
-    else kernels.tile(p, tile, memory);
+    char* memory = scratch.reserve(layout.memory);
+    if (memory == nullptr) {
+      failed = true;
+      return;
+    }
+    kernels.tiles(p, layout,
+                  {task / across / down, p.band.first + row, pixel, std::min(kTileRows, rows - row),
+                   std::min(run, pixels - pixel)},
+                  memory);
   });
   return failed ? Status::out_of_memory : Status::ok;
 }

@@ -1,8 +1,12 @@
 // The DC-AE's convolutions on AMX tiles, in int8 and bf16: 32 pixels, the width of a tile of the result, by 32 columns.
 //
 // A row of taps is 3 C elements of consecutive pixels, so an operand tile is 16 rows of 64 bytes, a pixel apart: what 32
-// pixels see of one row is (34 C) elements, 35 KB at C = 512 in bf16. As many rows of taps at a time as the first-level
-// cache holds (three at C = 128, one from C = 256 on); the sums of all columns wait in memory for the next.
+// pixels see of one row is 34 C elements, 35 KB at C = 512 in bf16. As many rows of taps at a time as the first-level
+// cache holds (three at C = 128, one from C = 256 on in bf16); the sums wait in the second-level cache for the next. So do
+// the weights of a chunk of columns, for all rows of the group: products take 32 bytes of them per cycle.
+//
+// Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a pixel
+// at a time. Gathering is not.
 //
 // Pixels beyond the image's right end are computed too: the window and the sums have room for 32.
 #include "common/avx512.h"
@@ -14,42 +18,65 @@ namespace sana {
 namespace {
 
 constexpr int64_t kFirstLevel = 36 << 10;  // bytes of x, leaving room for weights and sums
+constexpr int64_t kChunk = 512 << 10;      // bytes of weights, of a second-level cache of 2 MB with window and sums
 
-struct NothingPending {
-  void run(int) {}
+// What a step of the products does besides: every so many, the epilogue of a pixel.
+template <class Pending>
+struct Beside {
+  Pending& pending;
+  const int64_t every;
+  int64_t steps = 0;
+
+  void run(int) {
+    if (++steps % every == 0 && pending.left() > 0) pending.pixel();
+  }
 };
 
 template <class T>
 struct Multiply {
   static Vec load(const float* sums) { return T::load(reinterpret_cast<const typename T::Sum*>(sums)); }
 
-  static void multiply_all(const Products& q) {
+  // Rows of taps `first` to `last` - 1 of a row of pixels, the columns of two panels.
+  template <class B>
+  static void block(const Products& q, int64_t row, int64_t panel, int64_t first, int64_t last, B& beside) {
     const Layout& l = q.layout;
-    const int64_t seen = q.stride * kTilePixels * l.pixel, stride = sizeof(float) * l.sums;
-    const int64_t fitting = kFirstLevel / seen < 1 ? 1 : kFirstLevel / seen;
-    NothingPending nothing;
+    const int64_t stride = sizeof(float) * l.sums;
+    const int64_t second = panel + 1 < q.panels ? l.panel : 0;  // of the last panel alone, a copy
+    float* sums = q.to(row, 0) + 16 * panel;
+    first == 0 ? zero_sums() : load_sums(sums, stride);
+    for (int64_t i = first; i < last; ++i)
+      multiply<T>(q.x(row, 0) + i * l.row, q.stride * l.pixel, q.weight + panel * l.panel + i * 16 * l.packed, second,
+                  l.packed / 64, beside);
+    store_sums(sums, stride);
+  }
+
+  template <class Pending>
+  static void multiply_all(const Products& q, Pending& pending) {
+    const Layout& l = q.layout;
+    const int64_t seen = q.stride * kTilePixels * l.pixel;  // of a row of taps
+    const int64_t fitting = seen > kFirstLevel ? 1 : kFirstLevel / seen;
+    const int64_t chunk = kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
+    const int64_t steps = q.rows * q.kernel * (l.packed / 64) * ((q.panels + 1) / 2), left = pending.left();
+    Beside<Pending> beside = {pending, left == 0 || steps < left ? 1 : steps / left};
     configure_tiles();
-    for (int64_t row = 0; row < q.rows; ++row)
-      for (int64_t first = 0; first < q.kernel; first += fitting) {
-        const int64_t last = first + fitting < q.kernel ? first + fitting : q.kernel;
-        for (int64_t panel = 0; panel < q.panels; panel += 2) {
-          const bool whole = panel + 2 <= q.panels;  // else the second half is a copy of the first
-          float* sums = q.to(row, 0) + 16 * panel;
-          first == 0 ? zero_sums() : load_sums(sums, stride);
-          for (int64_t i = first; i < last; ++i)
-            multiply<T>(q.x(row, 0) + i * l.row, q.stride * l.pixel, q.weight + panel * l.panel + i * 16 * l.packed,
-                        whole ? l.panel : 0, l.packed / 64, nothing);
-          store_sums(sums, stride);
+    for (int64_t begin = 0; begin < q.panels; begin += chunk) {
+      const int64_t end = begin + chunk < q.panels ? begin + chunk : q.panels;
+      for (int64_t row = 0; row < q.rows; ++row)
+        for (int64_t first = 0; first < q.kernel; first += fitting) {
+          const int64_t last = first + fitting < q.kernel ? first + fitting : q.kernel;
+          for (int64_t panel = begin; panel < end; panel += 2) block(q, row, panel, first, last, beside);
         }
-      }
+    }
     _tile_release();
   }
 };
 
-void tile(const Conv2d& p, const Tile& tile, char* memory) { tile_narrow<Multiply, BFloat16, Int8>(p, tile, memory); }
+void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
+  tiles_narrow<Multiply, BFloat16, Int8>(p, layout, tiles, memory);
+}
 
 }  // namespace
 
-const Conv2dKernels conv2d_amx = {0, tile};
+const Conv2dKernels conv2d_amx = {0, 2, 1 << 19, tiles};
 
 }  // namespace sana

@@ -18,16 +18,15 @@ struct Multiply {
 
   // R pixels of a panel from column n on.
   template <int R>
-  static void block(const Products& q, const char* panel, int64_t n, int64_t row, int64_t pixel) {
+  static void block(const Products& q, const char* panel, int64_t n, int64_t row, int64_t pixel,
+                    const Corrections<T>& corrections) {
     const Layout& l = q.layout;
     const char* const seen = q.x(row, pixel);
     typename T::Sum sum[R][T::kSums], parts[R][T::kSums];
-    int correction[R] = {};
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < T::kSums; ++i) sum[r][i] = parts[r][i] = T::zero();
     for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
       multiply<T>(sum, seen + x, q.stride * l.pixel, panel + k / 4 * T::kBytes, bytes);
-      for (int r = 0; r < R; ++r) correction[r] += T::correction(seen + x + r * q.stride * l.pixel, bytes);
       if constexpr (kPart<T> != 0)
         for (int r = 0; r < R; ++r)
           for (int i = 0; i < T::kSums; ++i) parts[r][i] = parts[r][i] + sum[r][i], sum[r][i] = T::zero();
@@ -35,22 +34,26 @@ struct Multiply {
     float* to = q.to(row, pixel) + n;
     for (int r = 0; r < R; ++r)
       for (int half = 0; half < 2; ++half)
-        _mm256_storeu_ps(to + r * l.sums + 8 * half, T::result(kPart<T> == 0 ? sum[r] : parts[r], half, correction[r]));
+        _mm256_storeu_ps(to + r * l.sums + 8 * half, T::result(kPart<T> == 0 ? sum[r] : parts[r], half, corrections.of[row][pixel + r]));
   }
 
-  static void multiply_all(const Products& q) {
+  template <class Pending>
+  static void multiply_all(const Products& q, Pending&) {
+    const Corrections<T> corrections(q);
     for (int64_t p = 0; p < q.panels; ++p) {
       const char* panel = T::panel(q.weight + p * q.layout.panel, q.layout.panel / 16, q.buffer);
       for (int64_t row = 0; row < q.rows; ++row) {
         int64_t i = 0;
-        for (; i + T::kRows <= q.pixels; i += T::kRows) block<T::kRows>(q, panel, 16 * p, row, i);
-        for (; i < q.pixels; ++i) block<1>(q, panel, 16 * p, row, i);
+        for (; i + T::kRows <= q.pixels; i += T::kRows) block<T::kRows>(q, panel, 16 * p, row, i, corrections);
+        for (; i < q.pixels; ++i) block<1>(q, panel, 16 * p, row, i, corrections);
       }
     }
   }
 };
 
-void tile(const Conv2d& p, const Tile& tile, char* memory) { tile_any<Multiply, Float, BFloat16, Int8>(p, tile, memory); }
+void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
+  tiles_any<Multiply, Float, BFloat16, Int8>(p, layout, tiles, memory);
+}
 
 }  // namespace
 }  // namespace sana

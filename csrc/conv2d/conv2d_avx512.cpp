@@ -18,7 +18,7 @@ struct Multiply {
 
   // R pixels and V panels.
   template <int R, int V>
-  static void block(const Products& q, int64_t panel, int64_t row, int64_t pixel, const int* correction) {
+  static void block(const Products& q, int64_t panel, int64_t row, int64_t pixel, const Corrections<T>& corrections) {
     const Layout& l = q.layout;
     const char* const seen = q.x(row, pixel);
     const char* const weight = q.weight + panel * l.panel;
@@ -32,40 +32,39 @@ struct Multiply {
     float* to = q.to(row, pixel) + 16 * panel;
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v)
-        _mm512_storeu_ps(to + r * l.sums + 16 * v, T::result(kPart<T> == 0 ? sum[r][v] : parts[r][v], correction[row * kTilePixels + pixel + r]));
+        _mm512_storeu_ps(to + r * l.sums + 16 * v, T::result(kPart<T> == 0 ? sum[r][v] : parts[r][v], corrections.of[row][pixel + r]));
   }
 
   // V panels of all pixels.
   template <int V>
-  static void columns(const Products& q, int64_t panel, const int* correction) {
+  static void columns(const Products& q, int64_t panel, const Corrections<T>& corrections) {
     for (int64_t row = 0; row < q.rows; ++row) {
       int64_t i = 0;
-      for (; i + 8 <= q.pixels; i += 8) block<8, V>(q, panel, row, i, correction);
-      if (q.pixels - i >= 4) block<4, V>(q, panel, row, i, correction), i += 4;
-      if (q.pixels - i >= 2) block<2, V>(q, panel, row, i, correction), i += 2;
-      if (q.pixels - i >= 1) block<1, V>(q, panel, row, i, correction);
+      for (; i + 8 <= q.pixels; i += 8) block<8, V>(q, panel, row, i, corrections);
+      if (q.pixels - i >= 4) block<4, V>(q, panel, row, i, corrections), i += 4;
+      if (q.pixels - i >= 2) block<2, V>(q, panel, row, i, corrections), i += 2;
+      if (q.pixels - i >= 1) block<1, V>(q, panel, row, i, corrections);
     }
   }
 
-  static void multiply_all(const Products& q) {
-    int correction[kTileRows * kTilePixels] = {};
-    for (int64_t row = 0; row < q.rows; ++row)
-      for (int64_t pixel = 0; pixel < q.pixels; ++pixel)
-        for (int64_t i = 0; i < q.kernel; ++i)
-          correction[row * kTilePixels + pixel] += T::correction(q.x(row, pixel) + i * q.layout.row, q.bytes);
+  template <class Pending>
+  static void multiply_all(const Products& q, Pending&) {
+    const Corrections<T> corrections(q);
     for (int64_t panel = 0; panel < q.panels;) {
       const int64_t left = q.panels - panel;
-      if (left == 1) columns<1>(q, panel, correction), panel += 1;
-      else if (left == 2 || left == 4) columns<2>(q, panel, correction), panel += 2;
-      else columns<3>(q, panel, correction), panel += 3;
+      if (left == 1) columns<1>(q, panel, corrections), panel += 1;
+      else if (left == 2 || left == 4) columns<2>(q, panel, corrections), panel += 2;
+      else columns<3>(q, panel, corrections), panel += 3;
     }
   }
 };
 
-void tile(const Conv2d& p, const Tile& tile, char* memory) { tile_any<Multiply, Float, BFloat16, Int8>(p, tile, memory); }
+void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
+  tiles_any<Multiply, Float, BFloat16, Int8>(p, layout, tiles, memory);
+}
 
 }  // namespace
 
-const Conv2dKernels conv2d_avx512 = {0, tile};
+const Conv2dKernels conv2d_avx512 = {0, 1, 1 << 18, tiles};
 
 }  // namespace sana

@@ -7,11 +7,11 @@
 namespace sana {
 
 constexpr int64_t kTileRows = 8, kTilePixels = 32;  // TILE of sana_kernels/conv2d/reference.py
-constexpr int64_t kGroupBytes = 1 << 18;            // of sums between products and epilogue: they stay in the L2 cache
 
 static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// A tile of the result, of at most 8 rows x 32 pixels; of phases, the rows and pixels of x that they come of.
+// A tile of the result, of at most 8 rows x 32 pixels, or some side by side; of phases, the rows and pixels of x that they
+// come of.
 struct Tile {
   int64_t image, row, pixel, rows, pixels;
 };
@@ -25,11 +25,22 @@ struct Layout {
   int64_t row;     // bytes of a row of the tile
   int64_t window;  // bytes of the tile, and 64 zeros that products of 64 bytes may read
   int64_t sums;    // floats for a pixel
-  int64_t group;   // rows of the result that are computed at a time
   int64_t panel;   // bytes of the weights of 16 columns of a phase
+  int64_t group;   // rows of the result that are computed at a time
+  int64_t groups;  // whose sums there is room for
+  int64_t memory;  // bytes: window, sums of the groups, a row of x and one of the result as floats, the products' buffer
+
+  int64_t group_sums() const { return group * kTilePixels * sums; }
 };
 
-static inline Layout layout(const Conv2d& p) {
+struct Conv2dKernels {
+  int64_t buffer;       // bytes that the products need for each byte of K
+  int64_t groups;       // 2 where the epilogue of one runs beside the products of the next, else 1
+  int64_t group_bytes;  // of sums, about: they wait for the epilogue in the second-level cache
+  void (*tiles)(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory);
+};
+
+static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   Layout l;
   l.pixel = round_up(p.C * (p.weight_scale == nullptr ? element_size(p.dtype) : 1), 4);
   l.taps = p.kernel * l.pixel;
@@ -37,9 +48,13 @@ static inline Layout layout(const Conv2d& p) {
   l.row = round_up((p.stride * (kTilePixels - 1) + 3) * l.pixel, 64);
   l.window = (p.stride * (kTileRows - 1) + 3) * l.row + 64;
   l.sums = round_up(p.N, 32);
-  l.group = kGroupBytes / (kTilePixels * l.sums * int64_t(sizeof(float)));
-  l.group = l.group < 1 ? 1 : l.group > kTileRows ? kTileRows : l.group;
   l.panel = 16 * p.kernel * l.packed;
+  l.group = kernels.group_bytes / (kTilePixels * l.sums * int64_t(sizeof(float)));
+  l.group = l.group < 1 ? 1 : l.group > kTileRows ? kTileRows : l.group;
+  l.groups = kernels.groups;
+  l.window = round_up(l.window, 64);
+  const int64_t floats = l.groups * l.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
+  l.memory = l.window + floats * int64_t(sizeof(float)) + kernels.buffer * l.panel / 16;
   return l;
 }
 
@@ -51,24 +66,12 @@ struct Products {
   int64_t panels, rows, pixels, kernel, stride;
   int64_t bytes;  // of a row of taps that take part: layout.taps, or with the padding layout.packed
   float* sums;    // rows x 32 pixels x layout.sums
-  char* buffer;   // Conv2dKernels::buffer bytes for each byte of a panel's sixteenth
+  char* buffer;   // Conv2dKernels::buffer bytes for each byte of K
 
   // What pixel `pixel` of row `row` sees, and where its sums go.
   const char* x(int64_t row, int64_t pixel) const { return window + stride * (row * layout.row + pixel * layout.pixel); }
   float* to(int64_t row, int64_t pixel) const { return sums + (row * kTilePixels + pixel) * layout.sums; }
 };
-
-struct Conv2dKernels {
-  int64_t buffer;
-  void (*tile)(const Conv2d& p, const Tile& tile, char* memory);  // of conv2d_memory(p, buffer) bytes
-};
-
-// A tile's window, sums, a row of floats and the products' buffer, in this order, each at a cache line's boundary.
-static inline int64_t conv2d_memory(const Conv2d& p, int64_t buffer) {
-  const Layout l = layout(p);
-  const int64_t floats = l.group * kTilePixels * l.sums + round_up(p.C, 16) + round_up(p.N, 16);
-  return round_up(l.window, 64) + floats * int64_t(sizeof(float)) + buffer * l.panel / 16;
-}
 
 extern const Conv2dKernels conv2d_portable;
 extern const Conv2dKernels conv2d_avx2;

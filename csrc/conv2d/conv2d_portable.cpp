@@ -15,7 +15,8 @@ struct Multiply {
 
   static Vec load(const float* sums) { return *sums; }
 
-  static void multiply_all(const Products& q) {
+  template <class Pending>
+  static void multiply_all(const Products& q, Pending&) {
     const Layout& l = q.layout;
     for (int64_t panel = 0; panel < q.panels; ++panel)
       for (int64_t row = 0; row < q.rows; ++row)
@@ -33,10 +34,12 @@ struct Multiply {
   }
 };
 
-void tile(const Conv2d& p, const Tile& tile, char* memory) { tile_any<Multiply, Float, BFloat16, Int8>(p, tile, memory); }
+void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
+  tiles_any<Multiply, Float, BFloat16, Int8>(p, layout, tiles, memory);
+}
 
 }  // namespace
 
-const Conv2dKernels conv2d_portable = {0, tile};
+const Conv2dKernels conv2d_portable = {0, 1, 1 << 18, tiles};
 
 }  // namespace sana

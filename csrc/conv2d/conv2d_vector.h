@@ -1,5 +1,5 @@
-// A tile of the DC-AE's convolutions: what stands before and after the products, on vectors; include common/avx512.h,
-// avx2.h or portable.h first, and the instruction set's products. conv2d.cpp has the algorithm.
+// Tiles of the DC-AE's convolutions: what stands before and after the products, on vectors; include common/avx512.h,
+// avx2.h or portable.h first. conv2d.cpp has the algorithm.
 #pragma once
 
 #include <string.h>
@@ -23,6 +23,24 @@ inline __attribute__((always_inline)) void for_parts(const Products& q, F f) {
     for (int64_t j = 0; j < q.bytes; j += most)
       f(i * q.layout.row + j, i * q.layout.packed + j, most < q.bytes - j ? most : q.bytes - j);
 }
+
+// What the products of a group's pixels are off by, where a type has such a thing (gemm/multiply_avx512.h).
+template <class T>
+struct Corrections {
+  int of[kTileRows][kTilePixels];
+
+  explicit Corrections(const Products& q) {
+    int of_taps[2 * (kTileRows - 1) + 3][kTilePixels];  // of a row of taps, which several rows of the result see
+    for (int64_t row = 0; row < q.stride * (q.rows - 1) + q.kernel; ++row)
+      for (int64_t pixel = 0; pixel < q.pixels; ++pixel)
+        of_taps[row][pixel] = T::correction(q.window + row * q.layout.row + q.stride * pixel * q.layout.pixel, q.bytes);
+    for (int64_t row = 0; row < q.rows; ++row)
+      for (int64_t pixel = 0; pixel < q.pixels; ++pixel) {
+        of[row][pixel] = 0;
+        for (int64_t i = 0; i < q.kernel; ++i) of[row][pixel] += of_taps[q.stride * row + i][pixel];
+      }
+  }
+};
 
 // Brings what a tile sees into the window: normalised, quantised where the weights are (then it returns the tile's scale,
 // else 1), with zeros around the image. E: the type of x.
@@ -108,30 +126,30 @@ class Epilogue {
  public:
   using T = typename E::Type;
 
-  Epilogue(const Conv2d& p, float x_scale, float* row) : p_(p), x_scale_(x_scale), row_(row) {}
+  Epilogue(const Conv2d& p, float* row) : p_(p), row_(row) {}
 
   // Pixel `pixel` of row `row` of the image's result (of phases, the pixel of x that it comes of).
-  void operator()(const Tile& tile, int64_t row, int64_t pixel, int phase, float* sums) {
+  void operator()(int64_t image, int64_t row, int64_t pixel, int phase, float x_scale, const float* sums) {
     const Band& band = p_.band;
     const float* scale = p_.weight_scale == nullptr ? nullptr : p_.weight_scale + phase * p_.N;
     const float* bias = p_.bias == nullptr || !p_.bias_by_phase ? p_.bias : p_.bias + phase * p_.N;
     const auto result = [&](int64_t n, Lanes lanes) __attribute__((always_inline)) {
       Vec y = M::load(sums + n);
-      if (scale != nullptr) y = y * (F32::load(scale + n, lanes) * set1(x_scale_));
+      if (scale != nullptr) y = y * (F32::load(scale + n, lanes) * set1(x_scale));
       if (bias != nullptr) y = y + F32::load(bias + n, lanes);
       return activate<E>(p_.activation, y);
     };
     if (p_.phases == 4) {
-      const int64_t index = (tile.image * 2 * (band.last - band.first) + 2 * (row - band.first) + phase / 2) * 2 * p_.width;
+      const int64_t index = (image * 2 * (band.last - band.first) + 2 * (row - band.first) + phase / 2) * 2 * p_.width;
       T* out = static_cast<T*>(p_.out) + (index + 2 * pixel + phase % 2) * p_.N;
-      const int64_t x = ((tile.image * p_.rows + row - band.start) * p_.width + pixel) * p_.C;
+      const int64_t x = ((image * p_.rows + row - band.start) * p_.width + pixel) * p_.C;
       shortcut(static_cast<const T*>(p_.x) + x, phase);
       return for_vectors(p_.N, [&](int64_t n, Lanes lanes) {
         E::store(out + n, lanes, result(n, lanes) + F32::load(row_ + n, lanes));
       });
     }
     const int64_t width = (p_.width + p_.stride - 1) / p_.stride;
-    const int64_t index = ((tile.image * (band.last - band.first) + row - band.first) * width + pixel) * p_.N;
+    const int64_t index = ((image * (band.last - band.first) + row - band.first) * width + pixel) * p_.N;
     T* out = static_cast<T*>(p_.out) + index;
     const T* residual = p_.residual == nullptr ? nullptr : static_cast<const T*>(p_.residual) + index;
     const auto store = [&](int64_t n, Lanes lanes, Vec y) __attribute__((always_inline)) {
@@ -157,48 +175,86 @@ class Epilogue {
   }
 
   const Conv2d& p_;
-  const float x_scale_;
   float* row_;
+};
+
+// The epilogue of a group of rows whose sums are there, done a pixel at a time.
+template <class E, class M>
+class Pending {
+ public:
+  Pending(const Conv2d& p, const Layout& layout, float* row) : epilogue_(p, row), layout_(layout) {}
+
+  // `rows`: some rows of a tile, whose inputs had `x_scale`.
+  void set(const Tile& rows, int phase, float x_scale, const float* sums) {
+    rows_ = rows, phase_ = phase, x_scale_ = x_scale, sums_ = sums;
+    row_ = pixel_ = 0;
+  }
+  int64_t left() const { return (rows_.rows - row_) * rows_.pixels - pixel_; }
+  void pixel() {
+    epilogue_(rows_.image, rows_.row + row_, rows_.pixel + pixel_, phase_, x_scale_,
+              sums_ + (row_ * kTilePixels + pixel_) * layout_.sums);
+    if (++pixel_ == rows_.pixels) pixel_ = 0, ++row_;
+  }
+  void finish() {
+    while (row_ < rows_.rows) pixel();
+  }
+
+ private:
+  Epilogue<E, M> epilogue_;
+  const Layout& layout_;
+  Tile rows_ = {};
+  int phase_ = 0;
+  float x_scale_ = 1;
+  const float* sums_ = nullptr;
+  int64_t row_ = 0, pixel_ = 0;
 };
 
 // E: the type of x and of the result; M: the products of an instruction set.
 template <class E, class M>
-void tile_of(const Conv2d& p, const Tile& tile, char* memory) {
-  const Layout l = layout(p);
+void tiles_of(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
   char* const window = memory;
-  float* const sums = reinterpret_cast<float*>(memory + round_up(l.window, 64));
-  float* const row = sums + l.group * kTilePixels * l.sums;
+  float* const sums = reinterpret_cast<float*>(memory + l.window);
+  float* const row = sums + l.groups * l.group_sums();
   float* const result = row + round_up(p.C, 16);
   char* const buffer = reinterpret_cast<char*>(result + round_up(p.N, 16));
-  Epilogue<E, M> epilogue(p, Gather<E>(p, l, tile, window, row)(), result);
-  for (int64_t first = 0; first < tile.rows; first += l.group) {
-    const int64_t rows = first + l.group < tile.rows ? l.group : tile.rows - first;
-    for (int phase = 0; phase < p.phases; ++phase) {
-      const int64_t shift = p.kernel == 2 ? phase / 2 * l.row + phase % 2 * l.pixel : 0;
-      const int64_t panels = (p.N + 15) / 16;
-      const char* weight = static_cast<const char*>(p.weight) + phase * panels * l.panel;
-      // In int8 the padding takes part, which is zero in the weights: sums over x are of whole vectors then.
-      const Products q = {l, window + p.stride * first * l.row + shift, weight, panels, rows, tile.pixels, p.kernel,
-                          p.stride, p.weight_scale == nullptr ? l.taps : l.packed, sums, buffer};
-      M::multiply_all(q);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < tile.pixels; ++i)
-          epilogue(tile, tile.row + first + r, tile.pixel + i, phase, q.to(r, i));
+  const int64_t panels = (p.N + 15) / 16;
+  // In int8 the padding takes part, which is zero in the weights: corrections are sums of whole vectors then.
+  const int64_t bytes = p.weight_scale == nullptr ? l.taps : l.packed;
+  Pending<E, M> pending(p, l, result);
+  int64_t count = 0;
+  for (int64_t first = 0; first < tiles.pixels; first += kTilePixels) {
+    const int64_t pixels = first + kTilePixels < tiles.pixels ? kTilePixels : tiles.pixels - first;
+    const Tile tile = {tiles.image, tiles.row, tiles.pixel + first, tiles.rows, pixels};
+    const float x_scale = Gather<E>(p, l, tile, window, row)();
+    for (int64_t top = 0; top < tile.rows; top += l.group) {
+      const int64_t rows = top + l.group < tile.rows ? l.group : tile.rows - top;
+      for (int phase = 0; phase < p.phases; ++phase, ++count) {
+        const int64_t shift = p.kernel == 2 ? phase / 2 * l.row + phase % 2 * l.pixel : 0;
+        const char* weight = static_cast<const char*>(p.weight) + phase * panels * l.panel;
+        const Products q = {l, window + p.stride * top * l.row + shift, weight, panels, rows, pixels, p.kernel,
+                            p.stride, bytes, sums + count % l.groups * l.group_sums(), buffer};
+        M::multiply_all(q, pending);
+        pending.finish();
+        pending.set({tile.image, tile.row + top, tile.pixel, rows, pixels}, phase, x_scale, q.sums);
+        if (l.groups == 1) pending.finish();
+      }
     }
   }
+  pending.finish();
 }
 
 // `Multiply` of an instruction set: for pairs of bf16 and for int8, and with floats.
 template <template <class> class Multiply, class BFloat16, class Int8>
-void tile_narrow(const Conv2d& p, const Tile& tile, char* memory) {
-  if (p.weight_scale == nullptr) return tile_of<BF16, Multiply<BFloat16>>(p, tile, memory);
-  p.dtype == DType::f32 ? tile_of<F32, Multiply<Int8>>(p, tile, memory) : tile_of<BF16, Multiply<Int8>>(p, tile, memory);
+void tiles_narrow(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
+  if (p.weight_scale == nullptr) return tiles_of<BF16, Multiply<BFloat16>>(p, l, tiles, memory);
+  if (p.dtype == DType::f32) return tiles_of<F32, Multiply<Int8>>(p, l, tiles, memory);
+  tiles_of<BF16, Multiply<Int8>>(p, l, tiles, memory);
 }
 
 template <template <class> class Multiply, class Float, class BFloat16, class Int8>
-void tile_any(const Conv2d& p, const Tile& tile, char* memory) {
-  const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
-  floats ? tile_of<F32, Multiply<Float>>(p, tile, memory) : tile_narrow<Multiply, BFloat16, Int8>(p, tile, memory);
+void tiles_any(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
+  if (p.dtype != DType::f32 || p.weight_scale != nullptr) return tiles_narrow<Multiply, BFloat16, Int8>(p, l, tiles, memory);
+  tiles_of<F32, Multiply<Float>>(p, l, tiles, memory);
 }
 
 }  // namespace
