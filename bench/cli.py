@@ -30,9 +30,9 @@ def add_parser(subparsers) -> None:
     image.add_argument("--text-tokens", type=int, default=60, metavar="L", help="length of every prompt (default: 60)")
     image.add_argument(
         "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
-        help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino; a precision "
-        "that ends in + holds for text encoder and decoder, too; cpu@FOLDER is the DiT of a folder that `sana quantize` "
-        f"made, and reference:w4a4 or reference@FOLDER what is stored, exactly (default: {QUICK_RUNS})",
+        help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino, onnxruntime, "
+        "tensorrt; a precision that ends in + holds for text encoder and decoder, too; cpu@FOLDER is the DiT of a folder "
+        f"that `sana quantize` made, and reference:w4a4 or reference@FOLDER what is stored, exactly (default: {QUICK_RUNS})",
     )  # fmt: skip
     _add_repeat(image, "repetitions of each run (default: 3)")
     _add_common(image, "256 px, 2 steps, 2 repetitions: under a minute with sana-tiny")

@@ -187,7 +187,7 @@ class Runner:
 def runs_of(facts: dict, compiled: bool = False) -> list[str]:
     """All precisions, and the baselines in bf16, as they are fastest, with or without torch.compile."""
     own = [f"auto:{precision}" for precision in facts["precisions"] if precision != "fp32"]
-    gpu = [name for name in facts["baselines"] if name != "openvino"]
+    gpu = [name for name in facts["baselines"] if name not in ("openvino", "onnxruntime", "tensorrt")]
     return own + [f"{name}:bf16" for name in gpu if name.endswith("-compile") == compiled]
 
 

@@ -102,7 +102,7 @@ class ImageBench:
         try:
             return action(*args)
         except MissingError as error:
-            measured.give_up("not available", error)
+            measured.give_up(measured.run.missing, error)
         except UserError as error:  # such as latents that overflow in fp16
             measured.give_up("error", error)
         except Exception as error:

@@ -6,6 +6,7 @@ all of them paint from the same weights and the same noise.
     diffusers                       the installed pipeline of the code that others wrote, in the faster memory format
     diffusers-compile               the same with its DiT and decoder under torch.compile, max-autotune
     openvino                        the same with its DiT and decoder compiled by OpenVINO; w8a8 by NNCF
+    onnxruntime, tensorrt           our exported graphs in those two (bench/exported.py)
 
 `precision` is the DiT's, rounded to nearest where it is quantised; text encoder and decoder run in bf16 beside it (fp32
 beside an fp32 DiT), or in the precision itself where the name ends in +. What a precision is executed in stands in the
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sana_bench import openvino
+from sana_bench import exported, openvino
 from sana_model import memory
 from sana_model.errors import UserError
 from sana_model.interop import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer
@@ -40,8 +41,12 @@ from sana_model.weights import find, load_model
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
 CALIBRATION_STEPS = 4  # of one picture, for OpenVINO's W8A8
-BASELINE_PRECISIONS = {"diffusers": DTYPES, "diffusers-compile": DTYPES, "openvino": (*DTYPES, "w8a8")}
-BASELINES = ("diffusers", "diffusers-compile", "openvino", "reference", "reference-compile")
+BASELINE_PRECISIONS = {
+    "diffusers": DTYPES,
+    "diffusers-compile": DTYPES,
+    "openvino": (*DTYPES, "w8a8"),
+} | exported.PRECISIONS
+BASELINES = ("diffusers", "diffusers-compile", "onnxruntime", "openvino", "reference", "reference-compile", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,7 @@ class PipelineRun:
     """This library's pipeline with the plan of one backend. The interface of every run is that of this class."""
 
     again: tuple[str, ...] = ()  # parts whose weights it keeps once more, in another layout
+    missing = "not available"  # its status where this machine lacks something
 
     def __init__(self, name: RunName, weights: Weights):
         self.name, self.weights = name, weights
@@ -255,10 +261,29 @@ class CompiledReference(PipelineRun):
         return {"backend": self.name.backend, "compiled": ["dit", "decoder"], "torch.compile": self.options}
 
 
+class ExportedRun(PipelineRun):
+    """Graphs of the same weights, in a runtime that others wrote."""
+
+    def prepare(self, settings: Settings) -> None:
+        loaded, name = self.weights.loaded, self.name
+        self.pipeline, self.folder = exported.prepare(
+            name.backend, name.precisions, loaded, settings, self.weights.device
+        )
+
+    def velocity(self, moment: Moment) -> Tensor:
+        return super().velocity(replace(moment, states=moment.states.float()))  # as all inputs of a graph
+
+    @property
+    def missing(self) -> str:
+        """Nobody has seen these engines run: an empty row of theirs says so."""
+        return "not measured" if self.name.backend == "tensorrt" else "not available"
+
+
 class DiffusersRun:
     """The installed diffusers pipeline over views of our weights."""
 
     again = ("autoencoder",)  # in the faster memory format
+    missing = PipelineRun.missing
 
     def __init__(self, name: RunName, weights: Weights):
         self.name, self.weights = name, weights
@@ -413,7 +438,7 @@ def compile_options(device: torch.device) -> dict:
 
 KINDS = {
     "diffusers": DiffusersRun, "diffusers-compile": CompiledDiffusers, "openvino": OpenVINO,
-    "reference-compile": CompiledReference,
+    "reference-compile": CompiledReference, "onnxruntime": ExportedRun, "tensorrt": ExportedRun,
 }  # fmt: skip
 
 

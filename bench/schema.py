@@ -3,11 +3,11 @@
 A file holds one run: `schema`, `run` (id, command, git_sha, seed), `machine` (load, steal and the peaks measured in
 that run), `software`, and `results`, a list of rows. Every row has
 
-    kind        image | first_image | step | decode | kernel | quality
+    kind        image | first_image | step | decode | kernel | quality | text
     name        what was measured, such as sana-0.6b_1024x1024 or linear_attention/0.6b_1024
     backend     with precision, the name of the run, such as cpu:bf16
     precision   of the DiT; ending in +, of text encoder and decoder, too
-    status      ok | FAIL (see check) | out of memory | not available | error (see reason)
+    status      ok | FAIL (see check) | out of memory | not available | not measured (tensorrt) | error: see reason
 
 and, where it was measured (ok, FAIL),
 
@@ -24,7 +24,8 @@ and, where it was measured (ok, FAIL),
     metrics     of quality rows, instead of timing and work (docs/quality.md): step_sqnr_db, psnr_db, ssim,
                 feature_distance (against fp32; the fp32 row has none of these), concept_accuracy, heldout_accuracy,
                 style_accuracy, background_accuracy (fractions), ceiling (that of concept_accuracy), ceilings, trained_on
-                (gpu | cpu), fid_… and kid_… (of a network's features); intervals: 95 %, by figure
+                (gpu | cpu), fid_… and kid_… (of a network's features); intervals: 95 %, by figure; of text rows: perplexity,
+                states_sqnr_db (against fp32), bits (of a weight, as stored), tokens
 """
 
 import json
@@ -34,9 +35,9 @@ from pathlib import Path
 from sana_model.errors import UserError
 
 VERSION = 1
-KINDS = ("image", "first_image", "step", "decode", "kernel", "quality")
+KINDS = ("image", "first_image", "step", "decode", "kernel", "quality", "text")
 MEASURED = ("ok", "FAIL")
-STATUSES = (*MEASURED, "out of memory", "not available", "error")
+STATUSES = (*MEASURED, "out of memory", "not available", "not measured", "error")
 STAGES = ("text_encode", "denoise", "decode", "other")  # these sum to the total
 WORKLOAD = ("batch", "height", "width", "steps", "guidance", "text_tokens")
 STAGE_SUM_TOLERANCE = 0.02
@@ -82,7 +83,7 @@ def _row(row: dict) -> list[str]:
     if row.get("kind") in ("image", "first_image", "decode"):
         workload = row.get("workload") or {}
         problems += [f"workload.{key} is missing" for key in WORKLOAD if not _number(workload.get(key))]
-    if row.get("status") in MEASURED and row.get("kind") != "quality":
+    if row.get("status") in MEASURED and row.get("kind") not in ("quality", "text"):
         problems += _measurement(row)
     elif row.get("status") in MEASURED:
         problems += _quality(row)
