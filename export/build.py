@@ -47,12 +47,12 @@ def build_engines(
 
     Raises UserError for a folder that is no export, and MissingError where TensorRT or, for this target, a GPU is missing.
     """
+    if unknown := set(only) - set(engines.GRAPHS):
+        raise UserError(f"no engine is made of {', '.join(sorted(unknown))}, but of {', '.join(engines.GRAPHS)}")
     manifest = layout.read(graphs, only)
     library = tensorrt_library.find(target)
     target = tensorrt_library.gpu()[0] if target == "current" else target
     attention = plugin.name(library) if manifest.attention == "plugin" else manifest.attention
-    if unknown := set(only) - set(engines.GRAPHS):
-        raise UserError(f"no engine is made of {', '.join(sorted(unknown))}, but of {', '.join(engines.GRAPHS)}")
     config = find(str(graphs)).config
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -139,8 +139,10 @@ class HostMemory(bytes):
 
 
 class Builder:
-    stop_after = None  # phases until the user presses Ctrl-C
-    interrupt: Callable[[], None] = staticmethod(lambda: None)
+    stop_after = None  # steps until `interrupt` is called
+
+    def interrupt(self) -> None:
+        """What a user does who presses Ctrl-C; for tests to replace."""
 
     def __init__(self, log):
         self.log = log

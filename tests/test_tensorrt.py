@@ -32,7 +32,7 @@ SIZE = {"width": 256, "height": 192, "steps": 2}  # within the profile below
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
-    return exported.graphs(tmp_path_factory, "small", precision="fp32", only=engines.GRAPHS)
+    return exported.graphs(tmp_path_factory, "small", precision="fp32")
 
 
 @pytest.fixture
