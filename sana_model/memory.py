@@ -229,13 +229,14 @@ def decoder_bytes(
 ) -> int:
     """What a decode of one image takes beside the weights, ours whole or `in_bands`, or one of code that others wrote."""
     ae = config.autoencoder
+    per_value = DECODER_UNITS * dtype.itemsize if device.type == "cuda" else DECODER_CPU_BYTES
+    whole = per_value * width * height * ae.widths[0] + SMALL
     if not in_bands:
-        per_value = DECODER_UNITS * dtype.itemsize if device.type == "cuda" else DECODER_CPU_BYTES
-        return per_value * width * height * ae.widths[0] + SMALL
+        return whole
     attention = [i for i, kind in enumerate(ae.decoder_block_types) if kind == "EfficientViTBlock"]
-    whole = max((width * height * ae.widths[i] >> 2 * i for i in attention), default=0)
+    inner = max((width * height * ae.widths[i] >> 2 * i for i in attention), default=0)
     image = 3 * width * height
-    return (ATTENTION_UNITS * whole + 2 * image) * dtype.itemsize + BANDS_UNITS * BAND_BYTES + SMALL
+    return min(whole, (ATTENTION_UNITS * inner + 2 * image) * dtype.itemsize + BANDS_UNITS * BAND_BYTES + SMALL)
 
 
 def _lighter_loads(config: ModelConfig, precisions: Precisions, place: torch.device, room: int) -> Iterator[str]:

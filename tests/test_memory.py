@@ -16,7 +16,7 @@ from sana_model.autoencoder import Autoencoder
 from sana_model.config import BUILT_IN
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
-from sana_model.plan import dtype_name
+from sana_model.plan import dtype_name, resolve
 from sana_model.settings import Settings
 
 TINY, FULL = BUILT_IN["sana-tiny-random"], BUILT_IN["sana-1.6b"]
@@ -66,6 +66,20 @@ def test_decoding_stays_below_the_estimate_and_near_it(dtype):
     assert peak_of(lambda: autoencoder.tiled_decode(latents)) <= tiled < estimated
 
 
+@pytest.mark.parametrize("precision", ["bf16", "w8a8"])
+def test_decoding_in_bands_stays_below_the_estimate_and_far_below_the_whole(precision):
+    config = replace(TINY, autoencoder=replace(TINY.autoencoder, widths=(64, 64, 64, 64, 64, 64)))
+    autoencoder = Autoencoder(config.autoencoder).bfloat16().eval().requires_grad_(False)
+    plan = resolve(config, "cpu", CPU, dict.fromkeys(PARTS, precision))
+    plan.prepare("autoencoder", autoencoder)
+    autoencoder.use(plan.ops("autoencoder"))
+    latents = torch.randn(1, 32, 64, 48)
+    used = peak_of(lambda: autoencoder.decode(latents))
+    sizes = config, 1536, 2048, torch.bfloat16, CPU
+    bands, whole = (memory.decoder_bytes(*sizes, in_bands=in_bands) for in_bands in (True, False))
+    assert used <= bands < whole / 4, f"{used / 1e6:.0f} MB used, {bands / 1e6:.0f} MB estimated"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_denoising_stays_below_the_estimate_and_near_it(dtype):
     config = replace(FULL, dit=replace(FULL.dit, layers=1, hidden=1120, cross_heads=10))
@@ -111,9 +125,9 @@ def test_the_estimate_grows_with_what_is_asked_for():
     assert memory.estimate(FULL, settings(990, 1000, binning=True), BF16) == base
 
 
-def refusal(check, *arguments) -> str:
+def refusal(check, *arguments, **options) -> str:
     with pytest.raises(MissingError) as raised:
-        check(*arguments)
+        check(*arguments, **options)
     return str(raised.value)
 
 
@@ -135,7 +149,7 @@ def test_one_of_many_pictures_and_a_lighter_precision_are_advised_where_they_are
     asked = settings(1024, 1024, num_images=16, tiled=True)
     one = memory.estimate(FULL, replace(asked, num_images=1), FP32)
     monkeypatch.setattr(memory, "available", lambda _device: max(one["denoise"], one["decode"]))
-    message = refusal(memory.check_run, FULL, asked, FP32, CPU)
+    message = refusal(memory.check_run, FULL, asked, FP32, CPU, low_memory=True)
     assert "--num-images 1" in message and "--precision bf16" in message and "--low-memory" not in message
 
 
