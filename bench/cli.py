@@ -110,7 +110,11 @@ def add_tune_parser(subparsers) -> None:
         "tune", help="measure the tiles of the Triton kernels on this GPU, and propose a table"
     )
     tune.set_defaults(run=_tune)
-    tune.add_argument("op", nargs="?", help="gemm | linear_attention_from (default: both)")
+    tune.add_argument("op", nargs="?", help="gemm | gemm_residual | linear_attention_from (default: all)")
+    tune.add_argument("--dtypes", default="bf16,int8,fp8", metavar="D,...", help="default: bf16,int8,fp8")
+    tune.add_argument(
+        "--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing: make one table of several proposals"
+    )
     tune.add_argument(
         "--json", type=Path, metavar="FILE", default=Path("tiles.json"),
         help="where the proposal goes, in the form of sana_kernels/tiles.json (default: tiles.json)",
@@ -345,10 +349,15 @@ def _tune(args: argparse.Namespace) -> int:
     from sana_bench import tune
     from sana_kernels.tiles import arch
 
-    ops = tune.wanted(args.op)
-    device = torch.device("cuda")
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    args.json.write_text(tune.render(tune.propose(ops, arch(device), processors, tune.measure, _say)))
+    if args.merge:
+        table = tune.merge([tune.read(file) for file in args.merge])
+    else:
+        ops, dtypes = tune.wanted(args.op, args.dtypes)
+        device = torch.device("cuda")
+        gpu = torch.cuda.get_device_properties(device)
+        shared = gpu.shared_memory_per_block_optin
+        table = tune.propose(ops, dtypes, arch(device), gpu.multi_processor_count, shared, tune.measure, _say)
+    args.json.write_text(tune.render(table))
     print(f"{args.json}: a proposal; to use it, look at it and copy it over sana_kernels/tiles.json")
     return 0
 

@@ -36,9 +36,11 @@ GPU = "import torch; print(torch.cuda.get_device_name())"  # fails where torch s
 FACTS = """
 import json
 from sana_bench.runs import BASELINES
+from sana_bench.tune import OPS as TUNED
 from sana_kernels.backend import OPS, backend_status
 from sana_model.settings import PRECISIONS
-print(json.dumps({"precisions": [*PRECISIONS], "baselines": BASELINES, "ops": OPS, "cuda": backend_status("cuda")}))
+print(json.dumps({"precisions": [*PRECISIONS], "baselines": BASELINES, "ops": OPS, "tuned": [*TUNED],
+                  "cuda": backend_status("cuda")}))
 """
 
 MODELS = ("sana-0.6b", "sana-1.6b", "sana-sprint-0.6b", "sana-sprint-1.6b")
@@ -207,7 +209,8 @@ def more_rows(facts: dict) -> dict[str, list[str]]:
     pictures("compiled", *workloads[0], runs_of(facts, compiled=True))
     for op in facts["ops"]:
         rows[f"kernels_{op}"] = ["bench", "kernels", op, "--dtypes", ",".join(facts["precisions"])]
-    rows["tiles"] = ["tune"]
+    for op in facts["tuned"]:
+        rows[f"tiles_{op}"] = ["tune", op]
     for size, batch in workloads[1:]:
         pictures("image", size, batch, runs_of(facts))
     return rows

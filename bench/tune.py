@@ -2,7 +2,8 @@
 
 For a matrix product the table wants speeds, not a winner per shape: each tile of a grid is timed on a product that keeps the
 whole chip busy, and of each tile's settings (k, warps, stages) the fastest stays. For `linear_attention_from` the fastest
-tile on SANA's shape stays. Nothing is applied: whoever has looked at the proposal copies it over the table, and has
+tile on SANA's shape stays. Every op in every dtype is a part of its own, of at most 60 kernels to compile, a second or two
+each. Nothing is applied: whoever has looked at the proposals merges them (`--merge`), copies the result over the table, and has
 `python -m sana_bench.resources_triton` check that no kernel spills in it.
 """
 
@@ -10,6 +11,7 @@ import importlib
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -18,28 +20,43 @@ from sana_kernels import tiles
 from sana_kernels.tiles import Tile
 from sana_model.errors import MissingError, UserError
 
-OPS = {"gemm": ("gemm", "gemm with residual"), "linear_attention_from": ("attention",)}
-DTYPES = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+OPS = {"gemm": "gemm", "gemm_residual": "gemm with residual", "linear_attention_from": "attention"}
+"""What can be tuned, and its name in the table."""
+
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 Seconds = Callable[[str, torch.dtype, Tile], float | None]  # (kind of the table, operands, tile); None: it cannot run
 
 
-def space(kind: str, dtype: torch.dtype) -> list[Tile]:
-    """The tiles that are tried."""
+def space(kind: str, dtype: torch.dtype, shared: int) -> list[Tile]:
+    """The tiles that are tried: those whose loads fit into `shared` bytes, in the numbers of warps that suit their size."""
     steps = [64, 128] if dtype.itemsize == 1 else [32, 64]
     columns = (64, 128) if kind == "attention" else (64, 128, 256)
-    return [Tile(*one) for one in itertools.product((64, 128), columns, steps, (4, 8), (2, 3, 4))]
+    tiles = (Tile(*one) for one in itertools.product((64, 128), columns, steps, (4, 8), (2, 3, 4)))
+
+    def fits(tile: Tile) -> bool:
+        width = 2 * tile.n if kind == "attention" else tile.n  # k and v
+        results = tile.m * width // (32 * tile.warps)  # of a thread
+        loads = tile.stages * (tile.m + width) * tile.k * dtype.itemsize
+        return loads <= shared and 32 <= results <= 128
+
+    return list(filter(fits, tiles))
 
 
-def propose(ops: list[str], arch: int, processors: int, seconds: Seconds, say: Callable = print) -> dict:
-    """The table with this architecture's entries as measured by `seconds`; fp16 is taken to be like bf16."""
+def propose(
+    ops: list[str], dtypes: list[str], arch: int, processors: int, shared: int, seconds: Seconds, say: Callable = print
+) -> dict:
+    """The table with this architecture's entries as measured by `seconds`; fp16 is taken to be like bf16.
+
+    `processors`, `shared`: the GPU's multiprocessors, and bytes of shared memory that a block can have.
+    """
     table = {str(name): entry for name, entry in tiles.TABLE.items()}
     entry = json.loads(json.dumps(tiles.TABLE[tiles.known(arch)])) | {"processors": processors}
-    for kind, dtype in itertools.product(itertools.chain.from_iterable(OPS[op] for op in ops), DTYPES):
+    for kind, dtype in itertools.product([OPS[op] for op in ops], [DTYPES[name] for name in dtypes]):
         name = str(dtype).removeprefix("torch.")
         if name not in entry[kind]:  # fp8 on Ampere
             continue
         best: dict[tuple[int, int], tuple[float, Tile]] = {}  # (m, n) → time of a multiply-add, and in what settings
-        for tile in space(kind, dtype):
+        for tile in space(kind, dtype, shared):
             time = seconds(kind, dtype, tile)
             if time is not None and (time, tile) < best.get((tile.m, tile.n), (float("inf"), tile)):
                 best[tile.m, tile.n] = time, tile
@@ -56,6 +73,37 @@ def propose(ops: list[str], arch: int, processors: int, seconds: Seconds, say: C
     return table | {str(arch): entry}
 
 
+def read(file: Path) -> dict:
+    """A proposal. Raises UserError for another file."""
+    try:
+        proposal = json.loads(file.read_text(encoding="utf-8"))
+        if any(set(entry) != {"processors", *OPS.values()} for entry in proposal.values()):
+            raise ValueError("an entry lacks something")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} is no proposal of `sana tune`: {error}") from error
+    return proposal
+
+
+def merge(proposals: list[dict]) -> dict:
+    """One table of several proposals, whose changes must not be to the same entry. Raises UserError where they are."""
+    table = {str(arch): json.loads(json.dumps(entry)) for arch, entry in tiles.TABLE.items()}
+    changed: dict[tuple, object] = {}
+    for proposal in proposals:
+        for arch, entry in proposal.items():
+            before = tiles.TABLE.get(int(arch)) or tiles.TABLE[tiles.known(int(arch))]
+            target = table.setdefault(arch, json.loads(json.dumps(before)))
+            target["processors"] = entry["processors"]
+            for kind, dtype, rows in ((k, d, rows) for k in OPS.values() for d, rows in entry[k].items()):
+                if rows == before[kind].get(dtype):
+                    continue
+                if changed.setdefault((arch, kind, dtype), rows) != rows:
+                    raise UserError(f"two proposals differ in {kind!r} of {dtype} on {arch}; leave one of them out")
+                target[kind][dtype] = rows
+    return table
+
+
 def render(table: dict) -> str:
     """JSON as in sana_kernels/tiles.json: a line per dtype."""
     entries = []
@@ -68,13 +116,16 @@ def render(table: dict) -> str:
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
-def wanted(op: str | None) -> list[str]:
-    """The ops that a command asks for. Raises UserError, or MissingError where they cannot be measured."""
+def wanted(op: str | None, dtypes: str) -> tuple[list[str], list[str]]:
+    """The ops and dtypes that a command asks for. Raises UserError, or MissingError where they cannot be measured."""
     if op is not None and op not in OPS:
         raise UserError(f"op {op!r} has no tiles to tune; choose one of {', '.join(OPS)}")
+    names = dtypes.split(",")
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise UserError(f"dtype {unknown[0]!r} has no tiles to tune; choose from {', '.join(DTYPES)}")
     if not torch.cuda.is_available():
         raise MissingError("tiles are measured on an NVIDIA GPU, and torch sees none here; see `sana doctor`")
-    return list(OPS) if op is None else [op]
+    return list(OPS) if op is None else [op], names
 
 
 def measure(kind: str, dtype: torch.dtype, tile: Tile) -> float | None:

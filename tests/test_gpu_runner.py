@@ -22,7 +22,7 @@ if args[0] == "-c":
         sys.exit("no gpu" in actions)
     else:
         print(json.dumps({"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "diffusers-compile",
-              "openvino"], "ops": ["gemm"], "cuda": actions.get("cuda")}))
+              "openvino"], "ops": ["gemm"], "tuned": ["gemm"], "cuda": actions.get("cuda")}))
     sys.exit()
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(args) + "\\n")
@@ -195,7 +195,7 @@ def test_more_measures_each_row_once(run):
     status, text = run("more")
     measured = {path.stem for path in run.out.glob("*.json")}
     assert status == 0 and verdicts(text) == dict.fromkeys(("build", *measured), "ok")
-    assert measured == {ROW, "compiled_sana-0.6b_1024_batch1", KERNELS, "tiles", "image_sana-0.6b_512_batch1"}
+    assert measured == {ROW, "compiled_sana-0.6b_1024_batch1", KERNELS, "tiles_gemm", "image_sana-0.6b_512_batch1"}
     (run.out / f"{KERNELS}.json").unlink()
     (run.out / f"{ROW}.json").write_text('{"run": {"comp')  # of a disk that was full, say
     status, text = run("more")
@@ -226,7 +226,7 @@ def test_a_row_that_hangs_is_ended_and_the_next_one_measured(run, monkeypatch):
     status, text = run("more", tune="hang")
     assert (
         status == 1
-        and verdicts(text)["tiles"] == "out of time"
+        and verdicts(text)["tiles_gemm"] == "out of time"
         and verdicts(text)["image_sana-0.6b_512_batch1"] == "ok"
     )
 
@@ -246,7 +246,8 @@ def test_no_row_is_begun_when_the_time_is_over(run):
 
 
 def test_more_has_every_workload_once():
-    facts = {"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "reference-compile"], "ops": ["gemm"]}
+    facts = {"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "reference-compile"], "ops": ["gemm"],
+             "tuned": ["gemm"]}  # fmt: skip
     rows = gpu.more_rows(facts)
     assert next(iter(rows)) == ROW
     for model in gpu.MODELS:

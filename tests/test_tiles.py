@@ -37,6 +37,19 @@ def test_chunks_depend_on_the_number_of_tokens_alone():
         assert chunk % 128 == 0 and chunk >= 256 and -(-tokens // chunk) <= 8
 
 
+HOPPER, ADA = 227 << 10, 99 << 10  # bytes of shared memory
+
+
+@pytest.mark.parametrize("shared", [HOPPER, ADA])
+@pytest.mark.parametrize("dtype", tune.DTYPES)
+@pytest.mark.parametrize("op", tune.OPS)
+def test_a_part_takes_less_than_two_minutes_to_compile(op, dtype, shared):
+    tried = tune.space(tune.OPS[op], tune.DTYPES[dtype], shared)
+    assert 12 <= len(tried) <= 60
+    table = tiles.TABLE[90 if shared == HOPPER else 89][tune.OPS[op]][str(tune.DTYPES[dtype]).removeprefix("torch.")]
+    assert {tuple(row[:5]) for row in ([table] if op == "linear_attention_from" else table)} <= set(tried)
+
+
 def fake_seconds(kind, dtype, tile):
     """Larger tiles are faster, 8 warps and k = 64 best; 128 × 256 does not fit in 8 bits."""
     if dtype == torch.int8 and tile.m * tile.n > 128 * 128:
@@ -45,7 +58,7 @@ def fake_seconds(kind, dtype, tile):
 
 
 def test_a_proposal_is_a_table(monkeypatch):
-    proposal = tune.propose(["gemm", "linear_attention_from"], 90, 78, fake_seconds, say=lambda text: None)
+    proposal = tune.propose([*tune.OPS], [*tune.DTYPES], 90, 78, HOPPER, fake_seconds, say=lambda text: None)
     text = tune.render(proposal)
     assert json.loads(text) == proposal
     monkeypatch.setattr(tiles, "TABLE", {int(arch): entry for arch, entry in json.loads(text).items()})
@@ -53,7 +66,7 @@ def test_a_proposal_is_a_table(monkeypatch):
     assert tiles.candidates(torch.float16, True, 90)[0] == (Tile(128, 256, 64, 8, 2), 1.0)
     eight_bits = tiles.candidates(torch.int8, False, 90)
     assert {tile[:2] for tile, _ in eight_bits} == {(64, 256), (128, 128), (64, 128), (128, 64), (64, 64)}
-    assert eight_bits[-1] == (Tile(64, 64, 64, 8, 2), 0.25)
+    assert eight_bits[-1] == (Tile(64, 64, 64, 4, 2), 0.14)
     assert proposal["90"]["processors"] == 78
     assert proposal["80"] == json.loads(json.dumps(tiles.TABLE[80]))  # the others stay as they are
 
@@ -64,9 +77,31 @@ def test_the_table_is_written_as_tune_writes_it():
     assert tune.render(table) == tiles.Path(tiles.__file__).with_suffix(".json").read_text()
 
 
+def test_parts_are_merged(tmp_path, capsys):
+    files = []
+    for op in tune.OPS:
+        for dtype in tune.DTYPES:
+            part = tune.propose([op], [dtype], 90, 78, HOPPER, fake_seconds, say=lambda text: None)
+            files.append(tmp_path / f"{op}_{dtype}.json")
+            files[-1].write_text(tune.render(part))
+    whole = tune.propose([*tune.OPS], [*tune.DTYPES], 90, 78, HOPPER, fake_seconds, say=lambda text: None)
+    merged = tmp_path / "merged.json"
+    assert cli.main(["tune", "--merge", *map(str, files), "--json", str(merged)]) == 0
+    assert merged.read_text() == tune.render(whole)
+    slower = tune.propose(["gemm"], ["int8"], 90, 78, HOPPER, lambda *args: 1e-12 * args[2].k, say=lambda text: None)
+    files[0].write_text(tune.render(slower))
+    assert cli.main(["tune", "--merge", *map(str, files), "--json", str(merged)]) == 2
+    assert "two proposals differ in 'gemm' of int8 on 90" in capsys.readouterr().err
+    files[0].write_text("{")
+    assert cli.main(["tune", "--merge", str(files[0]), "--json", str(merged)]) == 2
+    assert "is no proposal of `sana tune`" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")
 def test_without_a_gpu_it_says_so(capsys):
     assert cli.main(["tune"]) == 3
     assert "torch sees none here" in capsys.readouterr().err
     assert cli.main(["tune", "softmax"]) == 2
-    assert "choose one of gemm, linear_attention_from" in capsys.readouterr().err
+    assert "choose one of gemm, gemm_residual, linear_attention_from" in capsys.readouterr().err
+    assert cli.main(["tune", "gemm", "--dtypes", "fp64"]) == 2
+    assert "choose from bf16, int8, fp8" in capsys.readouterr().err
