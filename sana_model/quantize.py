@@ -17,17 +17,17 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sana_kernels.quant import calibration, checkpoint
-from sana_kernels.quant.calibration import Collector, LayerInputs
+from sana_kernels.quant.calibration import Collector, LayerInputs, observed_linear
 from sana_kernels.quant.checkpoint import CheckpointError, Header, LayerInfo
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
 from sana_model.config import BUILT_IN, ModelConfig
@@ -85,13 +85,18 @@ def quantize(
     work = _claim(out.with_name(out.name + ".partial"), asdict(job) | {"sources": sources})
     inputs = _calibrated(job, source, work, device, progress) if job.samples else {part: {} for part in job.parts}
     rows: list[Planned] = []
-    kernels = {part: _Kernels(source.config, device, part, job.precision_of(part)) for part in job.parts}
     finished = {}
     for part in job.parts:
         progress.begin(f"quantising the {_called(part)} to {job.precision_of(part)} by {job.method(part)}")
-        finished[part] = _quantize_part(
-            job, part, source, inputs[part], work / part, device, kernels[part], rows, progress
-        )
+        kernels = _Kernels(source.config, device, part, job.precision_of(part))
+
+        def tell(name: str, info: LayerInfo, size: int, new: bool, done: float, part=part, kernels=kernels) -> None:
+            weights, kernel = info.shape[0] * info.shape[1], kernels.of(name, info)
+            found = info.sqnr_db
+            rows.append(Planned(part, name, info.format, info.activations, info.rank, weights, size, found, kernel))
+            progress.layer(rows[-1], new, done)
+
+        finished[part] = _quantize_part(job, part, source, inputs[part], work / part, device, tell)
     progress.begin(f"writing {out}")
     try:
         _write(job, source, sources, finished, rows, out)
@@ -134,7 +139,7 @@ def _called(part: str) -> str:
 def _claim(work: Path, job: dict) -> Path:
     """The folder of unfinished work, which belongs to one job. Raises UserError where it is another's."""
     marker, text = work / "job.json", json.dumps(job, indent=1, default=list)
-    if work.exists():
+    if work.exists() and any(work.iterdir()):
         if not marker.is_file():
             raise UserError(f"{work} is in use and is no unfinished work of `sana quantize`; name another output")
         if marker.read_text(encoding="utf-8") != text:
@@ -143,7 +148,7 @@ def _claim(work: Path, job: dict) -> Path:
                 " another output"
             )
         return work
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     with atomic(marker) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return work
@@ -182,9 +187,9 @@ def _captions(
     encoder = PromptEncoder(loaded.text_encoder.to(device), loaded.tokenizer, loaded.config)
     prompts = [job.prompts[i % len(job.prompts)] for i in range(job.samples)]
     collector = None if folder is None else Collector(-(-TEXT_ROWS // job.samples), folder, job.seed)
-    watched = nn.Module() if folder is None else loaded.text_encoder
+    watched = nullcontext() if folder is None else observed_linear(loaded.text_encoder, collector.observe)
     guided = loaded.config.guidance > 1 and not loaded.config.dit.guidance_embeds
-    with torch.inference_mode(), calibration.observed_linear(watched, lambda *seen: collector.observe(*seen)):
+    with torch.inference_mode(), watched:
         captions = encoder.encode_pair(prompts, [""] * len(prompts)) if guided else (None, encoder.encode(prompts))
     return captions, collector and collector.finish()
 
@@ -208,21 +213,20 @@ def _quantize_part(
     inputs: dict[str, LayerInputs],
     folder: Path,
     device: torch.device,
-    kernels: "_Kernels",
-    rows: list[Planned],
-    progress: Progress,
+    tell: Callable[[str, LayerInfo, int, bool, float], None],
 ) -> _Part:
-    """Read a part block by block, and quantise the layers of each that are not in `folder` yet."""
+    """Read a part block by block, and quantise the layers of each that are not in `folder` yet.
+
+    `tell`: told of each layer its name, what it is, its bytes, whether it is new, and which fraction of all is done.
+    """
     folder.mkdir(exist_ok=True)
-    finished, numbers, done = _Part(folder), itertools.count(), 0
+    finished, numbers = _Part(folder), itertools.count()
     total = getattr(source.config, part).layers
 
     def prepare(block: nn.Module) -> None:
-        nonlocal done
-        number = next(numbers)
-        chosen = [(name, layer, recipe) for name, layer, recipe in _layers(job, part, block)]
+        number, before = next(numbers), 0
+        chosen = list(_layers(job, part, block))
         size = sum(layer.weight.numel() for _, layer, _ in chosen)
-        before = 0
         for name, layer, recipe in chosen:
             name = f"{'blocks' if part == 'dit' else 'layers'}.{number}.{name}"
             new = not (folder / f"{name}.safetensors").is_file()
@@ -230,12 +234,7 @@ def _quantize_part(
             finished.layers[name] = info
             before += layer.weight.numel()
             layer.weight = None
-            planned = Planned(
-                part, name, info.format, info.activations, info.rank, info.shape[0] * info.shape[1], count,
-                info.sqnr_db, kernels.of(name, info),
-            )  # fmt: skip
-            rows.append(planned)
-            progress.layer(planned, new, (number + before / size) / total)
+            tell(name, info, count, new, (number + before / size) / total)
 
     # Random weights are drawn in what `sana generate` draws them in; others are read as they are stored.
     dtype = torch.bfloat16 if _is_drawn(job, source) else None
@@ -270,9 +269,11 @@ def _layer(
         weight = weight.to(device)
         layer = quantize_layer(weight, recipe, inputs)
         found = None if inputs is None else round(sqnr_db(layer, weight, inputs.rows), 2)
-        tensors = {field: tensor.cpu().contiguous() for field, tensor in layer.tensors().items()}
+        tensors = layer.tensors()
+        shapes = {field: (tensor.dtype, tuple(tensor.shape)) for field, tensor in tensors.items()}
         with atomic(file) as temporary:
-            save_file(tensors, temporary, {"info": json.dumps(asdict(LayerInfo.of(layer, found)))})
+            info = {"info": json.dumps(asdict(LayerInfo.of(layer, found)))}
+            checkpoint.write_tensors(temporary, info, shapes, tensors.__getitem__)
     with safe_open(file, framework="pt") as handle:
         values = json.loads(handle.metadata()["info"])
         count = sum(handle.get_tensor(key).nbytes for key in handle.keys())  # noqa: SIM118 (a handle is no dict)
@@ -290,7 +291,8 @@ class _Kernels:
     def of(self, name: str, info: LayerInfo) -> str:
         """backend:op in the precision that is executed."""
         wide = info.activations == "16bit" and info.format == "int8"
-        ops = ("gemm",) if wide or "mix_ffn" not in name else ("mix_ffn", "gemm")
+        fused = "mix_ffn" in name and not (info.rank or info.smooth)
+        ops = ("mix_ffn", "gemm") if fused else ("gemm",)
         native = {"int4": "gemm_w4a4", "16bit": "gemm_w4a16"}.get(info.activations) if info.format == "int4" else None
         for op in filter(None, (native, *ops)):
             for row in self.rows:

@@ -125,10 +125,19 @@ def save(
     same bytes. Writes to `file` itself: a temporary path, which the caller renames. Raises ValueError where `read` gives
     something else than `shapes` says, and CheckpointError for NaN.
     """
-    metadata = {"format": "pt", KEY: json.dumps(asdict(header))}
+    write_tensors(file, {"format": "pt", KEY: json.dumps(asdict(header))}, shapes, read)
+
+
+def write_tensors(
+    file: Path,
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+) -> None:
+    """A safetensors file as `save` writes it, with any metadata. (safetensors' own writer holds all tensors at once.)"""
     # Wide elements first, as safetensors has it, so that every tensor is aligned.
     names = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
-    entries: dict[str, object] = {"__metadata__": metadata}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         dtype, shape = shapes[name]
