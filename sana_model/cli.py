@@ -294,8 +294,10 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from sana_kernels.diagnostics import describe, render
+    from sana_model.plan import precisions_here
 
     print(render(describe()))
+    print("\nprecisions, on the fastest backend here\n" + precisions_here())
     return 0
 
 

@@ -40,9 +40,9 @@ def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
     """Turn the DiT of a loaded pipeline over to the kernels of `backend`, in place; prints the plan and returns it.
 
     `pipe`: diffusers' SanaPipeline, SanaPAGPipeline or SanaSprintPipeline, or a `Pipeline` of ours. `precision`: bf16, w8a8,
-    fp32 or fp16; by default that of the transformer. Text encoder and decoder are left alone. A second call replaces the
-    first. Raises UserError for what is no such pipeline, and MissingError where no kernel of this machine can do any of
-    it.
+    w4a8, w4a4, fp32 or fp16; by default that of the transformer. Text encoder and decoder are left alone. A second call
+    replaces the first. Raises UserError for what is no such pipeline, and MissingError where no kernel of this machine can
+    do any of it.
     """
     plan = (
         _optimize_ours(pipe, precision, backend) if isinstance(pipe, Pipeline) else _optimize(pipe, precision, backend)

@@ -57,12 +57,15 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         values, scale = (weight, None) if isinstance(weight, Tensor) else weight
+        # Where activations are not int4, a product in 16 bits, good for 54 dB, takes a fraction of a division's time.
+        factor = None if smooth is None or four_bit else (1 / smooth).bfloat16()
         self.in_features, self.out_features = inputs, values.shape[0]
         self.backend, self.four_bit = backend, four_bit
         indices, fine_rows = fine or (None, (None, None))
         buffers = {
             "values": values if isinstance(weight, Int4) else pack(values, backend), "scale": scale,
-            "bias": None if bias is None else bias.detach().float(), "smooth": smooth, "fine_indices": indices,
+            "bias": None if bias is None else bias.detach().float(), "smooth": smooth if four_bit else None,
+            "factor": factor, "fine_indices": indices,
             "fine_values": None if fine is None else pack(fine_rows[0], backend), "fine_scale": fine_rows[1],
         }  # fmt: skip
         for name, buffer in buffers.items():
@@ -142,22 +145,19 @@ def linear(
     if isinstance(layer, QuantizedLinear):
         return layer.exact(x, silu, gate, residual)
     weight, bias = layer.weight, layer.bias
-    branch, smooth, fine = (getattr(layer, name, None) for name in ("branch", "smooth", "fine"))
+    branch, factor, fine = (getattr(layer, name, None) for name in ("branch", "factor", "fine"))
     if silu and (branch is not None or fine is not None):  # which are added before it
         return F.silu(linear(ops, x, layer), inplace=True)
     epilogue = {"silu": silu, "gate": gate, "residual": residual}
     if isinstance(weight, Int4) and layer.four_bit:
         low = {} if branch is None else {"low": ops.gemm(x, branch.down), "up": branch.up}
-        return ops.gemm_w4a4(ops.quantize_int4(x, smooth), weight, bias, **low, **epilogue, dtype=x.dtype)
+        return ops.gemm_w4a4(ops.quantize_int4(x, layer.smooth), weight, bias, **low, **epilogue, dtype=x.dtype)
     if branch is not None:
         epilogue["residual"] = ops.gemm(ops.gemm(x, branch.down), branch.up, gate=gate, residual=residual)
-    dtype = x.dtype if isinstance(x, Tensor) else None
-    if smooth is not None:
-        x = x / smooth  # in fp32
-    if isinstance(weight, Quantized) and not isinstance(x, Quantized):
-        x = ops.quantize(x, weight.values.dtype)
-    elif isinstance(x, Tensor):
-        x = x.to(dtype)
+    dtype = None
+    if isinstance(x, Tensor):
+        dtype, x = x.dtype, x if factor is None else x * factor.to(x.dtype)
+        x = ops.quantize(x, weight.values.dtype) if isinstance(weight, Quantized) else x
     product = ops.gemm_w4a16 if isinstance(weight, Int4) else ops.gemm
     y = product(x, weight, bias, **epilogue, dtype=dtype)
     if fine is not None:
@@ -171,7 +171,7 @@ def is_plain(layer: nn.Module) -> bool:
     """Is a layer nothing but a weight, in 16 or 8 bits, and a bias? Ops that fuse several layers take only those."""
     if isinstance(layer, QuantizedLinear):
         return False
-    extras = (getattr(layer, name, None) for name in ("branch", "smooth", "fine"))
+    extras = (getattr(layer, name, None) for name in ("branch", "factor", "fine"))
     return all(extra is None for extra in extras) and not isinstance(layer.weight, Int4)
 
 

@@ -27,7 +27,7 @@ from sana_model import lora as lora_file
 from sana_model.bins import nearest_bin, resize_and_crop
 from sana_model.config import ModelConfig
 from sana_model.denoise import Inputs, Loop, denoise
-from sana_model.dit import TextContext
+from sana_model.dit import DiT, TextContext
 from sana_model.errors import MissingError, UserError
 from sana_model.family import with_decoder
 from sana_model.lora import Loras
@@ -102,6 +102,8 @@ class Pipeline:
 
         Raises UserError for a file that does not fit the model.
         """
+        if not isinstance(self.dit, DiT):
+            raise UserError("LoRA is for the DiT of this library; exported graphs have their weights inside")
         lora = lora_file.read(Path(file), self.config.dit, name)
         self._change_loras(lambda: self.loras.add(lora, scale))
         return lora.name

@@ -19,7 +19,7 @@ from sana_kernels import Quantized
 from sana_kernels.backend import backend_status, extension, kernels, why_not
 from sana_kernels.mix_ffn import taps_first
 from sana_model.bands import BAND_BYTES
-from sana_model.config import ModelConfig
+from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import MissingError, UserError
 from sana_model.example_calls import NATIVE, WIDE, autoencoder_examples, dit_examples, text_examples
 from sana_model.graph import why_eager
@@ -121,7 +121,9 @@ class Plan:
     def described(self, part: str) -> str:
         """The precision of a part, and what is executed where that is another."""
         stored, executed = self.precisions[part], self.executed[part]
-        return stored if stored == executed else f"{stored} executed as {executed}".replace("as exact", "exactly")
+        if executed == "exact":
+            return f"{stored} executed exactly"
+        return stored if stored == executed else f"{stored} executed as {executed}"
 
     def ops(self, part: str) -> Ops:
         """The ops of "dit" or "autoencoder", each bound to its kernel and timed."""
@@ -292,6 +294,8 @@ def _rows(
             continue  # where no kernel fuses them, a product and `linear_attention` are faster
         if op in ("gemm", "conv2d") and chosen == "reference" and precision in DTYPES:
             chosen = "library"
+        if op == "depthwise_glu" and "mix_ffn" in examples(executed):
+            reasons.append("only beside low-rank branches, which mix_ffn does not take")
         of_stored = name in PRODUCTS and stored != executed
         reason = "; ".join((why if of_stored else []) + reasons)
         rows.append(Row(part, op, chosen, precision, reason, stored if of_stored else ""))
@@ -358,6 +362,25 @@ def _library_is_faster(op: str, backend: str, dtype: torch.dtype) -> str | None:
     if op not in ("gemm", "mix_ffn") or backend != "cpu" or dtype == torch.int8:
         return None
     return "PyTorch's product is faster than portable C++" if extension("_cpu")[0].isa() == "portable" else None
+
+
+def precisions_here() -> str:
+    """For every precision, what this machine executes, by the plans of a model of 1.6B parameters; a line each."""
+    config, device = BUILT_IN["sana-1.6b"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = []
+    for precision in PRECISIONS:
+        try:
+            parts = {"dit": precision, "text_encoder": precision, "autoencoder": "bf16"}
+            plan = resolve(config, "auto", device, parts)
+        except MissingError as error:
+            lines.append(f"  {precision:<13} not here: {error}")
+            continue
+        row = next(row for row in plan.rows if row.part == "dit" and row.op in ("gemm", *NATIVE.values()))
+        where = f"{plan.executed['dit']} by {row.backend}"
+        if plan.executed["text_encoder"] != plan.executed["dit"]:
+            where += f"; text encoder {plan.executed['text_encoder']}"
+        lines.append(f"  {precision:<13} {where}")
+    return "\n".join(lines)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

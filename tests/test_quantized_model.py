@@ -87,10 +87,10 @@ def test_smoothing_and_branches_of_the_file_are_used(svd, saved):
     pipe = sana_model.load(str(svd), backend="cpu")
     good = sqnr(velocity(pipe), original)
     layer = pipe.dit.blocks[1].mix_ffn.expand
-    assert isinstance(layer, PackedLinear) and layer.smooth is not None and not is_plain(layer)
+    assert isinstance(layer, PackedLinear) and layer.factor is not None and not is_plain(layer)
     branch, layer.branch = layer.branch, None
     assert sqnr(velocity(pipe), original) < good - 2
-    layer.branch, layer.smooth = branch, None
+    layer.branch, layer.factor = branch, None
     assert sqnr(velocity(pipe), original) < good - 2
 
 
