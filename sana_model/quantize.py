@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from sana_kernels.quant import calibration, checkpoint
 from sana_kernels.quant.calibration import Collector, LayerInputs, observed_linear
 from sana_kernels.quant.checkpoint import CheckpointError, Header, LayerInfo
+from sana_kernels.quant.layer import round_to_nearest
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
+from sana_model import awq
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import UserError
 from sana_model.files import atomic
@@ -225,12 +227,16 @@ def _quantize_part(
 
     def prepare(block: nn.Module) -> None:
         number, before = next(numbers), 0
+        if scaled := job.method(part) == "awq":
+            read = {name: inputs[f"layers.{number}.{name}"].rows for name in awq.READ}
+            awq.scale_block(block, read, lambda weight: round_to_nearest(weight, "int4", "16bit").dequantized().float())
         chosen = list(_layers(job, part, block))
         size = sum(layer.weight.numel() for _, layer, _ in chosen)
         for name, layer, recipe in chosen:
             name = f"{'blocks' if part == 'dit' else 'layers'}.{number}.{name}"
             new = not (folder / f"{name}.safetensors").is_file()
-            info, count = _layer(source, folder, name, layer.weight.detach(), recipe, inputs.get(name), device)
+            seen = None if scaled else inputs.get(name)  # AWQ changes what its layers read
+            info, count = _layer(source, folder, name, layer.weight.detach(), recipe, seen, device)
             finished.layers[name] = info
             before += layer.weight.numel()
             layer.weight = None

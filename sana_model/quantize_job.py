@@ -71,6 +71,9 @@ class Job:
         return ("dit",) if self.text_precision is None else ("dit", "text")
 
     def method(self, part: str) -> str:
+        """For a checkpoint's header. The text encoder's 4-bit weights are scaled by AWQ where their inputs are known."""
+        if part == "text" and self.text_precision == "w4a16" and self.samples:
+            return "awq"
         return self.recipe(part, "attention.qkv").method
 
     def precision_of(self, part: str) -> str:
