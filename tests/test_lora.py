@@ -6,13 +6,15 @@ import pytest
 import torch
 from compare import relative_rms
 from models import SMALL, SPRINT
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import sana_kernels
 import sana_model
-from sana_model import interop, keys, lora
+from sana_model import cli, interop, keys, lora
 from sana_model.errors import UserError
+from sana_model.png import read_metadata
 from sana_model.random_weights import random_model
 
 ARGUMENTS = {"prompt": "a fox", "steps": 2, "width": 96, "height": 64}
@@ -200,6 +202,21 @@ def test_parity_with_diffusers_and_peft(tmp_path):
         expected, before = pipe.transformer(latents, caption, time).sample, dit(latents, time, caption)
         lora.Loras(dit, "reference").add(lora.read(tmp_path / "theirs.safetensors", SMALL.dit))
         assert relative_rms(dit(latents, time, caption), expected) < 1e-5 < 1e-2 < relative_rms(before, expected)
+
+
+def test_a_picture_names_its_loras_and_is_painted_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "fox.safetensors", peft(draw()))
+    model = ["--model", "sana-tiny-random", "--precision", "w4a8", "--exact", "--backend", "cpu"]
+    asked = [*model, "--steps", "1", "--size", "64", "--lora", "fox.safetensors:0.7"]
+    assert cli.main(["generate", "a fox", *asked, "-o", "one.png"]) == 0
+    recorded = read_metadata("one.png")
+    assert recorded.lora == ("fox.safetensors:0.7",) and recorded.exact and recorded.precision == "w4a8"
+    assert cli.main(["generate", "--from", "one.png", "-o", "two.png"]) == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert cli.main(["generate", "--from", "one.png", "--lora", "fox.safetensors:0.6", "-o", "three.png"]) == 0
+    pixels = [Image.open(f"{name}.png").tobytes() for name in ("one", "three")]
+    assert pixels[0] != pixels[1]
 
 
 GOOD = peft(draw(TARGETS[:1]))

@@ -21,10 +21,11 @@ from sana_model import memory
 from sana_model.config import BUILT_IN
 from sana_model.errors import UserError
 from sana_model.packed import PackedLinear, is_plain
-from sana_model.plan import resolve
+from sana_model.plan import precisions_here, resolve
 from sana_model.quantized import QuantizedLinear
 from sana_model.random_weights import random_model
 from sana_model.saving import save_diffusers
+from sana_model.settings import PRECISIONS
 from sana_model.weights import convert, find, load_model
 
 ARGUMENTS = {"prompt": "a fox", "steps": 2, "width": 96, "height": 64}
@@ -195,6 +196,13 @@ def test_plans_name_storage_and_execution():
     assert exact.executed["dit"] == "exact" and exact.described("dit") == "w4a4 executed exactly"
     assert rows(exact)["quantized_linear", "w4a4"].backend == "reference"
     assert rows(plan_of("w8a8", exact=True))["gemm", "w8a8"].backend == "reference"
+
+
+def test_what_the_doctor_says_of_precisions():
+    lines = dict(line.split(maxsplit=1) for line in precisions_here().splitlines())
+    assert lines.keys() == PRECISIONS.keys()
+    if not torch.cuda.is_available():
+        assert lines["w4a4"] == lines["w4a8"] == lines["w8a8"] == "w8a8 by cpu"
 
 
 @pytest.fixture
