@@ -7,13 +7,18 @@ from compare import assert_kernel, relative_rms
 from sana_kernels.linear_attention import cuda, reference
 from tests import emulated
 
-LINEAR_ATTENTION = "csrc/linear_attention/linear_attention.cu"
+LAUNCHES, KERNELS = (f"csrc/linear_attention/linear_attention.{suffix}" for suffix in ("cu", "cuh"))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
 def module():
     return emulated.cuda_module()
+
+
+def edit(old, new):
+    """An edit of the one of the two sources that holds the text."""
+    return (LAUNCHES if old in (emulated.ROOT / LAUNCHES).read_text() else KERNELS), old, new
 
 
 def attention_inputs(B, N, H, D, *, normed=False, heads_first=False, dtype=torch.float32):
@@ -71,7 +76,7 @@ def test_linear_attention_takes_float_norms_with_half_inputs(module):
 def test_errors_of_a_launch_reach_python():
     """N = 3,000,000 would need more tiles of 32 tokens than a grid has along y."""
     broken = emulated.cuda_module(
-        (LINEAR_ATTENTION, "dim3(heads, tiles), block, shared", "dim3(heads, tiles * 70000), block, shared")
+        edit("dim3(heads, tiles), block, shared", "dim3(heads, tiles * 70000), block, shared")
     )
     with pytest.raises(RuntimeError, match=r"CUDA: .*apply_kernel.*a grid has .* at most 65535 along y"):
         check_attention(broken, attention_inputs(1, 8, 1, 8))
@@ -128,10 +133,10 @@ WIDTHS = """  if (p.D <= 16) return launch<T, 16>(p, stream);
   if (p.D <= 32) return launch<T, 32>(p, stream);
   if (p.D <= 64) return launch<T, 64>(p, stream);
   return launch<T, 128>(p, stream);"""
-ONLY_FLOAT = (LINEAR_ATTENTION, SWITCH, "  return cuda_status(run<float>(args, scratch, on));")
-ONLY_BF16 = (LINEAR_ATTENTION, SWITCH, "  return cuda_status(run<__nv_bfloat16>(args, scratch, on));")
-ONLY_NARROW = (LINEAR_ATTENTION, WIDTHS, "  return launch<T, 32>(p, stream);")
-ONLY_TENSOR_CORES = (LINEAR_ATTENTION, WIDTHS, "  return cudaErrorInvalidValue;")
+ONLY_FLOAT = edit(SWITCH, "  return cuda_status(run<float>(args, scratch, on));")
+ONLY_BF16 = edit(SWITCH, "  return cuda_status(run<__nv_bfloat16>(args, scratch, on));")
+ONLY_NARROW = edit(WIDTHS, "  return launch<T, 32>(p, stream);")
+ONLY_TENSOR_CORES = edit(WIDTHS, "  return cudaErrorInvalidValue;")
 CASES_OF_DEFECTS = [{"B": 2, "N": 300, "H": 2, "D": 32, "normed": True}, {"B": 1, "N": 1, "H": 1, "D": 8}]
 CASES_OF_DEFECTS_BF16 = [
     {"B": 2, "N": 300, "H": 2, "D": 32, "normed": normed, "dtype": torch.bfloat16} for normed in (True, False)
@@ -140,8 +145,8 @@ CASES_OF_DEFECTS_BF16 = [
 
 @pytest.fixture(scope="module")
 def defective():
-    plain = {name: ((LINEAR_ATTENTION, *edit),) for name, edit in DEFECTS.items()}
-    bf16 = {f"bf16 {name}": ((LINEAR_ATTENTION, *edit),) for name, edit in DEFECTS_BF16.items()}
+    plain = {name: (edit(*defect),) for name, defect in DEFECTS.items()}
+    bf16 = {f"bf16 {name}": (edit(*defect),) for name, defect in DEFECTS_BF16.items()}
     return {
         **emulated.defective(plain, ONLY_FLOAT, ONLY_NARROW),
         **emulated.defective(bf16, ONLY_BF16, ONLY_TENSOR_CORES),
