@@ -24,8 +24,7 @@ def refuse(backend: str, device: torch.device) -> None:
     if backend == "onnxruntime":
         onnxruntime.package()
         return
-    tensorrt_library.gpu()
-    tensorrt_library.find()
+    tensorrt_library.find("current")
     if device.type != "cuda":
         raise UserError("tensorrt runs on the GPU; leave out --device cpu")
     tensorrt.Cuda(device)

@@ -8,7 +8,7 @@
 Nothing is left half-written: Ctrl-C ends a build at its next step, and files appear whole.
 
 Refitting (replacing weights without a build) has to be asked for: it keeps TensorRT from folding weights into constants.
-The RTX builder of 1.7 makes refittable and stripped engines only where there is a GPU (bench/notes/export.md).
+The RTX builder of 1.7 makes refittable and stripped engines only where there is a GPU (bench/notes/tensorrt.md).
 """
 
 import re
@@ -50,8 +50,7 @@ def build_engines(
     if unknown := set(only) - set(engines.GRAPHS):
         raise UserError(f"no engine is made of {', '.join(sorted(unknown))}, but of {', '.join(engines.GRAPHS)}")
     manifest = layout.read(graphs, only)
-    library = tensorrt_library.find(target)
-    target = tensorrt_library.gpu()[0] if target == "current" else target
+    library, target = tensorrt_library.find(target)
     attention = plugin.name(library) if manifest.attention == "plugin" else manifest.attention
     config = find(str(graphs)).config
     try:
@@ -174,7 +173,7 @@ def build(engine: Engine, file: Path, library: Library, timing_cache: Path | Non
         if cache is not None:
             with atomic(timing_cache) as temporary:
                 temporary.write_bytes(cache.serialize())
-        facts = log.facts or _inspect(library, content)
+        facts = [*log.facts, *([] if any("LayerType" in fact for fact in log.facts) else _inspect(library, content))]
     return replace(
         engine, bytes=content.nbytes, network_layers=network.num_layers, layers=layer_types(facts), seconds=seconds,
         weight_bytes=max(_sizes(facts, "Weights"), default=0), activation_bytes=tuple(_sizes(facts, "Activation")),
@@ -193,7 +192,8 @@ def _sizes(facts: list[str], what: str) -> list[int]:
 
 def _inspect(library: Library, content) -> list[str]:
     """The inspector's listing, where the builder logged none. It needs the engine loaded, and so the GPU it is for."""
-    engine = library.api.Runtime(tensorrt_library.log(library)).deserialize_cuda_engine(content)
+    runtime = library.api.Runtime(tensorrt_library.log(library))  # which the engine needs as long as it lives
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         return []
     return [engine.create_engine_inspector().get_engine_information(library.api.LayerInformationFormat.ONELINE)]

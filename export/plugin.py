@@ -1,6 +1,6 @@
 """Linear attention in TensorRT engines as our own kernels: a quick-deployable plugin, ahead of time.
 
-Written against the documented API of `tensorrt` (11), not yet run; `tensorrt-rtx` has no plugins (bench/notes/export.md).
+Written against the documented API of `tensorrt` (11), not yet run; `tensorrt-rtx` has no plugins (bench/notes/tensorrt.md).
 
     sana::linear_attention(q, k, v)          one node of the graph (`sana export onnx --attention plugin`) becomes three,
       state(k, v) → states                   because a plugin of this kind launches one kernel and has no scratch memory

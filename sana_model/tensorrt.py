@@ -52,6 +52,10 @@ class Cuda:
             yield self._stream.cuda_stream
         outside.wait_stream(self._stream)
 
+    def finish(self) -> None:
+        """Wait for the stream: what its work uses may go afterwards."""
+        self._stream.synchronize()
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """A function that repeats what `launch` puts on the stream, on the same addresses."""
         graph = torch.cuda.CUDAGraph()
@@ -84,6 +88,7 @@ class Runner:
     def reserve(self, size: int) -> Tensor:
         """The memory that all contexts share, `size` bytes or more. Where it grows, its address changes: all runs go."""
         if self.memory is None or size > len(self.memory):
+            self.cuda.finish()
             for loaded in self._loaded.values():
                 loaded.runs.clear()
             self.memory = None  # the old one goes before the new one comes
@@ -122,6 +127,7 @@ class Runner:
 
     def close(self) -> None:
         """Let go of engines and memory."""
+        self.cuda.finish()
         self._loaded.clear()
         self.memory = None
 
@@ -175,7 +181,8 @@ class LoadedEngine:
         if key not in self.runs:
             run = Run(self, self.fitting(shapes), shapes)
             self.runs[key] = run
-            while len(self.runs) > MOST_RUNS:
+            if len(self.runs) > MOST_RUNS:
+                self.runner.cuda.finish()
                 self.runs.popitem(last=False)
         self.runs.move_to_end(key)
         return self.runs[key](inputs)

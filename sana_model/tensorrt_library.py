@@ -20,9 +20,7 @@ from sana_model.errors import MissingError, UserError
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "tensorrt_rtx_bindings": "tensorrt-rtx"}
 """Import name → what it is called here; the second package of the two is nothing but names for the third."""
-INSTALL = (
-    "pip install --no-deps tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings (RTX GPUs), or pip install tensorrt (all)"
-)
+INSTALL = "pip install 'sana-kernels[tensorrt-rtx]' for RTX GPUs, or 'sana-kernels[tensorrt]' for the one that is here"
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,20 @@ def every() -> list[Library]:
     return libraries
 
 
-def find(target: str = "current") -> Library:
-    """The library that builds for `target`. Raises UserError where those that are installed know no such target."""
+def find(target: str = "current") -> tuple[Library, str]:
+    """The library that builds for `target`, and the compute capability that this is.
+
+    Raises UserError where those that are installed do not build for it, and MissingError for "current" without a GPU.
+    """
     libraries = every()
+    wanted, here = (gpu()[0], "this GPU, ") if target == "current" else (target, "")
     for library in libraries:
-        if target in library.targets:
-            return library
+        if wanted in library.targets or (here and library.targets == ("current",)):
+            return library, wanted
     known = "; ".join(f"{library} builds for {', '.join(library.targets)}" for library in libraries)
-    raise UserError(f"target {target!r} is not known: {known}. For other GPUs build on one of them: --target current")
+    raise UserError(
+        f"no engine can be built for {here}{wanted}: {known}. `tensorrt` builds for the GPU that it runs on"
+    )
 
 
 def gpu(device: torch.device | None = None) -> tuple[str, str]:

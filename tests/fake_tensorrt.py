@@ -341,6 +341,9 @@ class FakeCuda:
     def stream(self):
         yield self.HANDLE
 
+    def finish(self) -> None:
+        pass
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         self.graphs += 1
         Context.recording = recorded = []

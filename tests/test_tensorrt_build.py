@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import exported
 import fake_tensorrt as fake
@@ -217,7 +218,11 @@ def test_engines_of_two_exports_do_not_share_a_folder(graphs, tmp_path, installe
         ([".", "-o", "engines"], 2, "has no export.json"),
         (["graphs", "-o", "engines", "--only", "encoder"], 2, "no engine is made of encoder"),
         (["lacking", "-o", "engines"], 2, "lacking has no transformer.onnx"),
-        (["graphs", "-o", "engines", "--target", "sm90"], 2, "'sm90' is not known: tensorrt 99.1 builds for current"),
+        (
+            ["graphs", "-o", "engines", "--target", "sm90"],
+            2,
+            "no engine can be built for sm90: tensorrt 99.1 builds for current",
+        ),
         (["graphs", "-o", "taken"], 2, "taken cannot be made a folder"),
         (["graphs", "-o", "engines"], 3, "torch sees none here; .* --target sm89"),
     ],
@@ -240,9 +245,26 @@ def test_mistakes_are_told_in_one_line(graphs, tmp_path, monkeypatch, capsys, ar
     assert re.search(message, error)
 
 
+def test_rtx_on_a_gpu_that_it_does_not_know_says_so(monkeypatch):
+    libraries = [
+        Library(
+            SimpleNamespace(__version__="1.7", ComputeCapability=SimpleNamespace(__members__=["SM89"])), "tensorrt-rtx"
+        )
+    ]
+    monkeypatch.setattr(tensorrt_library, "installed", lambda: (libraries, []))
+    monkeypatch.setattr(tensorrt_library, "gpu", lambda device=None: ("sm90", "an H200"))
+    with pytest.raises(
+        UserError, match=r"no engine can be built for this GPU, sm90: tensorrt-rtx 1\.7 builds for sm89, current"
+    ):
+        tensorrt_library.find("current")
+    libraries.append(LIBRARY)
+    assert tensorrt_library.find("current") == (LIBRARY, "sm90")
+    assert tensorrt_library.find("sm89") == (libraries[0], "sm89")
+
+
 def test_without_tensorrt_the_way_to_install_it_is_told(graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt_library, "installed", lambda: ([], ["tensorrt: No module named 'tensorrt'"]))
-    with pytest.raises(MissingError, match=r"TensorRT is not installed .*pip install --no-deps tensorrt-rtx-cu13-libs"):
+    with pytest.raises(MissingError, match=r"TensorRT is not installed .*pip install 'sana-kernels.tensorrt-rtx.'"):
         build.build_engines(graphs, tmp_path, "sm89")
 
 
