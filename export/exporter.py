@@ -65,7 +65,9 @@ class Request:
     steps: int = 10
 
     def precisions(self) -> dict[str, str]:
-        """By graph. Raises UserError for one that there is not."""
+        """By graph. Raises UserError for a graph or a precision that there is not."""
+        if unknown := set(self.only) - set(GRAPHS):
+            raise UserError(f"there is no graph {', '.join(sorted(unknown))}; choose some of {', '.join(GRAPHS)}")
         others = "fp32" if self.precision == "fp32" else "bf16"
         chosen = {
             "text_encoder": (self.text_precision or others, TEXT_PRECISIONS),

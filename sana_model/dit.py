@@ -295,9 +295,10 @@ class DiT(nn.Module):
         config = self.config
         if config.pos_embed_scale is None:
             return None
-        return position_embedding(
-            config.hidden, height, width, config.sample_size, config.pos_embed_scale, torch.device(device)
-        )
+        given = config.hidden, height, width, config.sample_size, config.pos_embed_scale, torch.device(device)
+        if torch.compiler.is_compiling():  # sizes may be symbols, which are no keys, and engines know no fp64
+            return position_embedding.__wrapped__(*given, torch.float32)
+        return position_embedding(*given)
 
     def unembed(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) → (B, out channels, H, W)."""
@@ -307,15 +308,17 @@ class DiT(nn.Module):
 
 
 @lru_cache(maxsize=4)
-def position_embedding(C: int, height: int, width: int, base: int, scale: float, device: torch.device) -> Tensor:
+def position_embedding(
+    C: int, height: int, width: int, base: int, scale: float, device: torch.device, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Fixed 2-D sinusoids, (1, N, C) fp32: the column in the first C/2 channels, the row in the rest, [sin | cos] each.
 
-    Coordinates always span [0, base / scale), whatever the grid, so that one model serves every size.
+    Coordinates always span [0, base / scale), whatever the grid, so that one model serves every size. Angles are of `dtype`.
     """
-    frequency = 10000.0 ** (-torch.arange(C // 4, dtype=torch.float64) / (C / 4))
+    frequency = 10000.0 ** (-torch.arange(C // 4, dtype=dtype) / (C / 4))
 
     def waves(n: int) -> Tensor:
-        angles = torch.arange(n, dtype=torch.float64)[:, None] / (n / base) / scale * frequency
+        angles = torch.arange(n, dtype=dtype)[:, None] / (n / base) / scale * frequency
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (n, C/2)
 
     columns = waves(width)[None].expand(height, -1, -1)
