@@ -236,7 +236,9 @@ class DecodeBench:
 
     def copies(self, precision: str) -> int:
         """Bytes of the weights in a precision, in a layout of its own."""
-        return count(self.weights.loaded.autoencoder) * (1 if precision in QUANTIZED else PRECISIONS[precision].itemsize)
+        return count(self.weights.loaded.autoencoder) * (
+            1 if precision in QUANTIZED else PRECISIONS[precision].itemsize
+        )
 
     def first(self, measured: Measured, z: Tensor, oracle: Tensor | None) -> None:
         """Prepare a run, decode a first image and compare it."""

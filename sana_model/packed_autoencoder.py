@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder import Autoencoder, Decoder, Encoder
 from sana_model.autoencoder_blocks import (
     BatchNorm,
     Downsample,
@@ -24,8 +24,12 @@ from sana_model.autoencoder_blocks import (
 )
 from sana_model.packed import PackedLinear, can_pack
 
-kept = re.compile(r"encoder\.|decoder\.conv_in$|decoder\.conv_out(\.conv)?$").match
-"""Is a layer, by its name, left in 16 bits? The encoder, and the ends of the decoder."""
+_KEPT = re.compile(r"encoder\.|decoder\.conv_in$|decoder\.conv_out(\.conv)?$")
+
+
+def kept(name: str) -> bool:
+    """Is a layer left in 16 bits? The encoder's, and the ends of the decoder, for every member of the family."""
+    return _KEPT.match(name) is not None
 
 
 class PackedConv2d(nn.Module):
@@ -60,57 +64,66 @@ def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, ba
 
     quantized: torch.int8 for W8A8. `backend` tells which one computes an op: "conv2d", "upsample", "gemm", "mix_ffn".
     """
+    packer = _Packer(quantized, backend)
     for name, block in list(autoencoder.named_modules()):
-
-        def eight_bit(layer: str, name: str = name) -> bool:
-            return quantized is not None and not kept(f"{name}.{layer}")
-
-        def convolution(layer: str, block: nn.Module = block, phases: int = 1, bits=eight_bit) -> None:
-            own, where = getattr(block, layer), _executed(backend("conv2d" if phases == 1 else "upsample"))
-            if isinstance(own, nn.Conv2d) and (where == "cpu" or bits(layer)):
-                weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
-                bias = None if bias is None else bias.detach()
-                setattr(block, layer, PackedConv2d(weight.detach(), bias, bits(layer), where, phases))
-
-        def linear(layer: str, weight: Tensor, bias: Tensor | None, op: str, block=block, bits=eight_bit) -> None:
-            packed = _packed_linear(weight, bias, quantized if bits(layer) else None, _executed(backend(op)))
-            if packed is not None:
-                setattr(block, layer, packed)
-
-        if name in ("encoder", "decoder"):
-            for layer in ("conv_in", "conv_out"):
-                convolution(layer)
+        if isinstance(block, Encoder | Decoder):
+            packer.convolution(name, block, "conv_in")
+            packer.convolution(name, block, "conv_out")
         elif isinstance(block, ResBlock):
-            if isinstance(block.norm, BatchNorm) and _executed(backend("conv2d")) == "cpu":
+            if isinstance(block.norm, BatchNorm) and packer.backend("conv2d") == "cpu":
                 _fold_norm(block)
-            convolution("conv1")
-            convolution("conv2")
+            packer.convolution(name, block, "conv1")
+            packer.convolution(name, block, "conv2")
         elif isinstance(block, Downsample):
-            convolution("conv")
+            packer.convolution(name, block, "conv")
         elif isinstance(block, Upsample):
-            convolution("conv", phases=1 if name == "decoder.conv_out" else 4)  # which is followed by no shortcut
+            packer.convolution(
+                name, block, "conv", phases=1 if name == "decoder.conv_out" else 4
+            )  # the last has no shortcut
         elif isinstance(block, MultiScaleLinearAttention):
-            linear("to_qkv", torch.cat([block.to_q.weight, block.to_k.weight, block.to_v.weight]), None, "gemm")
-            if block.to_qkv is not None:
+            qkv = torch.cat([block.to_q.weight, block.to_k.weight, block.to_v.weight])
+            if packer.linear(name, block, "to_qkv", qkv, None, "gemm"):
                 block.to_q = block.to_k = block.to_v = None
-            linear("to_out", block.to_out.weight, None, "gemm")
+            packer.linear(name, block, "to_out", block.to_out.weight, None, "gemm")
         elif isinstance(block, GLUMBConv):
-            for layer in (block.conv_inverted, block.conv_point):
-                own = "conv_inverted" if layer is block.conv_inverted else "conv_point"
-                linear(own, layer.weight.flatten(1), layer.bias, "mix_ffn")
+            for layer in ("conv_inverted", "conv_point"):
+                own = getattr(block, layer)
+                packer.linear(name, block, layer, own.weight.flatten(1), own.bias, "mix_ffn")
 
 
-def _executed(backend: str) -> str:
-    """The library reads what the reference reads."""
-    return "reference" if backend == "library" else backend
+class _Packer:
+    """Replaces one layer of a block by its packed form, where there is one."""
 
+    def __init__(self, quantized: torch.dtype | None, backend: Callable[[str], str]):
+        self._quantized, self._backend = quantized, backend
 
-def _packed_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, backend: str) -> PackedLinear | None:
-    """Rows (N, K) as a packed layer, or None where the backend reads them as they are."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return PackedLinear.of(layer, dtype, backend) if can_pack(layer, dtype or weight.dtype, backend) else None
+    def backend(self, op: str) -> str:
+        """The library reads what the reference reads."""
+        backend = self._backend(op)
+        return "reference" if backend == "library" else backend
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """What a layer is rounded to, or None for 16 bits."""
+        return None if kept(name) else self._quantized
+
+    def convolution(self, name: str, block: nn.Module, layer: str, phases: int = 1) -> None:
+        own, backend = getattr(block, layer), self.backend("conv2d" if phases == 1 else "upsample")
+        eight_bit = self.dtype(f"{name}.{layer}") is not None
+        if isinstance(own, nn.Conv2d) and (backend == "cpu" or eight_bit):
+            weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
+            bias = None if bias is None else bias.detach()
+            setattr(block, layer, PackedConv2d(weight.detach(), bias, eight_bit, backend, phases))
+
+    def linear(self, name: str, block: nn.Module, layer: str, weight: Tensor, bias: Tensor | None, op: str) -> bool:
+        """Rows (N, K) as a packed layer; False where the backend reads them as they are."""
+        dtype, backend = self.dtype(f"{name}.{layer}"), self.backend(op)
+        rows = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        rows.weight = nn.Parameter(weight, requires_grad=False)
+        rows.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if not can_pack(rows, dtype or weight.dtype, backend):
+            return False
+        setattr(block, layer, PackedLinear.of(rows, dtype, backend))
+        return True
 
 
 def _fold_norm(block: ResBlock) -> None:
