@@ -1,22 +1,22 @@
 // The DC-AE's convolutions on CPUs: implicit matrix products over tiles of 8 rows x 32 pixels of the result.
 //
 // Algorithm (sana_kernels/conv2d/reference.py), for each tile, on one thread:
-//     gather      the 10 x 34 pixels that the tile sees, zeros beyond the image, into a window: copied in 16 or 32 bits,
+//     gather      the 10 x 34 pixels that the tile sees, zeros beyond the image, into a window: copied,
 //                 normalised where there is an input norm, quantised with one scale for the tile where weights are int8
 //     products    sums of a few rows x all N columns; K is 9 C. In the window a row of taps is 3 C elements that follow
 //                 each other, and the next pixel's begin C elements further: operand rows of a matrix that never exists
-//     epilogue    of each pixel: scales, bias, activation, RMSNorm over its N channels, residual or shortcut, one rounding
+//     epilogue    of each pixel: scales, bias, activation, RMSNorm over channels, residual or shortcut, rounding
 // An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row.
 //
 // Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums stay in a core's
 // second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at C = N = 512 in bf16)
 // come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and core. A tile's result
-// depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and any number of threads,
-// give the same bytes.
+// depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and any number of
+// threads, give the same bytes.
 //
-// FLOPs: 18 C N per pixel (32 C N for the four of an upsampling). Bytes: x 1.33 times, of which the last cache has most,
+// FLOPs: 18 C N per pixel (32 C N for the four of an upsampling). Bytes: x 1.33 times, most of it from the last cache,
 // the residual and the result once. Bound: the multiply unit; gather and epilogue, of 10 to 20 operations per 16 values
-// beside K / 32 of products in bf16 (K / 64 in int8) per core and 16 sums, are 2 to 10 %.
+// beside K / 32 of products in bf16 (K / 64 in int8) per core and 16 sums, are 5 to 17 %.
 // Measured: bench/notes/decoder.md.
 #include "conv2d/conv2d.h"
 

@@ -12,7 +12,7 @@ struct NormWeights {
   const float *weight, *bias;  // null: no norm
 };
 
-// Rows of an image: x holds rows start ... start + rows - 1 of `height`; rows first ... last - 1 of the result are wanted.
+// Rows of an image: x holds rows start ... start + rows - 1 of `height`; the result has rows first ... last - 1.
 struct Band {
   int64_t start, first, last, height;
 };
@@ -20,8 +20,8 @@ struct Band {
 // A 3 x 3 convolution, zero-padded by a pixel:
 //
 //     phases 1: out = RMSNorm(activation(conv(input_activation(RMSNorm(x))) + bias)) + residual, stride 1 or 2
-//     phases 4: the pixels 2h + dy, 2w + dx of out = conv_phase(x) + bias + shortcut of x, phase = 2 dy + dx, of 2 x 2 taps
-//               (a folded upsampling) or 3 x 3; first and last of the band are rows of x
+//     phases 4: the pixels 2h + dy, 2w + dx of out = conv_phase(x) + bias + shortcut of x, phase 2 dy + dx, of 2 x 2
+//               taps (a folded upsampling) or 3 x 3; first and last of the band are rows of x
 //
 // weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8.
 struct Conv2d {
@@ -30,7 +30,7 @@ struct Conv2d {
   const float* weight_scale;  // phases * N floats beside int8 weights; else null
   const float* bias;          // N floats, or phases * N, or null
   const void* residual;       // like out, or null
-  void* out;                  // phases 1: (B, last - first, ceil(width / stride), N); 4: (B, 2 (last - first), 2 width, N)
+  void* out;                  // phases 1: (B, last - first, width / stride, N), rounded up; 4: twice as many, each way
   int64_t B, rows, width, C, N;
   Band band;
   int stride, kernel, phases;
@@ -43,7 +43,7 @@ struct Conv2d {
 
 Status conv2d_cpu(const Conv2d& p, int threads);
 
-// A depthwise k x k convolution, zero-padded, and then a 1 x 1 convolution in groups of D channels. x: (B, rows, width, C),
+// A depthwise k x k convolution, zero-padded, and a 1 x 1 convolution in groups of D channels. x (B, rows, width, C),
 // depthwise: (k * k, C), grouped: (C / D, D in, D out), the last two floats; out: (B, last - first, width, C).
 struct MultiScale {
   const void* x;

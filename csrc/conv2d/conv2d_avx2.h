@@ -34,7 +34,8 @@ struct Multiply {
     float* to = q.to(row, pixel) + n;
     for (int r = 0; r < R; ++r)
       for (int half = 0; half < 2; ++half)
-        _mm256_storeu_ps(to + r * l.sums + 8 * half, T::result(kPart<T> == 0 ? sum[r] : parts[r], half, corrections.of[row][pixel + r]));
+        _mm256_storeu_ps(to + r * l.sums + 8 * half,
+                         T::result(kPart<T> == 0 ? sum[r] : parts[r], half, corrections.of[row][pixel + r]));
   }
 
   template <class Pending>

@@ -32,7 +32,8 @@ struct Multiply {
     float* to = q.to(row, pixel) + 16 * panel;
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v)
-        _mm512_storeu_ps(to + r * l.sums + 16 * v, T::result(kPart<T> == 0 ? sum[r][v] : parts[r][v], corrections.of[row][pixel + r]));
+        _mm512_storeu_ps(to + r * l.sums + 16 * v,
+                         T::result(kPart<T> == 0 ? sum[r][v] : parts[r][v], corrections.of[row][pixel + r]));
   }
 
   // V panels of all pixels.
@@ -40,6 +41,8 @@ struct Multiply {
   static void columns(const Products& q, int64_t panel, const Corrections<T>& corrections) {
     for (int64_t row = 0; row < q.rows; ++row) {
       int64_t i = 0;
+      if (V == 1)  // 8 sums are too few to hide the latency of a dot product
+        for (; i + 16 <= q.pixels; i += 16) block<V == 1 ? 16 : 8, V>(q, panel, row, i, corrections);
       for (; i + 8 <= q.pixels; i += 8) block<8, V>(q, panel, row, i, corrections);
       if (q.pixels - i >= 4) block<4, V>(q, panel, row, i, corrections), i += 4;
       if (q.pixels - i >= 2) block<2, V>(q, panel, row, i, corrections), i += 2;

@@ -10,8 +10,8 @@ constexpr int64_t kTileRows = 8, kTilePixels = 32;  // TILE of sana_kernels/conv
 
 static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// A tile of the result, of at most 8 rows x 32 pixels, or some side by side; of phases, the rows and pixels of x that they
-// come of.
+// A tile of the result, of at most 8 rows x 32 pixels, or some side by side; of phases, the rows and pixels of x that
+// they come of.
 struct Tile {
   int64_t image, row, pixel, rows, pixels;
 };
@@ -28,7 +28,7 @@ struct Layout {
   int64_t panel;   // bytes of the weights of 16 columns of a phase
   int64_t group;   // rows of the result that are computed at a time
   int64_t groups;  // whose sums there is room for
-  int64_t memory;  // bytes: window, sums of the groups, a row of x and one of the result as floats, the products' buffer
+  int64_t memory;  // bytes: window, sums of the groups, a pixel of x and one of the result, the products' buffer
 
   int64_t group_sums() const { return group * kTilePixels * sums; }
 };
@@ -69,7 +69,9 @@ struct Products {
   char* buffer;   // Conv2dKernels::buffer bytes for each byte of K
 
   // What pixel `pixel` of row `row` sees, and where its sums go.
-  const char* x(int64_t row, int64_t pixel) const { return window + stride * (row * layout.row + pixel * layout.pixel); }
+  const char* x(int64_t row, int64_t pixel) const {
+    return window + stride * (row * layout.row + pixel * layout.pixel);
+  }
   float* to(int64_t row, int64_t pixel) const { return sums + (row * kTilePixels + pixel) * layout.sums; }
 };
 

@@ -42,8 +42,8 @@ struct Corrections {
   }
 };
 
-// Brings what a tile sees into the window: normalised, quantised where the weights are (then it returns the tile's scale,
-// else 1), with zeros around the image. E: the type of x.
+// Brings what a tile sees into the window: normalised, quantised where the weights are (then it returns the tile's
+// scale, else 1), with zeros around the image. E: the type of x.
 template <class E>
 class Gather {
  public:
@@ -164,7 +164,9 @@ class Epilogue {
  private:
   // Channel n of phase 2 dy + dx gets channel (4 n + phase) / repeats of x.
   void shortcut(const T* x, int phase) {
-    const auto widen = [&](int64_t n, int64_t c) { row_[n] = sizeof(T) == 4 ? float(x[c]) : bf16_to_float(uint16_t(x[c])); };
+    const auto widen = [&](int64_t n, int64_t c) {
+      row_[n] = sizeof(T) == 4 ? float(x[c]) : bf16_to_float(uint16_t(x[c]));
+    };
     const int64_t N = p_.N, repeats = 4 * N / p_.C, offset = phase / 2;
     if (repeats == 4)
       for (int64_t n = 0; n < N; ++n) widen(n, n);
@@ -253,8 +255,9 @@ void tiles_narrow(const Conv2d& p, const Layout& l, const Tile& tiles, char* mem
 
 template <template <class> class Multiply, class Float, class BFloat16, class Int8>
 void tiles_any(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
-  if (p.dtype != DType::f32 || p.weight_scale != nullptr) return tiles_narrow<Multiply, BFloat16, Int8>(p, l, tiles, memory);
-  tiles_of<F32, Multiply<Float>>(p, l, tiles, memory);
+  const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
+  if (floats) return tiles_of<F32, Multiply<Float>>(p, l, tiles, memory);
+  tiles_narrow<Multiply, BFloat16, Int8>(p, l, tiles, memory);
 }
 
 }  // namespace

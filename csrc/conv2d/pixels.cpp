@@ -5,7 +5,7 @@
 //
 // multi_scale: k x k depthwise, then D x D products in groups of D channels, for 32 pixels and one group at a time: the
 // 32 D floats between the two (4 KB) never leave the first-level cache. FLOPs: 2 (k^2 + D) per element; at k = 5 and
-// D = 32 in bf16 that is 28 per byte. Bound: loads of x and of the taps, two for each multiply-add of the depthwise half.
+// D = 32 in bf16 that is 28 per byte. Bound: loads of x and of the taps, two for each multiply-add of the first half.
 // All of it is 0.2 % of the decoder's work.
 #include <algorithm>
 #include <atomic>

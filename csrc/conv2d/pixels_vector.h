@@ -58,10 +58,14 @@ void multi_scale_pixels(const MultiScale& p, int64_t image, int64_t row, int64_t
       const float* y = memory + (pixel - first) * D;
       const int64_t index = ((image * (p.band.last - p.band.first) + row - p.band.first) * p.width + pixel) * C + group;
       for_vectors(D, [&](int64_t c, Lanes lanes) {
-        Vec sums[4] = {set1(0), set1(0), set1(0), set1(0)};
-        for (int64_t d = 0; d < D; ++d)
-          sums[d % 4] = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), sums[d % 4]);
-        E::store(static_cast<T*>(p.out) + index + c, lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+        Vec even = set1(0), odd = set1(0);
+        int64_t d = 0;
+        for (; d + 2 <= D; d += 2) {
+          even = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), even);
+          odd = fmadd(set1(y[d + 1]), F32::load(weight + (d + 1) * D + c, lanes), odd);
+        }
+        if (d < D) even = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), even);
+        E::store(static_cast<T*>(p.out) + index + c, lanes, even + odd);
       });
     }
   }
