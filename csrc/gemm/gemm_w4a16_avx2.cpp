@@ -18,14 +18,7 @@ inline void unpack(const uint8_t* nibbles, Vec& even, Vec& odd) {
 #include "gemm/gemm_w4a16_vector.h"
 
 namespace sana {
-namespace {
 
-int64_t row_bytes(const GemmW4A16& p) { return padded_k(p) * 4; }
-
-void arrange(const GemmW4A16& p, int64_t row, void* to) { arrange_floats(p, row, static_cast<float*>(to)); }
-
-}  // namespace
-
-const GemmW4A16Kernels gemm_w4a16_avx2 = {row_bytes, arrange, block_of<FloatStep>};
+const GemmW4A16Kernels gemm_w4a16_avx2 = {row_bytes<FloatStep>, arrange_floats, block_of<FloatStep>};
 
 }  // namespace sana

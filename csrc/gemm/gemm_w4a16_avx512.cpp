@@ -35,10 +35,10 @@ namespace {
 
 bool in_pairs(const GemmW4A16& p) { return p.x_dtype == DType::bf16; }
 
-int64_t row_bytes(const GemmW4A16& p) { return padded_k(p) * (in_pairs(p) ? 2 : 4); }
+int64_t bytes_of_row(const GemmW4A16& p) { return in_pairs(p) ? row_bytes<PairStep>(p) : row_bytes<FloatStep>(p); }
 
 void arrange(const GemmW4A16& p, int64_t row, void* to) {
-  if (!in_pairs(p)) return arrange_floats(p, row, static_cast<float*>(to));
+  if (!in_pairs(p)) return arrange_floats(p, row, to);
   const uint16_t* x = reinterpret_cast<const uint16_t*>(row_of(p, row));
   split_even_odd<PairStep>(x, p.gemm.K, padded_k(p), static_cast<uint16_t*>(to));
 }
@@ -49,6 +49,6 @@ void block(const GemmW4A16& p, const Block& block, const char* x, char* panel, f
 
 }  // namespace
 
-const GemmW4A16Kernels gemm_w4a16_avx512 = {row_bytes, arrange, block};
+const GemmW4A16Kernels gemm_w4a16_avx512 = {bytes_of_row, arrange, block};
 
 }  // namespace sana

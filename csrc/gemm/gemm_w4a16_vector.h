@@ -1,5 +1,5 @@
 // The product with 4-bit weights on vectors of neighbours along K; gemm_w4a16.cpp tells the algorithm. Include
-// common/avx512.h or common/avx2.h first, and define for each Step that is used (common/steps.h)
+// common/avx512.h, avx2.h or portable.h first, and define for each Step that is used (common/steps.h)
 //     void unpack(const uint8_t* nibbles, Step::Vector& even, Step::Vector& odd)
 // which makes two vectors of the kLanes * Step::kNumbers bytes at `nibbles`.
 #pragma once
@@ -21,6 +21,11 @@ constexpr int kBytes = kLanes * Step::kNumbers;  // of nibbles that make two vec
 template <class Step>
 int64_t units(const GemmW4A16& p) {
   return padded_k(p) / Step::kNumbers;
+}
+
+template <class Step>
+int64_t row_bytes(const GemmW4A16& p) {
+  return 4 * units<Step>(p);
 }
 
 // K numbers and zeros, of each 2 kBytes the even ones first.
@@ -150,7 +155,8 @@ inline const char* row_of(const GemmW4A16& p, int64_t row) {
 }
 
 // A row of any dtype, as floats.
-inline void arrange_floats(const GemmW4A16& p, int64_t row, float* to) {
+inline void arrange_floats(const GemmW4A16& p, int64_t row, void* arranged) {
+  float* const to = static_cast<float*>(arranged);
   const int64_t K = p.gemm.K, chunk = 2 * kBytes<FloatStep>;
   for (int64_t k = 0; k < padded_k(p); k += chunk) {
     float wide[2 * kBytes<FloatStep>] = {};
