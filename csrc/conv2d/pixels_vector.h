@@ -58,14 +58,13 @@ void multi_scale_pixels(const MultiScale& p, int64_t image, int64_t row, int64_t
       const float* y = memory + (pixel - first) * D;
       const int64_t index = ((image * (p.band.last - p.band.first) + row - p.band.first) * p.width + pixel) * C + group;
       for_vectors(D, [&](int64_t c, Lanes lanes) {
-        Vec even = set1(0), odd = set1(0);
+        Vec sums[4] = {set1(0), set1(0), set1(0), set1(0)};
+        const auto add = [&](int64_t d, Vec& sum) { sum = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), sum); };
         int64_t d = 0;
-        for (; d + 2 <= D; d += 2) {
-          even = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), even);
-          odd = fmadd(set1(y[d + 1]), F32::load(weight + (d + 1) * D + c, lanes), odd);
-        }
-        if (d < D) even = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), even);
-        E::store(static_cast<T*>(p.out) + index + c, lanes, even + odd);
+        for (; d + 4 <= D; d += 4)
+          for (int i = 0; i < 4; ++i) add(d + i, sums[i]);
+        for (; d < D; ++d) add(d, sums[0]);
+        E::store(static_cast<T*>(p.out) + index + c, lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
       });
     }
   }
