@@ -59,7 +59,7 @@ void multi_scale_pixels(const MultiScale& p, int64_t image, int64_t row, int64_t
       const int64_t index = ((image * (p.band.last - p.band.first) + row - p.band.first) * p.width + pixel) * C + group;
       for_vectors(D, [&](int64_t c, Lanes lanes) {
         Vec sums[4] = {set1(0), set1(0), set1(0), set1(0)};
-        const auto add = [&](int64_t d, Vec& sum) { sum = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), sum); };
+        const auto add = [&](int64_t d, Vec& s) { s = fmadd(set1(y[d]), F32::load(weight + d * D + c, lanes), s); };
         int64_t d = 0;
         for (; d + 4 <= D; d += 4)
           for (int i = 0; i < 4; ++i) add(d + i, sums[i]);
