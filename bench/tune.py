@@ -3,8 +3,8 @@
 For a matrix product the table wants speeds, not a winner per shape: each tile of a grid is timed on a product that keeps the
 whole chip busy, and of each tile's settings (k, warps, stages) the fastest stays. For `linear_attention_from` the fastest
 tile on SANA's shape stays. Every op in every dtype is a part of its own, of at most 60 kernels to compile, a second or two
-each. Nothing is applied: whoever has looked at the proposals merges them (`--merge`), copies the result over the table, and has
-`python -m sana_bench.resources_triton` check that no kernel spills in it.
+each. Nothing is applied: whoever has looked at the proposals merges them (`--merge`), copies the result over the table, and
+has `python -m sana_bench.resources_triton` check that no kernel spills in it.
 """
 
 import importlib

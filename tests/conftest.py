@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,25 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 # The default of this Triton setting changes between releases, and with it the last bits of every kernel.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+HERE = Path(__file__).parent
+ORACLES = ("diffusers", "transformers")  # code that others wrote, which whole files of tests compare ours with
+
+
+def _importing(names: list[str]) -> list[str]:
+    """The files of tests that import one of these modules before any test runs."""
+    imports = re.compile(rf"^(from|import) ({'|'.join(names)})\b", re.MULTILINE)
+    return [path.name for path in HERE.glob("test_*.py") if names and imports.search(path.read_text())]
+
+
+missing = [name for name in ORACLES if importlib.util.find_spec(name) is None]
+collect_ignore = _importing(missing + [name.removesuffix(".py") for name in _importing(missing)])
+"""Files that cannot be imported here, such as on a GPU machine that has PyTorch and little else."""
+
+
+def pytest_report_header() -> list[str]:
+    return [f"without {', '.join(missing)}, left out: {', '.join(sorted(collect_ignore))}"] if missing else []
 
 
 def load_extension(path: str, name: str):

@@ -9,10 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, assert_kernel, relative_rms
-from diffusers.models.attention_processor import SanaMultiscaleAttentionProjection
-from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d
-from diffusers.models.autoencoders.autoencoder_dc import ResBlock as DiffusersResBlock
-from diffusers.models.normalization import RMSNorm
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
@@ -25,6 +21,11 @@ VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
 CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
 FLOATS = (torch.float32, torch.bfloat16)
 PRECISIONS = ("fp32", "bf16", "w8a8")  # of the products; W8A8 between activations of bf16
+
+
+def of_diffusers(module: str, name: str) -> type:
+    """A class of diffusers' models. Skips the test where diffusers is not installed."""
+    return getattr(pytest.importorskip(f"diffusers.models.{module}"), name)
 
 
 def compute(variant: str, op: str, *args, **kwargs) -> torch.Tensor:
@@ -59,7 +60,7 @@ def test_rms_norm_against_fp64(variant, dtype, shape):
 
 def test_rms_norm_is_that_of_diffusers():
     x, weight, bias, _ = norm_inputs((2, 5, 3, 128), torch.float32, False)
-    theirs = RMSNorm(128, eps=1e-5, elementwise_affine=True, bias=True)
+    theirs = of_diffusers("normalization", "RMSNorm")(128, eps=1e-5, elementwise_affine=True, bias=True)
     theirs.load_state_dict({"weight": weight, "bias": bias})
     assert_close(sana_kernels.rms_norm(x, weight, bias, backend="reference"), theirs(x), of_rms=1e-5)
 
@@ -71,7 +72,8 @@ def upsample_inputs(B: int, H: int, W: int, channels: int, C: int, dtype: torch.
 
 
 def diffusers_upsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    block = DCUpBlock2d(x.shape[3], weight.shape[0], interpolate=True, shortcut=True).to(x.dtype)
+    cls = of_diffusers("autoencoders.autoencoder_dc", "DCUpBlock2d")
+    block = cls(x.shape[3], weight.shape[0], interpolate=True, shortcut=True).to(x.dtype)
     block.load_state_dict({"conv.weight": weight, "conv.bias": bias})
     return block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach()
 
@@ -115,7 +117,8 @@ def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
     phases, biases = phases.to(dtype), biases.to(dtype)
     y = compute(variant, "upsample", x, phases, biases)
     same = sana_kernels.upsample(x, phases, biases, backend="reference")
-    block = DCUpBlock2d(channels, C, interpolate=False, shortcut=True).double()
+    cls = of_diffusers("autoencoders.autoencoder_dc", "DCUpBlock2d")
+    block = cls(channels, C, interpolate=False, shortcut=True).double()
     order = torch.arange(4 * C).view(4, C).t().flatten()  # PyTorch's pixel shuffle has the phases innermost
     block.load_state_dict({"conv.weight": phases[order].double(), "conv.bias": biases[order].double()})
     assert_kernel(y, same, block(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach())
@@ -222,7 +225,8 @@ def test_w8a8_between_floats(variant, case):
 
 
 def test_a_resblock_is_that_of_diffusers():
-    theirs = DiffusersResBlock(32, 32, norm_type="rms_norm", act_fn="silu")
+    block = of_diffusers("autoencoders.autoencoder_dc", "ResBlock")
+    theirs = block(32, 32, norm_type="rms_norm", act_fn="silu")
     x, weight, bias = signed(2, 9, 5, 32), signed(32), torch.randn(32)
     theirs.norm.load_state_dict({"weight": weight, "bias": bias})
     y = sana_kernels.conv2d(x, theirs.conv1.weight, theirs.conv1.bias, activation="silu", backend="reference")
@@ -383,8 +387,9 @@ def test_a_nan_reaches_whatever_sees_it(variant, precision):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("variant", CPU)
 def test_multi_scale_against_fp64_and_diffusers(variant, dtype):
+    projection = of_diffusers("attention_processor", "SanaMultiscaleAttentionProjection")
     for B, H, W, C, kernel in ((1, 1, 1, 32, 5), (2, 7, 33, 96, 5), (1, 33, 7, 64, 3)):
-        theirs = SanaMultiscaleAttentionProjection(C // 3, C // 96, kernel) if C % 96 == 0 else None
+        theirs = projection(C // 3, C // 96, kernel) if C % 96 == 0 else None
         x, depthwise = signed(B, H, W, C, dtype=dtype), torch.randn(C, 1, kernel, kernel).to(dtype) / kernel
         grouped = torch.randn(C, 32, 1, 1).to(dtype) / 6
         y = compute(variant, "multi_scale", x, depthwise, grouped)

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import assert_kernel, relative_rms
-from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0, SanaMultiscaleLinearAttention
-from diffusers.models.normalization import RMSNorm
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
@@ -108,8 +106,10 @@ def test_the_comparison_notices(dtype, mistake):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=str)
 def test_against_the_dit_of_diffusers(dtype, limit, normed):
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    normalization = pytest.importorskip("diffusers.models.normalization")
     q, k, v, q_norm, k_norm, norm_eps, eps = Case(2, 77, 3, 32, norm="same").make(dtype)
-    norms = [RMSNorm(96, norm_eps).to(dtype) for _ in range(2)]
+    norms = [normalization.RMSNorm(96, norm_eps).to(dtype) for _ in range(2)]
     for norm, weight in zip(norms, (q_norm, k_norm), strict=True):
         norm.weight.data.copy_(weight)
     if not normed:
@@ -119,17 +119,17 @@ def test_against_the_dit_of_diffusers(dtype, limit, normed):
         to_q=lambda _: q.flatten(2), to_k=lambda _: k.flatten(2), to_v=lambda _: v.flatten(2),
         norm_q=norms[0], norm_k=norms[1], heads=3, to_out=[lambda x: x, lambda x: x],
     )  # fmt: skip
-    theirs = SanaLinearAttnProcessor2_0()(attn, torch.empty(0, dtype=dtype)).unflatten(2, (3, 32))
+    theirs = attention.SanaLinearAttnProcessor2_0()(attn, torch.empty(0, dtype=dtype)).unflatten(2, (3, 32))
     ours = reference(q, k, v, q_norm, k_norm, norm_eps, eps)
     assert relative_rms(ours, theirs) <= limit
     assert_kernel(ours, theirs, reference(*double(q, k, v, q_norm, k_norm, norm_eps, eps)))
 
 
 def test_against_the_autoencoder_of_diffusers():
+    attention = pytest.importorskip("diffusers.models.attention_processor")
     q, k, v, *_ = Case(2, 45, 4, 32, "dcae").make(torch.float32)
-    theirs = SanaMultiscaleLinearAttention(64, 64, attention_head_dim=32, norm_type="rms_norm").apply_linear_attention(
-        *(x.permute(0, 2, 3, 1) for x in (q.relu(), k.relu(), v))
-    )
+    module = attention.SanaMultiscaleLinearAttention(64, 64, attention_head_dim=32, norm_type="rms_norm")
+    theirs = module.apply_linear_attention(*(x.permute(0, 2, 3, 1) for x in (q.relu(), k.relu(), v)))
     ours = reference(q, k, v)
     assert relative_rms(ours, theirs.permute(0, 3, 1, 2)) <= 1e-6
     assert_kernel(ours, theirs.permute(0, 3, 1, 2), reference(*double(q, k, v)))

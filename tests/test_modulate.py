@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_kernel, assert_quantized, relative_rms
-from diffusers.models.transformers.sana_transformer import SanaModulatedNorm
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
@@ -122,9 +121,10 @@ def test_the_comparison_notices_a_rounding_before_quantisation():
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.0), (torch.bfloat16, 1e-3)], ids=str)
 def test_against_the_head_of_diffusers(dtype, limit):
+    transformer = pytest.importorskip("diffusers.models.transformers.sana_transformer")
     x, _, table = Case(2, 40, 1152).make(dtype)
     temb, rows = table[:, 0], table[0, 1:3]
-    theirs = SanaModulatedNorm(1152)(x, temb, rows)
+    theirs = transformer.SanaModulatedNorm(1152)(x, temb, rows)
     shift, scale = (rows + temb[:, None]).unbind(1)
     assert relative_rms(reference.modulate(x, shift, scale), theirs) <= limit
 
