@@ -15,8 +15,8 @@
 // threads, give the same bytes.
 //
 // FLOPs: 18 C N per pixel (32 C N for the four of an upsampling). Bytes: x 1.33 times, most of it from the last cache,
-// the residual and the result once. Bound: the multiply unit. 16 sums take K / 4 cycles of products in bf16 and K / 8 in
-// int8 with two units of 512 bits; beside them, gather and epilogue are 5 to 17 % of the time.
+// the residual and the result once. Bound: the multiply unit. 16 sums take K / 4 cycles of products in bf16 and K / 8
+// in int8 with two units of 512 bits; beside them, gather and epilogue are 5 to 17 % of the time.
 // Measured: bench/notes/decoder.md.
 #include "conv2d/conv2d.h"
 
