@@ -175,7 +175,9 @@ SMALLER = (
 )
 
 
-@pytest.mark.parametrize(("capability", "accepted"), [((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False)])
+@pytest.mark.parametrize(
+    ("capability", "accepted"), [((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False)]
+)
 def test_w4a4_is_for_gpus_that_multiply_4_bits(monkeypatch, capability, accepted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)

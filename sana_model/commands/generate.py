@@ -20,7 +20,17 @@ from sana_model.plan import PIPELINES
 from sana_model.png import SOFTWARE, Metadata, read_metadata, setting, write_png
 
 NAMED = ("model", "base", "decoder")
-MODEL_FLAGS = (*NAMED, "backend", "precision", "text_precision", "decoder_precision", "dialect", "device", "exact", "lora")
+MODEL_FLAGS = (
+    *NAMED,
+    "backend",
+    "precision",
+    "text_precision",
+    "decoder_precision",
+    "dialect",
+    "device",
+    "exact",
+    "lora",
+)
 PICTURE_FLAGS = (
     "prompt", "steps", "guidance", "seed", "negative_prompt", "num_images", "sampler", "pag_scale", "guidance_interval",
     "binning", "tiled",
