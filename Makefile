@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= a 3d render of a fox on a teal background
 OUT ?= out.png
-PAGES := README.md docs/sana-tiny.md
+PAGES := README.md docs/sana-tiny.md docs/quantisation.md
 
 .PHONY: install paint test asan ci lint format wheel bench gpu gpu-more readme clean
 .DEFAULT_GOAL := install
