@@ -188,6 +188,7 @@ def _folder(folder: Path, name: str, label: str) -> Source:
     ours_file = folder / "sana.json"
     ours = configs.read_json(ours_file) if ours_file.exists() else {}
     config = defaults.read_sana_json(ours, ours_file, config)
+    headers = [header for part in ("dit", "text") if (header := header_in(folder / FOLDERS[part])) is not None]
 
     def opener(part: str) -> Open:
         def open_part(config: ModelConfig, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
@@ -199,7 +200,8 @@ def _folder(folder: Path, name: str, label: str) -> Source:
             if QUANTIZED_FILE in names:
                 name = "text_encoder" if part == "text" else part
                 return open_quantized(place, name, partial(_empty, part, config), dtype)
-            if ours.get("random") and not any(name.endswith(".safetensors") for name in names):
+            if headers and ours.get("random") and not any(name.endswith(".safetensors") for name in names):
+                # A quantised random model: what was not quantised is as well drawn again as stored.
                 return _random(config).open[part](config, dtype)
             checkpoint = open_safetensors([place / name for name in choose_weights(names, dtype, str(place))])
             return _reader(part, config, checkpoint, dtype)
@@ -207,7 +209,6 @@ def _folder(folder: Path, name: str, label: str) -> Source:
         return open_part
 
     openers = {part: opener(part) for part in PARTS}
-    headers = filter(None, (header_in(folder / FOLDERS[part]) for part in ("dit", "text")))
     return Source(
         config, label, ours.get("random", False), openers, folder / "tokenizer", folder, ours.get("precision"),
         {header.part: header for header in headers},
