@@ -21,11 +21,11 @@ from sana_bench import gemma
 from sana_bench.check import sqnr
 from sana_bench.harness import Results
 from sana_kernels.quant import formats
-from sana_model.awq import scale_text_encoder
+from sana_model.awq import NORMS, scale_text_encoder
 from sana_model.errors import UserError
 from sana_model.packed import PackedLinear, pack_linear_layers
 from sana_model.quantized import replace_layer
-from sana_model.text_encoder import RMSNorm, TextEncoder
+from sana_model.text_encoder import TextEncoder
 
 TEXT = Path(__file__).parent / "text.txt"
 PROMPTS = Path(sana_model.__file__).parent / "calibration_prompts.txt"
@@ -48,13 +48,10 @@ def variant(original: TextEncoder, run: str, ids: Tensor, lengths: Tensor) -> Te
         if isinstance(layer, nn.Linear):
             rows = formats.quantize_int4(layer.weight, group=size, scale_dtype=torch.bfloat16)
             replace_layer(encoder.layers, name, PackedLinear(rows, None, layer.in_features, "cpu"))
-    gains = [module for module in encoder.modules() if isinstance(module, RMSNorm)]
-    kept = [module.weight for module in gains]
-    encoder.bfloat16()
-    for module, weight in zip(
-        gains, kept, strict=True
-    ):  # 1 + weight may be small, where bf16 would round it to nothing
-        module.weight = weight
+    kept = {name: weight.clone() for name, weight in encoder.named_parameters() if name.endswith(NORMS)}
+    encoder.bfloat16()  # in place: what it casts are the parameters themselves
+    for name, weight in kept.items():
+        encoder.get_parameter(name).data = weight
     return encoder
 
 

@@ -5,7 +5,8 @@
     RMSNorm ──► gate, up           its weight
     up ───────► down               rows of up: gelu(gate) · up is linear in it
 
-In exact arithmetic the network computes what it did before.
+In exact arithmetic the network computes what it did before. Norms that absorb a scale (NORMS) hold fp32 from then on: where
+s is large, w comes near to -1, and 16 bits would keep little of 1 + w.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sana_kernels.quant.awq import awq_scale
-from sana_model.text_encoder import Block, TextEncoder
+from sana_model.text_encoder import Block, RMSNorm, TextEncoder
 
 READ = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 """The layers of a block whose inputs `scale_block` looks at; the others read the same as one of these."""
+
+NORMS = ("input_layernorm.weight", "pre_feedforward_layernorm.weight")
+"""How the names end of the parameters that stay in fp32, in checkpoints and in memory."""
 
 
 @torch.no_grad()
@@ -30,7 +34,7 @@ def scale_block(block: Block, inputs: Mapping[str, Tensor], rounded: Callable[[T
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     scale = awq_scale(q, [layer.weight for layer in qkv], rounded)
     _multiply(scale, *qkv)
-    _divide_norm(block.input_layernorm.weight, scale)
+    _divide_norm(block.input_layernorm, scale)
 
     shared = o.abs().mean(0).view(heads).mean(1, keepdim=True)  # (kv_heads, 1, D)
     scale = awq_scale(o, [attention.o_proj.weight], rounded, shared.expand(heads).flatten())
@@ -39,7 +43,7 @@ def scale_block(block: Block, inputs: Mapping[str, Tensor], rounded: Callable[[T
 
     scale = awq_scale(gate, [mlp.gate_proj.weight, mlp.up_proj.weight], rounded)
     _multiply(scale, mlp.gate_proj, mlp.up_proj)
-    _divide_norm(block.pre_feedforward_layernorm.weight, scale)
+    _divide_norm(block.pre_feedforward_layernorm, scale)
 
     scale = awq_scale(down, [mlp.down_proj.weight], rounded)
     _multiply(scale, mlp.down_proj)
@@ -78,5 +82,5 @@ def _divide_rows(layer: nn.Linear, scale: Tensor) -> None:
     layer.weight.copy_(layer.weight.float() / scale[:, None])
 
 
-def _divide_norm(weight: Tensor, scale: Tensor) -> None:
-    weight.copy_((1 + weight.float()) / scale - 1)
+def _divide_norm(norm: RMSNorm, scale: Tensor) -> None:
+    norm.weight = nn.Parameter((1 + norm.weight.float()) / scale - 1, requires_grad=False)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import sana_kernels
 from sana_kernels import Quantized
 from sana_kernels.gemm import PACKED, pack, unpack
+from sana_kernels.gemm.int4_reference import finish
 from sana_kernels.gemm.reference import STEP
 from sana_kernels.quant.formats import EIGHT_BITS, Int4
 from sana_kernels.quant.layer import QuantizedLayer
@@ -146,12 +147,12 @@ def linear(
         return layer.exact(x, silu, gate, residual)
     weight, bias = layer.weight, layer.bias
     branch, factor, fine = (getattr(layer, name, None) for name in ("branch", "factor", "fine"))
-    if silu and (branch is not None or fine is not None):  # which are added before it
-        return F.silu(linear(ops, x, layer), inplace=True)
     epilogue = {"silu": silu, "gate": gate, "residual": residual}
     if isinstance(weight, Int4) and layer.four_bit:
         low = {} if branch is None else {"low": ops.gemm(x, branch.down), "up": branch.up}
         return ops.gemm_w4a4(ops.quantize_int4(x, layer.smooth), weight, bias, **low, **epilogue, dtype=x.dtype)
+    if silu and (branch is not None or fine is not None):  # which are added before it
+        return finish(F.silu(linear(ops, x, layer), inplace=True), None, False, gate, residual, x.dtype)
     if branch is not None:
         epilogue["residual"] = ops.gemm(ops.gemm(x, branch.down), branch.up, gate=gate, residual=residual)
     dtype = None

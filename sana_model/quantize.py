@@ -245,8 +245,9 @@ def _quantize_part(
     # Random weights are drawn in what `sana generate` draws them in; others are read as they are stored.
     dtype = torch.bfloat16 if _is_drawn(job, source) else None
     network = source.open[part](source.config, dtype)(prepare)
+    wide = awq.NORMS if job.method(part) == "awq" else ()
     finished.plain = {
-        name: tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+        name: tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 and not name.endswith(wide) else tensor
         for name, tensor in network.state_dict().items()
     }
     return finished

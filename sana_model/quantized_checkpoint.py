@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sana_kernels.quant.checkpoint import FILE, Checkpoint, CheckpointError, Header, load, read_header
+from sana_model import awq
 from sana_model.checkpoint import Prepare, block_of
 from sana_model.errors import UserError
 from sana_model.quantized import QuantizedLinear, replace_layer
@@ -33,7 +34,8 @@ def open_quantized(
 ) -> Callable[[Prepare | None], nn.Module]:
     """Check the quantised `part` ("dit" or "text_encoder") in a folder; what is returned reads it.
 
-    `empty` makes the network on the meta device. Parameters that are not quantised are cast to `dtype` (None: as stored).
+    `empty` makes the network on the meta device. Parameters that are not quantised are cast to `dtype` (None: as stored);
+    norms that AWQ scaled stay in fp32.
     Raises UserError for a file that is damaged or of another network.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in empty().state_dict().items()}
@@ -54,11 +56,14 @@ def open_quantized(
 def _fill(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, prepare: Prepare | None) -> nn.Module:
     """As `sana_model.checkpoint.fill`: no more than one block is ever held twice."""
     quantized = checkpoint.header.layers
+    wide = awq.NORMS if checkpoint.header.method == "awq" else ()
     for block, group in itertools.groupby(list(module.state_dict()), key=block_of):
         names = list(group)
         layers = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in quantized]
         plain = {name: checkpoint.tensor(name) for name in names if name.removesuffix(".weight") not in quantized}
-        plain = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in plain.items()}
+        plain = {
+            name: tensor if dtype is None or name.endswith(wide) else tensor.to(dtype) for name, tensor in plain.items()
+        }
         module.load_state_dict(plain, strict=False, assign=True)
         for name in layers:
             bias = module.get_submodule(name).bias

@@ -149,6 +149,12 @@ def test_awq_scales_the_text_encoder(tmp_path):
     exact = states(saved)
     rtn, scaled = (relative_rms(states(tmp_path / name), exact) for name in ("rtn", "awq"))
     assert scaled < 0.9 * rtn, (rtn, scaled)
+    # 1 + weight of a norm that absorbed a scale may be small: the weight stays in fp32, in the file and in memory.
+    found = load_model(tmp_path / "awq", parts=("text",), text_precision=torch.bfloat16).text_encoder
+    for block in found.layers:
+        for norm in (block.input_layernorm, block.pre_feedforward_layernorm):
+            assert norm.weight.dtype == torch.float32 and not torch.equal(norm.weight, norm.weight.bfloat16().float())
+        assert block.post_attention_layernorm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

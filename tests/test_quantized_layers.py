@@ -129,18 +129,18 @@ def test_padding_rows_and_groups_of_zeros_have_no_spread():
     assert sqnr(first.values[6] * first.scale[6], nvfp4.dequantized()[6]) > 35
 
 
-@pytest.mark.parametrize("epilogue", ["none", "residual", "gate", "silu"])
+@pytest.mark.parametrize("epilogue", ["none", "residual", "gate", "silu", "gate and silu"])
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_smoothing_and_branch_beside_the_product(backend, smooth, epilogue):
     """Against the layer as it is stored, whose weights and activations are W8A8, so that nothing but rounding differs."""
     layer = stored("w8a8", smooth, RANK)
     x, given = signed(2, 33, K, dtype=torch.bfloat16), {}
-    if epilogue in ("residual", "gate"):
+    if epilogue in ("residual", "gate", "gate and silu"):
         given["residual"] = torch.randn(2, 33, N).bfloat16()
-    if epilogue == "gate":
+    if "gate" in epilogue:
         given["gate"] = torch.randn(2, N)
-    given["silu"] = epilogue == "silu"
+    given["silu"] = "silu" in epilogue
     executed = PackedLinear.executing(layer, "w8a8", backend, backend)
     found = linear(ops_on(backend), x, executed, **given)
     wanted = layer.exact(x.float(), **given | {"residual": given.get("residual", torch.zeros(())).float()})
@@ -159,6 +159,8 @@ def test_int4_kernels_are_given_what_is_stored(branch):
         assert isinstance(executed.weight, Int4) and not is_plain(executed) and rows_for(executed) is None
         assert torch.equal(dequantize_int4(executed.weight)[:, :K], layer.stored.dequantized())
         assert relative_rms(executed(x), layer.exact(x.float())) < 1e-2
+        y = linear(ops_on("reference"), x, executed, silu=True)  # after the branch is added
+        assert relative_rms(y, layer.exact(x.float(), silu=True)) < 1e-2
 
 
 def test_sixteen_bit_execution_of_weights_that_no_kernel_multiplies():

@@ -19,7 +19,8 @@ The metadata of the file has "format": "pt" and, under "sana_quantization", this
     part          "dit" | "text_encoder"
     model         the name of the model it was made from, for people
     precision     what was asked for: "w8a8" | "w4a8" | "w4a4" | "w4a16"
-    method        "rtn" | "gptq" | "smooth" | "smooth+gptq" | "svdquant" | "svdquant+gptq" | "awq", for people
+    method        "rtn" | "gptq" | "smooth" | "smooth+gptq" | "svdquant" | "svdquant+gptq" | "awq" (of which readers
+                  need to know that norms which absorbed a scale are fp32, and stay so)
     source        sha256 of the weights it was made from (`sana_model.quantize.fingerprint`)
     calibration   null, or {"prompts": sha256 of the list, "samples": int, "steps": int, "seed": int}
     layers        {<layer>: {"format", "activations", "shape": [N, K], "padded": Kp, "group": int, "rank": int,
