@@ -165,7 +165,7 @@ def _image(args: argparse.Namespace) -> int:
     from sana_bench import report
     from sana_bench.harness import peaks
     from sana_bench.image import ImageBench, Workload
-    from sana_bench.runs import PARTS
+    from sana_bench.weights import PARTS
     from sana_model import memory
     from sana_model.plan import dtype_name
     from sana_model.settings import PRECISIONS
@@ -323,7 +323,7 @@ def _quality(args: argparse.Namespace) -> int:
 
 def _run_names(text: str, device) -> list:
     """The runs that --runs names, each once, with the backend that `auto` stands for."""
-    from sana_bench.runs import RunName
+    from sana_bench.weights import RunName
     from sana_model.plan import choose_backend
 
     auto = choose_backend("auto", device)

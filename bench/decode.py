@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sana_bench import check, openvino, work
-from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
+from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, statistics_ms
 from sana_bench.metrics import psnr, to_bytes
-from sana_bench.runs import BASELINES, RunName, Weights, count
+from sana_bench.outcome import Outcome, add_speedups
+from sana_bench.weights import RunName, Weights, count
 from sana_model import memory
 from sana_model.errors import MissingError, UserError
 from sana_model.interop import diffusers_autoencoder
@@ -123,26 +124,17 @@ KINDS = {"diffusers": DiffusersDecoder, "openvino": OpenVINODecoder}
 
 
 @dataclass
-class Measured:
+class Measured(Outcome):
     """What is known of one run at one size."""
 
     name: RunName
     size: int
     decoder: OwnDecoder
-    status: str = "ok"
-    reason: str = ""
     check: dict = field(default_factory=dict)
     prepare_ms: float = 0.0
     rss: int = 0
     samples: list[float] = field(default_factory=list)  # ms
-    rejected: int = 0
-    unsteady: int = 0
     plan: dict = field(default_factory=dict)
-
-    def give_up(self, status: str, error: BaseException | str) -> None:
-        self.status, self.reason = status, str(error) or type(error).__name__
-        self.decoder.close()
-        free_memory()
 
 
 class DecodeBench:
@@ -213,9 +205,7 @@ class DecodeBench:
         for name, ms, verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
             measured = alive[name]
             self.say(f"{size} px, {name}: {ms:.0f} ms, {verdict}")
-            measured.rejected += verdict == "rejected"
-            measured.unsteady += verdict == "unsteady"
-            if verdict != "rejected":
+            if measured.count(verdict):
                 measured.samples.append(ms)
                 measured.plan = measured.decoder.plan()
                 self.results.replace(self.rows())
@@ -260,35 +250,15 @@ class DecodeBench:
         measured.check["oracle"] = "plain PyTorch" if measured.size <= LARGEST_WHOLE else "the CPU engine, in bands"
 
     def attempt(self, measured: Measured, action, *args):
-        """action(*args), or None where it can't be: out of memory, not here, or a crash in code that others wrote."""
-        try:
-            return action(*args)
-        except MissingError as error:
-            measured.give_up("not available", error)
-        except Exception as error:
-            if out_of_memory(error):
-                measured.give_up("out of memory", error)
-            elif measured.name.backend in BASELINES:
-                measured.give_up("error", error)
-            else:
-                raise
-        self.say(f"{measured.name}: {measured.status}: {measured.reason.splitlines()[0]}")
-        return None
+        """action(*args), or None where it can't be (`Outcome.attempt`)."""
+        return measured.attempt(measured.name, measured.decoder.close, self.say, action, *args)
 
     # ------------------------------------------------------------------------------------------ rows
 
     def rows(self) -> list[dict]:
         """Everything that is known by now."""
         rows = [row for measured in self.measured if (row := self.row(measured)) is not None]
-        for row in rows:
-            if row["status"] == "ok":
-                others = [other for other in rows if other["status"] == "ok" and other["workload"] == row["workload"]]
-                own, me = row["timing"]["ms"]["median"], f"{row['backend']}:{row['precision']}"
-                row["speedup"] = {
-                    name: other["timing"]["ms"]["median"] / own
-                    for other in others
-                    if (name := f"{other['backend']}:{other['precision']}") != me and other["backend"] in BASELINES
-                }
+        add_speedups(rows)
         return rows
 
     def row(self, measured: Measured) -> dict | None:

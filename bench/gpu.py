@@ -35,7 +35,7 @@ BUILD = ["-m", "pip", "--disable-pip-version-check", "install", "-v", "--no-buil
 GPU = "import torch; print(torch.cuda.get_device_name())"  # fails where torch sees none
 FACTS = """
 import json
-from sana_bench.runs import BASELINES
+from sana_bench.weights import BASELINES
 from sana_bench.tune import OPS as TUNED
 from sana_kernels.backend import OPS, backend_status
 from sana_model.settings import PRECISIONS

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sana_bench import check, work
-from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
+from sana_bench.harness import Clock, PeakMemory, Peaks, Results, interleave, statistics_ms
+from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.prompts import Prompts
-from sana_bench.runs import BASELINES, Moment, RunName, Weights, make
+from sana_bench.runs import make
 from sana_bench.schema import STAGES
+from sana_bench.weights import BASELINES, Moment, RunName, Weights
 from sana_model import scheduler
-from sana_model.errors import MissingError, UserError
 from sana_model.loaded import LoadedModel
 from sana_model.pipeline import Pipeline
 from sana_model.plan import dtype_name, resolve
@@ -41,26 +42,16 @@ class Workload:
 
 
 @dataclass
-class Measured:
+class Measured(Outcome):
     """What is known of one run."""
 
     run: object
-    status: str = "ok"
-    reason: str = ""
     first: dict[str, float] = field(default_factory=dict)  # stages of the first picture in ms, with prepare
     latents: Tensor | None = None  # of the first picture
     peak_rss: int = 0
     peak_allocated: int = 0  # on a GPU
     checks: list[check.Check] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)  # stages of each repetition in ms, with total
-    rejected: int = 0
-    unsteady: int = 0
-
-    def give_up(self, status: str, error: BaseException) -> None:
-        self.status, self.reason = status, str(error) or type(error).__name__
-        self.latents = None
-        self.run.close()
-        free_memory()
 
 
 class ImageBench:
@@ -98,22 +89,12 @@ class ImageBench:
         return self.results.document
 
     def attempt(self, measured: Measured, action, *args):
-        """action(*args), or None where it can't be: out of memory, not here, or a crash in code that others wrote."""
-        try:
-            return action(*args)
-        except MissingError as error:
-            measured.give_up(measured.run.missing, error)
-        except UserError as error:  # such as latents that overflow in fp16
-            measured.give_up("error", error)
-        except Exception as error:
-            if out_of_memory(error):
-                measured.give_up("out of memory", error)
-            elif measured.run.name.backend in BASELINES:
-                measured.give_up("error", error)
-            else:
-                raise
-        self.say(f"{measured.run.name}: {measured.status}: {measured.reason.splitlines()[0]}")
-        return None
+        """action(*args), or None where it can't be (`Outcome.attempt`)."""
+        run = measured.run
+        result = measured.attempt(run.name, run.close, self.say, action, *args, missing=run.missing)
+        if measured.status != "ok":
+            measured.latents = None
+        return result
 
     def settings(self, i: int) -> Settings:
         """Those of repetition i; -1 is the first picture."""
@@ -208,9 +189,7 @@ class ImageBench:
         for name, stages, verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
             measured = self.measured[name]
             self.say(f"{name}: {stages['total']:.0f} ms, {verdict}")
-            measured.rejected += verdict == "rejected"
-            measured.unsteady += verdict == "unsteady"
-            if verdict != "rejected":
+            if measured.count(verdict):
                 measured.samples.append(stages)
                 self.results.replace(self.rows())
 
@@ -219,19 +198,7 @@ class ImageBench:
     def rows(self) -> list[dict]:
         """Everything that is known by now."""
         rows = [row for measured in self.measured.values() for row in self.rows_of(measured)]
-        medians = {
-            (row["kind"], f"{row['backend']}:{row['precision']}"): row["timing"]["ms"]["median"]
-            for row in rows
-            if row["status"] == "ok"
-        }
-        for row in rows:
-            if row["status"] == "ok" and row["kind"] != "first_image":
-                own, me = row["timing"]["ms"]["median"], f"{row['backend']}:{row['precision']}"
-                row["speedup"] = {
-                    name: median / own
-                    for (kind, name), median in medians.items()
-                    if kind == row["kind"] and name != me and name.split(":")[0] in BASELINES
-                }
+        add_speedups(rows)
         return rows
 
     def rows_of(self, measured: Measured) -> list[dict]:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from sana_bench import check, efficientnet, metrics, published, reference
-from sana_bench.harness import Results, free_memory
-from sana_bench.image import ImageBench
-from sana_bench.runs import Moment, PipelineRun, RunName, Weights, make
+from sana_bench.harness import Results
+from sana_bench.outcome import Outcome
+from sana_bench.runs import PipelineRun, make
 from sana_bench.scorer import Scorer, Verdict, prompts_of_concepts
 from sana_bench.sheet import write_sheet
+from sana_bench.weights import Moment, RunName, Weights
 from sana_model import batch, scheduler
 from sana_model.dit import DiT
 from sana_model.errors import UserError
@@ -54,23 +55,16 @@ class Workload:
 
 
 @dataclass
-class Scores:
+class Scores(Outcome):
     """What is known of the pictures of one run."""
 
     name: RunName
     run: object | None  # None: the fp32 original
-    status: str = "ok"
-    reason: str = ""
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # figure → one per picture
     verdicts: list[Verdict] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # network → (B, D) per batch
     shown: list[Tensor] = field(default_factory=list)  # the first pictures, for the sheet
     painted: int = 0
-
-    def give_up(self, status: str, error: BaseException) -> None:
-        self.status, self.reason = status, str(error) or type(error).__name__
-        self.run.close()
-        free_memory()
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,9 @@ class Judges:
 class QualityBench:
     """One comparison. `run()` paints and scores; the rows are in `results.document`."""
 
-    attempt = ImageBench.attempt  # for the same reasons as there, a run may drop out, and for no other
+    def attempt(self, scores: Scores, action, *args):
+        """action(*args), or None where it can't be (`Outcome.attempt`)."""
+        return scores.attempt(scores.name, scores.run.close, self.say, action, *args, missing=scores.run.missing)
 
     def __init__(
         self, loaded: LoadedModel, names: Sequence[RunName], workload: Workload, prompts: Sequence[str],

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import sana_kernels
 from sana_bench import check, work
-from sana_bench.harness import Peaks, Results, free_memory, interleave, out_of_memory, statistics_ms
+from sana_bench.harness import Peaks, Results, interleave, statistics_ms
+from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.prompts import Prompts
-from sana_bench.runs import BASELINES, Moment, PipelineRun, RunName, Weights, make
+from sana_bench.runs import PipelineRun, make
+from sana_bench.weights import Moment, RunName, Weights
 from sana_kernels import Quantized
 from sana_model.config import BUILT_IN
-from sana_model.errors import MissingError, UserError
 from sana_model.loaded import LoadedModel
 from sana_model.packed import PackedLinear
 from sana_model.prompt import PromptEncoder
@@ -32,18 +33,14 @@ SMALL = "sana-tiny-random"  # whose text encoder and decoder stand in
 
 
 @dataclass
-class Measured:
+class Measured(Outcome):
     """What is known of one run."""
 
     run: object
-    status: str = "ok"
-    reason: str = ""
     parity: check.Check | None = None
     samples: list[float] = field(default_factory=list)  # ms
     ops: list[dict[str, float]] = field(default_factory=list)  # ms of every op, of the same steps
     gemms: list[float] = field(default_factory=list)  # ms of the step's matrix products alone
-    rejected: int = 0
-    unsteady: int = 0
     step: Callable[[], Tensor] | None = None
     products: Callable[[], None] | None = None
 
@@ -91,23 +88,8 @@ class StepBench:
         return self.results.document
 
     def _attempt(self, measured: Measured, action, *args):
-        """action(*args), or None where it can't be: not here, out of memory, or a crash in code that others wrote."""
-        try:
-            return action(*args)
-        except (MissingError, UserError, RuntimeError, MemoryError) as error:
-            if out_of_memory(error):
-                measured.status = "out of memory"
-            elif isinstance(error, MissingError):
-                measured.status = "not available"
-            elif isinstance(error, UserError) or measured.run.name.backend in BASELINES:
-                measured.status = "error"
-            else:
-                raise
-            measured.reason = str(error) or type(error).__name__
-            measured.run.close()
-            free_memory()
-            self.say(f"{measured.run.name}: {measured.status}: {measured.reason.splitlines()[0]}")
-        return None
+        run = measured.run
+        return measured.attempt(run.name, run.close, self.say, action, *args, missing=run.missing)
 
     def _first(self, measured: Measured, expected: Tensor) -> None:
         measured.run.prepare(self.settings)
@@ -138,9 +120,7 @@ class StepBench:
         for name, (took, ops, gemms), verdict in interleave(tasks, repeat, lambda: self.peaks.probe(kinds)):
             measured = self.measured[name]
             self.say(f"{name}: {took:.0f} ms, {verdict}")
-            measured.rejected += verdict == "rejected"
-            measured.unsteady += verdict == "unsteady"
-            if verdict != "rejected":
+            if measured.count(verdict):
                 measured.samples.append(took)
                 measured.ops.append(ops)
                 measured.gemms.append(gemms)
@@ -172,19 +152,7 @@ class StepBench:
     def rows(self) -> list[dict]:
         """Everything that is known by now."""
         rows = [self._row(measured) for measured in self.measured.values() if measured.samples or measured.reason]
-        medians = {
-            f"{row['backend']}:{row['precision']}": row["timing"]["ms"]["median"]
-            for row in rows
-            if row["status"] == "ok"
-        }
-        for row in rows:
-            if row["status"] == "ok":
-                own, me = row["timing"]["ms"]["median"], f"{row['backend']}:{row['precision']}"
-                row["speedup"] = {
-                    name: median / own
-                    for name, median in medians.items()
-                    if name != me and name.split(":")[0] in BASELINES
-                }
+        add_speedups(rows)
         return rows
 
     def _row(self, measured: Measured) -> dict:
