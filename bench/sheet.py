@@ -19,16 +19,18 @@ def write_sheet(file: Path, columns: dict[str, Sequence[Tensor]], captions: Sequ
     scale = max(min(1.0, SIDE / max(height, width)), NARROWEST / width)
     width, height = round(width * scale), round(height * scale)
     across, down = width + _MARGIN, height + _LINE + _MARGIN
-    page = Image.new("RGB", (across * len(columns) + _MARGIN, down * len(captions) + _LINE + _MARGIN), "white")
+    names = [name.replace("@", "\n@") for name in columns]  # in one line they may be wider than a picture
+    top = _LINE * max(name.count("\n") + 1 for name in names) + _MARGIN
+    page = Image.new("RGB", (across * len(columns) + _MARGIN, down * len(captions) + top), "white")
     pen = ImageDraw.Draw(page)
-    for i, (name, pictures) in enumerate(columns.items()):
+    for i, (name, pictures) in enumerate(zip(names, columns.values(), strict=True)):
         x = _MARGIN + i * across
         pen.text((x, 2), name, "black")
         for j, picture in enumerate(pictures[: len(captions)]):
             image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
-            page.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, _LINE + _MARGIN + j * down))
+            page.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, top + j * down))
     for j, caption in enumerate(captions):  # below the row, as wide as it is: about 6 pixels a letter
-        pen.text((_MARGIN, _LINE + _MARGIN + j * down + height + 1), _latin(caption)[: page.width // 6], "black")
+        pen.text((_MARGIN, top + j * down + height + 1), _latin(caption)[: page.width // 6], "black")
     with atomic(file) as temporary:
         page.save(temporary, format="PNG")
 
