@@ -85,14 +85,17 @@ class Request:
 def export(request: Request, folder: str | Path, say: Say = print) -> Manifest:
     """Write the graphs of a model. The folder appears when all of it is there; an earlier export is replaced.
 
-    Raises UserError for a model that cannot be read, a precision that cannot be had (fp16 where activations leave its
-    range), or a folder that is in use; MissingError without the packages of `sana-kernels[onnx]`.
+    Raises UserError for a model that cannot be read or is quantised, a precision that cannot be had (fp16 where activations
+    leave its range), or a folder that is in use; MissingError without the packages of `sana-kernels[onnx]`.
     """
     for name in ("onnx", "onnxscript", "onnx_ir"):
         package(name)
     folder, precisions = Path(folder), request.precisions()
     _refuse_to_destroy(folder)
     source = find(request.model, request.base)
+    source.refuse_quantized("exporting")
+    if layout.is_export(source.folder):
+        raise UserError(f"{request.model} holds exported graphs, not weights; name the model that they were made of")
     config = source.config.with_dialect(request.dialect)
     model = without_weights(source, config)
     profile = layout.profile(request.profile, config, prompt_tokens(config, model.tokenizer))

@@ -138,11 +138,6 @@ class Graph:
     seconds: float  # that its export took
     activation_scales: dict[str, float] = field(default_factory=dict)  # W8A8: by layer, of its input
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What metadata_props of the file itself say, besides model and profile."""
-        return {"precision": self.precision, "weights_sha256": self.sha256}
-
 
 @dataclass(frozen=True)
 class Manifest:

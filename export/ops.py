@@ -1,8 +1,7 @@
 """The ops of the networks as a graph holds them: standard operators on whole images, with the arithmetic of the references.
 
-Where a reference is already that, it is used as it is, without the checks of the public function in front of it: every
-comparison of sizes that are symbols costs time. The others are here, and the two operators of quantised graphs, which
-PyTorch has no ONNX form of that takes bf16 scales.
+Where a reference is already that, it is used as it is. The others are here, and the two operators of quantised graphs,
+which PyTorch has no ONNX form of that takes bf16 scales.
 """
 
 from dataclasses import replace
@@ -15,7 +14,6 @@ from torch import Tensor
 from sana_kernels.conv2d import reference as conv
 from sana_kernels.linear_attention import reference as attention
 from sana_kernels.mix_ffn.reference import depthwise_glu
-from sana_kernels.modulate import reference as adaln
 from sana_model.ops import REFERENCE_OPS, Ops
 
 INT8_MOST = 127
@@ -81,19 +79,6 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = No
     return ((scores + mask).softmax(-1) @ v).transpose(1, 2)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, quantize: None = None) -> Tensor:
-    """As `sana_kernels.modulate`; of W8A8, the layer that follows quantises."""
-    return adaln.modulate(x, shift, scale, eps)
-
-
-def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    norm_eps: float = 1e-5, eps: float = 1e-15,
-) -> Tensor:  # fmt: skip
-    """As `sana_kernels.linear_attention`."""
-    return attention.linear_attention(q, k, v, q_norm, k_norm, norm_eps, eps)
-
-
 def linear_attention_node(
     q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     norm_eps: float = 1e-5, eps: float = 1e-15,
@@ -122,14 +107,6 @@ def conv2d(
     if norm is not None:
         return conv.rms_norm(y, *norm, residual, "none", eps)
     return y if residual is None else y + residual
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, activation: str = "none",
-    eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    """As `sana_kernels.rms_norm`."""
-    return conv.rms_norm(x, weight, bias, residual, activation, eps)
 
 
 def multi_scale(x: Tensor, depthwise: Tensor, grouped: Tensor, *, band=None) -> Tensor:

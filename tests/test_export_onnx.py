@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import exported
 import numpy as np
 import pytest
 import torch
 from compare import psnr
+from quantized_folders import quantized_folder
 from torch import nn
 from variants import signed
 
@@ -136,7 +138,7 @@ class Attention(nn.Module):
 
     def forward(self, latents):
         rows = latents.flatten(2).transpose(1, 2).unflatten(-1, (-1, 32))
-        return ops.linear_attention(rows, rows, rows).flatten(2).transpose(1, 2)
+        return ops.graph_ops("plain").linear_attention(rows, rows, rows).flatten(2).transpose(1, 2)
 
 
 def exported_attention(folder, tmp_path):
@@ -334,11 +336,12 @@ def test_a_twin_rounds_after_every_operator(tmp_path):
 
 
 def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path_factory):
-    """Wrong folder, missing graph, unfinished, newer, damaged, other weights, another precision, a feature of others."""
+    """Wrong folder or model, missing graph, unfinished, newer, damaged, other weights, another precision or feature."""
     source, other = exported.model(tmp_path_factory, "small"), str(tmp_path)
     graphs, paint = str(copy), ["generate", "a fox", "--backend", "onnxruntime"]
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
+    quantized = str(quantized_folder(Path(source), tmp_path / "quantised", "w8a8"))
     for arguments, words in (
         (["export", "check", other], ["no folder of graphs", "sana export onnx"]),
         (["export", "check", str(tmp_path / "none")], ["is not a folder"]),
@@ -353,6 +356,8 @@ def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path
         (["export", "onnx", source, "--only", "vae", "-o", str(tmp_path / "new")], ["vae", "decoder"]),
         (["export", "onnx", source, "--profile", "bins", "-o", str(tmp_path / "new")], ["512, 1024"]),
         (["export", "onnx", source, "-o", str(tmp_path / "used")], ["in use"]),
+        (["export", "onnx", quantized, "-o", str(tmp_path / "new")], ["stored in w8a8", "exporting needs unquantised"]),
+        (["export", "onnx", graphs, "-o", str(tmp_path / "new")], ["holds exported graphs, not weights"]),
     ):
         assert main(arguments) == 2, arguments
         said = capsys.readouterr().err
