@@ -43,12 +43,13 @@ paint: $(VENV)/run
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=20 $(PYTEST_ARGS)
 
-# The CPU kernels with bounds checks in every load and store. CPython and torch leak by design.
+# The CPU kernels with bounds checks in every load and store. CPython and torch leak by design; libstdc++, for which Python
+# has no use, must be there when the checks start, or the first exception that torch throws ends the process.
 OP_TESTS := $(addprefix tests/test_,gemm.py int4.py quantize.py modulate.py mix_ffn.py depthwise_glu.py linear_attention.py \
   cross_attention.py conv2d.py)
 asan: $(VENV)/dev
 	SANA_BUILD=asan SANA_CUDA=0 $(BIN)/python setup.py build_ext --build-lib build/asan
-	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  SANA_CPU_MODULE=$$(ls build/asan/sana_kernels/_cpu*.so) $(BIN)/python -m pytest -q -n auto $(OP_TESTS)
 
 # Where nvcc is found: every CUDA kernel for every target, and none may spill.
