@@ -49,8 +49,9 @@ OP_TESTS := $(addprefix tests/test_,gemm.py int4.py quantize.py modulate.py mix_
   cross_attention.py conv2d.py)
 asan: $(VENV)/dev
 	SANA_BUILD=asan SANA_CUDA=0 $(BIN)/python setup.py build_ext --build-lib build/asan
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  SANA_CPU_MODULE=$$(ls build/asan/sana_kernels/_cpu*.so) $(BIN)/python -m pytest -q -n auto $(OP_TESTS)
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 SANA_CPU_MODULE=$$(ls build/asan/sana_kernels/_cpu*.so) \
+	  $(BIN)/python -m pytest -q -n auto $(OP_TESTS)
 
 # Where nvcc is found: every CUDA kernel for every target, and none may spill.
 ci: lint test
