@@ -137,7 +137,7 @@ class Attention(nn.Module):
     """Linear attention of its input, as graphs hold it."""
 
     def forward(self, latents):
-        rows = latents.flatten(2).transpose(1, 2).unflatten(-1, (-1, 32))
+        rows = latents.flatten(2).transpose(1, 2).contiguous().unflatten(-1, (-1, 32))
         return ops.graph_ops("plain").linear_attention(rows, rows, rows).flatten(2).transpose(1, 2)
 
 

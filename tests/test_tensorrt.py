@@ -210,29 +210,3 @@ def test_without_a_gpu_the_command_says_so_and_exits_with_3(built, monkeypatch, 
     assert status == 3
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "fox.png").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_benchmark_without_a_gpu_says_not_measured(tmp_path):
-    from test_bench_image import fake_peaks
-
-    from sana_bench import harness, image, report, runs, schema
-    from sana_model.weights import load_model
-
-    bf16 = torch.bfloat16
-    model = load_model("sana-tiny-random", precision=bf16, text_precision=bf16, decoder_precision=bf16)
-    names = [runs.RunName.parse(name) for name in ("reference:bf16", "tensorrt:bf16", "tensorrt:w8a8")]
-    results, said = harness.Results(tmp_path / "out.json", seed=0), []
-    bench = image.ImageBench(
-        model, names, image.Workload(64, 32, 2, 4.5), CPU, fake_peaks(), results, say=said.append
-    )  # fmt: skip
-    bench.run(1)
-    results.save(bench.peaks, complete=True)
-    rows = {
-        f"{row['backend']}:{row['precision']}": row for row in results.document["results"] if row["kind"] == "image"
-    }
-    assert [rows[name]["status"] for name in map(str, names)] == ["ok", "not measured", "not measured"]
-    assert "torch sees none" in rows["tensorrt:bf16"]["reason"] and "speedup" not in rows["tensorrt:bf16"]
-    assert schema.validate(results.document) == []
-    (line,) = (line for line in report.image_table(results.document).splitlines() if line.startswith("| tensorrt:w8a8"))
-    assert "| not measured |" in line and not any(character.isdigit() for character in line.split("|", 2)[2])
