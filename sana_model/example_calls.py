@@ -64,19 +64,19 @@ def autoencoder_examples(config: ModelConfig, precision: str) -> dict[str, tuple
     q, k, v = like(1, side**2, C // ae.head_dim, 3, ae.head_dim).unbind(3)
     x, channels, band = like(1, side, side, outer), like(outer), [0, 0, side, side]
 
-    def convolution(precision: str, phases: int = 1, size: int = 3) -> tuple:
-        shape = (phases * outer, outer, size, size)
+    def convolution(precision: str, *shape: int) -> tuple:
         if precision in QUANTIZED:
-            return like(*shape).to(QUANTIZED[precision]), like(phases * outer).float(), list(shape)
+            return like(*shape).to(QUANTIZED[precision]), like(shape[0]).float(), list(shape)
         return like(*shape), None, list(shape)
 
     def conv2d(precision: str) -> tuple:
         norms = channels, channels, x, None, None, "none"
-        return x, *convolution(precision), channels, 1, "silu", *norms, ae.norm_eps, band
+        return x, *convolution(precision, outer, outer, 3, 3), channels, 1, "silu", *norms, ae.norm_eps, band
 
+    size, bias = (3, like(4 * outer)) if ae.upsample == "pixel_shuffle" else (2, channels)
     examples = {
         "conv2d": conv2d(precision),
-        "upsample": (x, *convolution(precision, 4, 2), channels, band),
+        "upsample": (x, *convolution(precision, 4 * outer, outer, size, size), bias, band),
         "rms_norm": (x, channels, channels, x, "none", ae.norm_eps),
     }
     if precision in QUANTIZED:

@@ -24,6 +24,7 @@ from sana_model.autoencoder_blocks import (
 )
 from sana_model.packed import PackedLinear, can_pack
 
+PACKING = ("cpu", "cuda")  # the backends with a layout of their own for convolutions
 _KEPT = re.compile(r"encoder\.|decoder\.conv_in$|decoder\.conv_out(\.conv)?$")
 
 
@@ -70,7 +71,7 @@ def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, ba
             packer.convolution(name, block, "conv_in")
             packer.convolution(name, block, "conv_out")
         elif isinstance(block, ResBlock):
-            if isinstance(block.norm, BatchNorm) and packer.backend("conv2d") == "cpu":
+            if isinstance(block.norm, BatchNorm) and packer.backend("conv2d") in PACKING:
                 _fold_norm(block)
             packer.convolution(name, block, "conv1")
             packer.convolution(name, block, "conv2")
@@ -109,7 +110,7 @@ class _Packer:
     def convolution(self, name: str, block: nn.Module, layer: str, phases: int = 1) -> None:
         own, backend = getattr(block, layer), self.backend("conv2d" if phases == 1 else "upsample")
         eight_bit = self.dtype(f"{name}.{layer}") is not None
-        if isinstance(own, nn.Conv2d) and (backend == "cpu" or eight_bit):
+        if isinstance(own, nn.Conv2d) and (backend in PACKING or eight_bit):
             weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
             bias = None if bias is None else bias.detach()
             setattr(block, layer, PackedConv2d(weight.detach(), bias, eight_bit, backend, phases))

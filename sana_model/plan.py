@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import sana_kernels
-from sana_kernels import Quantized
 from sana_kernels.backend import backend_status, extension, kernels, why_not
 from sana_kernels.mix_ffn import taps_first
 from sana_model.bands import BAND_BYTES
@@ -131,9 +130,10 @@ class Plan:
         for op in (f.name for f in fields(Ops)):
             if op == "linear_attention_from" and not self._has(part, op):
                 continue
-            run = _on(op, self._backend(part, op))
-            if op == "gemm":
-                run = _by_weight(run, _on(op, self._backend(part, op, wide=True)))
+            backend, wide = self._backend(part, op), self._backend(part, op, wide=True)
+            run = _on(op, backend)
+            if op in ("gemm", "conv2d") and wide != backend:
+                run = _by_weight(run, _on(op, wide))
             bound[op] = self.clock.wrap((part, op), run)
         return Ops(**bound)
 
@@ -306,15 +306,16 @@ def _four_bit(
     part: str, examples: dict[str, tuple], stored: str, order: tuple[str, ...], device: torch.device
 ) -> tuple[str, list[Row], list[str]]:
     """(what 4-bit weights are executed in, the rows of ops that multiply them as they are, why there are none)."""
+    if stored not in NATIVE:
+        return EXECUTED[stored], [], []
     reasons = []
-    kernels_of = [name for name in order if name not in ("library", "reference")]
-    for name in kernels_of if stored in NATIVE else ():
+    for name in (kernel.backend for kernel in kernels(NATIVE[stored]) if kernel.backend in order[:-1]):
         reason = why_not(NATIVE[stored], name, *examples[NATIVE[stored]], device=device)
         if reason is None:
             ops = [NATIVE[stored]] + ["quantize_int4"] * (stored == "w4a4")
             return stored, [Row(part, op, name, stored, "; ".join(reasons)) for op in ops], []
         reasons.append(f"{name}: {reason}")
-    return EXECUTED[stored], [], reasons
+    return EXECUTED[stored], [], reasons or [f"no kernel of {order[0]} multiplies {stored}"]
 
 
 def _first_that_can(op: str, order: tuple[str, ...], args: tuple, device: torch.device) -> tuple[str, list[str]]:
@@ -349,12 +350,13 @@ def _has_kernel(op: str, backend: str) -> bool:
 
 
 def _by_weight(quantized: Callable, wide: Callable) -> Callable:
-    """`gemm`, which may run on another backend for 16-bit weights than for quantised ones."""
-    if quantized == wide:
-        return quantized
-    return lambda x, weight, *args, **kwargs: (quantized if isinstance(weight, Quantized) else wide)(
-        x, weight, *args, **kwargs
-    )
+    """`gemm` or `conv2d`, which may run on another backend for 16-bit weights than for quantised ones, which have scales."""
+
+    def run(x, weight, *args, **kwargs):
+        chosen = wide if getattr(weight, "scale", None) is None else quantized
+        return chosen(x, weight, *args, **kwargs)
+
+    return run
 
 
 def _library_is_faster(op: str, backend: str, dtype: torch.dtype) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, assert_kernel, relative_rms
+from torch.utils._pytree import tree_map
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
@@ -19,6 +20,7 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EMULATED = "cpu:amx (emulated)"
 VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
 CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
+GPU = [v for v in VARIANTS if not isinstance(v, str)]
 FLOATS = (torch.float32, torch.bfloat16)
 PRECISIONS = ("fp32", "bf16", "w8a8")  # of the products; W8A8 between activations of bf16
 
@@ -156,7 +158,7 @@ class Case:
     activation: str = "none"
     around: str = ""  # of "bias", "norm", "residual", "input"
 
-    def make(self, dtype: torch.dtype) -> tuple[tuple, dict]:
+    def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:
         """x and the kernel, and what stands around the convolution."""
         weight = torch.randn(self.N, self.C, 3, 3) * self.C**-0.5 / 3
         out = self.B, -(-self.H // self.stride), -(-self.W // self.stride), self.N
@@ -167,10 +169,11 @@ class Case:
             "input": (torch.rand(self.C).to(dtype) + 0.5, torch.randn(self.C).to(dtype)),
         }
         around = {"input_norm" if name == "input" else name: made[name] for name in self.around.split()}
+        around = tree_map(lambda t: t.to(device), around)
         if "input" in self.around:
             around["input_activation"] = "relu"
-        x = signed(self.B, self.H, self.W, self.C, dtype=dtype)
-        return (x, weight.to(dtype)), {"stride": self.stride, "activation": self.activation} | around
+        x = signed(self.B, self.H, self.W, self.C, dtype=dtype).to(device)
+        return (x, weight.to(device, dtype)), {"stride": self.stride, "activation": self.activation} | around
 
 
 def in_double(weight: torch.Tensor | ConvWeight, around: dict) -> tuple:
@@ -195,11 +198,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("variant", CPU)
+@pytest.mark.parametrize("variant", [*CPU, *GPU])
 def test_conv2d_against_fp64(variant, precision, case):
     """In W8A8, against the fp64 sums of what the integers stand for."""
+    if variant == "cuda" and precision == "w8a8":
+        pytest.skip("there is no kernel for W8A8 on GPUs")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    (x, weight), around = case.make(dtype)
+    (x, weight), around = case.make(dtype, device_of(variant))
     if precision == "w8a8":
         weight = quantize_conv2d(weight)
     y = compute(variant, "conv2d", x, weight, **around)

@@ -13,6 +13,7 @@ from sana_kernels import backend
 from sana_model import plan as plan_module
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
+from sana_model.family import lite
 from sana_model.ops import REFERENCE_OPS
 from sana_model.plan import resolve
 from sana_model.random_weights import random_dit
@@ -35,10 +36,12 @@ def gpu(monkeypatch):
     return of
 
 
-def rows(name: str, backend: str, device: torch.device, precision: str) -> dict[str, tuple[str, str]]:
-    """op → (backend, precision), of the DiT; the first row of each op."""
-    plan = resolve(SANA[name], backend, device, precisions_for(precision))
-    found = [(row.op, (row.backend, row.precision)) for row in plan.rows if row.part == "dit"]
+def rows(
+    name: str, backend: str, device: torch.device, precision: str, part: str = "dit", **others: str
+) -> dict[str, tuple[str, str]]:
+    """op → (backend, precision), of the DiT or another part; the first row of each op."""
+    plan = resolve(SANA[name], backend, device, precisions_for(precision, **others))
+    found = [(row.op, (row.backend, row.precision)) for row in plan.rows if row.part == part]
     return dict(reversed(found))
 
 
@@ -75,6 +78,74 @@ def test_a_plan_says_how_the_steps_run(gpu):
     assert "denoising loop: eager (CUDA graphs are turned off)" in str(plan)
     plan = resolve(SANA["1.6b"], "cuda", gpu((9, 0)), precisions_for("fp32"))
     assert "library: FlashAttention computes in bfloat16 and float16, not torch.float32" in str(plan)
+
+
+# ------------------------------------------------------------------------------------------------ 4 bits
+
+
+@pytest.mark.parametrize("name", ["0.6b", "1.6b"])
+@pytest.mark.parametrize(
+    ("order", "capability", "products"),
+    [
+        *(("cuda", capability, {"gemm_w4a4": ("cuda", "w4a4")}) for capability in ((8, 0), (8, 6), (8, 9))),
+        *(("cuda", capability, {"gemm": ("cuda", "w8a8"), "mix_ffn": ("cuda", "w8a8")})
+          for capability in ((9, 0), (10, 0), (12, 0))),
+        ("triton", (8, 0), {"gemm": ("triton", "w8a8"), "mix_ffn": ("triton", "w8a8")}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_4_bit_checkpoints_run_on_every_generation(gpu, name, order, capability, products):
+    """W4A4 where GPUs multiply 4 bits, else its weights in int8; W4A8 in int8; of the text encoder W4A16."""
+    device = gpu(capability)
+    found = rows(name, order, device, "w4a4")
+    assert {op: found[op] for op in products} == products
+    if "gemm_w4a4" in products:
+        assert found["quantize_int4"] == found["gemm_w4a4"] and "mix_ffn" not in found
+        assert found["gemm"][1] == "bf16", "the low-rank branches"
+    found = rows(name, order, device, "w4a8")
+    assert found["gemm"] == found["mix_ffn"] == (order, "w8a8")
+    found = rows(name, order, device, "bf16", "text_encoder", text="w4a16")
+    assert found.get("gemm_w4a16") == (("cuda", "w4a16") if order == "cuda" else None)
+
+
+def test_a_plan_says_why_4_bits_are_not_multiplied_as_they_are(gpu):
+    reason = {}
+    for order, capability in (("cuda", (9, 0)), ("triton", (8, 0))):
+        plan = resolve(SANA["1.6b"], order, gpu(capability), precisions_for("w4a4"))
+        (reason[order],) = {row.reason for row in plan.rows if row.stored == "w4a4" and row.op == "gemm"}
+    assert reason["cuda"].startswith("cuda: GPUs of compute capability 9.0") and "triton" not in reason["cuda"]
+    assert reason["triton"] == "no kernel of triton multiplies w4a4"
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp16"])
+def test_kernels_of_the_decoder(gpu, precision):
+    found = rows("1.6b", "cuda", gpu((9, 0)), "bf16", "autoencoder", decoder=precision)
+    expected = {"conv2d": "cuda", "upsample": "cuda", "rms_norm": "cuda", "linear_attention": "cuda", "mix_ffn": "cuda"}
+    assert {op: found[op] for op in expected} == {op: (backend, precision) for op, backend in expected.items()}
+    found = rows("1.6b", "triton", gpu((9, 0)), "bf16", "autoencoder", decoder=precision)
+    assert found["conv2d"] == ("library", precision)
+
+
+def test_what_a_decoder_keeps_in_16_bits_has_its_own_kernel(gpu):
+    """W8A8: no GPU kernel convolves int8, so the reference does; the ends, which stay in 16 bits, are CUDA's."""
+    plan = resolve(SANA["1.6b"], "cuda", gpu((9, 0)), precisions_for("bf16", decoder="w8a8"))
+    found = [(row.backend, row.precision) for row in plan.rows if (row.part, row.op) == ("autoencoder", "conv2d")]
+    assert found == [("reference", "w8a8"), ("cuda", "bf16")]
+    called = []
+    run = plan_module._by_weight(lambda *args: called.append("quantized"), lambda *args: called.append("wide"))
+    weight = torch.randn(4, 4, 3, 3)
+    run(None, weight), run(None, sana_kernels.quantize_conv2d(weight)), run(None, sana_kernels.quantize(weight))
+    assert called == ["wide", "quantized", "quantized"]
+
+
+def test_decoders_that_shuffle_pixels_are_not_planned_on_the_folded_kernel(gpu):
+    config = replace(SANA["1.6b"], autoencoder=lite(SANA["1.6b"].autoencoder))
+    plan = resolve(config, "cuda", gpu((9, 0)), precisions_for("bf16"))
+    (row,) = [row for row in plan.rows if row.op == "upsample"]
+    assert row.backend == "reference" and "kernels of 2 × 2" in row.reason
 
 
 # ------------------------------------------------------------------------------------------------ fp8

@@ -1,13 +1,17 @@
-// RMS norm over the channels of each pixel, then an activation, then a residual, on NVIDIA GPUs, sm_80 and newer.
+// RMS norm over the channels of each pixel, then an activation, then a residual, on NVIDIA GPUs, sm_80 and newer; without
+// the norm, what follows a library's convolution: bias, activation and residual.
 //
 // Algorithm (sana_kernels/conv2d/reference.py), in float and rounded once:
 //     out = activation(x / sqrt(mean(x^2) + eps) * weight + bias) + residual
+//     out = activation(x + bias) + residual                                      where weight is null
 //
 // Layouts: x, residual, out (B, H, W, C) contiguous, that is rows of C; weight, bias (C); all float, half or bfloat16.
+// bias and residual may be null. out may be x: a lane writes what only it reads, after the shuffles of its row.
 //
 // Tiling: the decoder's rows are short (128 to 1024 channels) and many (a million at 1024 px), so a row belongs to 4 to
 // 32 lanes of a warp, as many as it has pieces of 16 bytes: at C = 128 in 16 bits a warp has two rows and no idle lane.
-// The sum needs shuffles and no barrier. The second pass over the row finds it in the L1 cache.
+// The sum needs shuffles and no barrier. The second pass over the row finds it in the L1 cache. Without the norm there is
+// one pass.
 //
 // Bytes: 2 or 3 elements per value. FLOPs: about 8 per value. Bound by memory: a residual block's norm at 1024 px (C =
 // 128 in bfloat16) moves 805 MB, 190 us at 4.3 TB/s.
@@ -37,6 +41,12 @@ __device__ float activate(float x, Activation activation) {
   return x;
 }
 
+template <class T, int V>
+__device__ void load_or(float otherwise, const T* from, int c, float (&to)[V]) {
+  if (from != nullptr) return load(from + c, to);
+  for (int i = 0; i < V; ++i) to[i] = otherwise;
+}
+
 // `lanes`, a power of 2, share a row; each reads V values at a time.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(Problem<T> p, int lanes) {
@@ -44,18 +54,21 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(Problem<T> p, int la
   const int first = threadIdx.x % lanes * V, step = lanes * V;
   const bool inside = row < p.rows;  // all lanes take part in the shuffles
   const T* x = p.x + row * p.C;
-  float values[V], sum = 0;
-  for (int c = first; inside && c < p.C; c += step) {
-    load(x + c, values);
-    for (int i = 0; i < V; ++i) sum += values[i] * values[i];
+  float values[V], inverse = 1;
+  if (p.weight != nullptr) {
+    float sum = 0;
+    for (int c = first; inside && c < p.C; c += step) {
+      load(x + c, values);
+      for (int i = 0; i < V; ++i) sum += values[i] * values[i];
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    inverse = rsqrtf(sum / p.C + p.eps);
   }
-  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  const float inverse = rsqrtf(sum / p.C + p.eps);
   for (int c = first; inside && c < p.C; c += step) {
     float weight[V], bias[V];
     load(x + c, values);
-    load(p.weight + c, weight);
-    load(p.bias + c, bias);
+    load_or(1, p.weight, c, weight);
+    load_or(0, p.bias, c, bias);
     for (int i = 0; i < V; ++i) values[i] = activate(values[i] * inverse * weight[i] + bias[i], p.activation);
     if (p.residual != nullptr) {
       float residual[V];

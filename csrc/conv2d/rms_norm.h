@@ -11,7 +11,8 @@ namespace sana {
 
 enum class Activation : int { none = 0, silu = 1, relu = 2 };  // ACTIVATIONS of sana_kernels/conv2d/reference.py
 
-// out = activation(x / RMS(x) * weight + bias) + residual; x, residual (or null), out: (rows, C), weight, bias (C).
+// out = activation(x / RMS(x) * weight + bias) + residual; x, residual (or null), out: (rows, C), weight, bias (C). On
+// GPUs weight may be null, which leaves out the norm, bias too, and out may be x.
 struct RmsNorm {
   const void *x, *weight, *bias, *residual;
   void* out;

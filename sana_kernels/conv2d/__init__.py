@@ -216,6 +216,7 @@ def _fake_multi_scale(x, depthwise, grouped, band, backend):
 
 
 register("conv2d", "reference", reference.conv2d, accepts=_plain_weight)
+register("conv2d", "cuda", cuda.conv2d, device="cuda", accepts=cuda.accepts_conv2d)
 register("conv2d", "cpu", cpu.conv2d, device="cpu", accepts=cpu.accepts)
 define(
     "conv2d",

@@ -60,6 +60,16 @@ class Band(NamedTuple):
     height: int
 
 
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, *, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """F.conv2d, of NCHW; on a GPU by an algorithm that always gives the same bytes, and in fp32 without TF32."""
+    if not x.is_cuda or torch.compiler.is_compiling():  # what is compiled goes by the caller's settings
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+
+
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float) -> Tensor:
     """(B, H, W, C), (C,), (C,), (B, H, W, C) or None → (B, H, W, C), in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -116,7 +126,7 @@ def conv2d(
         x = rms_norm(x, input_weight, input_bias, None, input_activation, eps)
     window = _window(x, band, stride)
     if weight_scale is None:
-        y = F.conv2d(window, weight, None if bias is None else bias.to(x.dtype), stride)
+        y = convolve(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
         tiles = _tiles(window, stride)
         y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
@@ -139,7 +149,7 @@ def upsample(
     band = Band(*band)
     window = _window(x, band, 1)
     if weight_scale is None:
-        phases = split_phases(F.conv2d(window, weight), weight.shape[2])
+        phases = split_phases(convolve(window, weight), weight.shape[2])
     else:
         tiles = _tiles(window, 1)
         sums = split_phases(_sums(tiles, weight, weight_scale), weight.shape[2])
@@ -161,7 +171,7 @@ def shuffle(phases: list[Tensor], x: Tensor, bias: Tensor) -> Tensor:
 
 def convolve_phases(x: Tensor, weight: Tensor) -> Tensor:
     """(B, H, W, in), folded (4 · out, in, 2, 2) → (B, H + 1, W + 1, 4 · out): phase (dy, dx) of h, w at h + dy, w + dx."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
+    return convolve(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
 
 
 def split_phases(y: Tensor, kernel: int) -> list[Tensor]:
@@ -176,8 +186,8 @@ def multi_scale(x: Tensor, depthwise: Tensor, grouped: Tensor, band: list[int]) 
     """x (B, rows, W, C), depthwise (C, 1, k, k), grouped (C, D, 1, 1) → (B, last − first, W, C), in x's dtype."""
     band = Band(*band)
     reach = depthwise.shape[2] // 2
-    y = F.conv2d(_window(x, band, 1, reach), depthwise, groups=x.shape[3])
-    return F.conv2d(y, grouped, groups=x.shape[3] // grouped.shape[1]).permute(0, 2, 3, 1)
+    y = convolve(_window(x, band, 1, reach), depthwise, groups=x.shape[3])
+    return convolve(y, grouped, groups=x.shape[3] // grouped.shape[1]).permute(0, 2, 3, 1)
 
 
 def _window(x: Tensor, band: Band, stride: int, reach: int = 1) -> Tensor:

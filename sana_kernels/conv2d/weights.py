@@ -1,4 +1,4 @@
-"""Weights of convolutions: quantised, and packed once for the CPU kernels."""
+"""Weights of convolutions: quantised, and laid out once as a backend reads them."""
 
 from typing import NamedTuple
 
@@ -31,9 +31,12 @@ def pack_conv2d(weight: Tensor | ConvWeight, phases: int = 1, backend: str = "cp
 
     weight: (out, in, k, k), float32, bfloat16 or int8. For "cpu": (phases, out / 16, k, K / n, 16 · n) with n elements in 4
     bytes, where the K values of a row of taps are k times `in`, padded to 4 bytes each and together to 64, and out / phases
-    is padded to a multiple of 16. Other backends read it as it is. Raises TypeError for another dtype.
+    is padded to a multiple of 16. For "cuda" the same values, their channels last in memory, as NVIDIA's library reads them.
+    Other backends read it as it is. Raises TypeError for another dtype.
     """
     weight = as_weight(weight)
+    if backend == "cuda":
+        return weight._replace(values=weight.values.contiguous(memory_format=torch.channels_last))
     if backend != "cpu" or weight.values.ndim != 4:
         return weight
     n = PER_LANE.get(weight.values.dtype, 1)
