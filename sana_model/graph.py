@@ -10,7 +10,8 @@ repeats the *same* launches on the *same* addresses. Hence the rules of this fil
   - the first picture of a shape runs launch by launch on those buffers, which compiles kernels and fills caches, and
     nothing that a capture may do for the first time; then the same calls are captured. Their results are the same bytes;
   - a graph keeps the memory of its activations. The least recently used ones go when there are more than `most`, or when
-    they hold more than `limit` bytes together; all of them go when memory runs out.
+    they hold more than `limit` bytes together; all of them go when memory runs out. A graph that does not fit even then is
+    not made, and the picture is that of the launches before.
 
 The autoencoder stays outside: its launches are long enough to hide the next ones, and its activations would be held, too.
 """
@@ -18,6 +19,7 @@ The autoencoder stays outside: its launches are long enough to hide the next one
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from itertools import chain
 from typing import TypeVar
 
@@ -53,10 +55,16 @@ def limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory * SHARE)
 
 
+@cache
+def _capture_stream(gpu: int) -> torch.cuda.Stream:
+    """One per GPU for all captures: cuBLAS keeps a workspace, of 32 MB on Hopper, for every stream that it has seen."""
+    return torch.cuda.Stream(gpu)
+
+
 def capture_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
     """A `Capture` on the current GPU. Other threads may go on using it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = function()
     pool = tuple(graph.pool())
     segments = torch.cuda.memory_snapshot()
@@ -106,12 +114,16 @@ class Graphs:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key](inputs)
-        return self.making_room(lambda: self._first(key, dit, loop, inputs))
+        with torch.cuda.device_of(inputs.noise):  # a capture sees the launches of the current GPU only
+            return self._first(key, dit, loop, inputs)
 
     def _first(self, key: tuple, dit: DiT, loop: Loop, inputs: Inputs) -> Tensor:
         buffers = copied(inputs)
-        latents = denoise(dit, loop, buffers)
-        replay, output, size = self._capture(lambda: denoise(dit, loop, buffers))
+        latents = self.making_room(lambda: denoise(dit, loop, buffers))
+        try:
+            replay, output, size = self.making_room(lambda: self._capture(lambda: denoise(dit, loop, buffers)))
+        except torch.OutOfMemoryError:  # room for its activations while it was painted, but not to keep them
+            return latents
         size += sum(t.nbytes for t in tensors(buffers))
         self._graphs[key] = Captured(replay, buffers, output, size)
         while len(self) > 1 and (len(self) > self.most or self.bytes > self.limit):

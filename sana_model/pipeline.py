@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,9 @@ class Pipeline:
         settings = self.settings(prompt, **overrides)
         progress = progress or (lambda stage, done, of: None)
         self._after_fork()
-        with self._lock, torch.inference_mode():
+        # The plan's clock records its events on the current GPU.
+        gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with self._lock, torch.inference_mode(), gpu:
             self.plan.clock.reset()
             clock = _StageClock(self.device)
             progress("text_encode", 0, 1)
@@ -367,13 +370,13 @@ class _StageClock:
     """Wall time of each stage, in ms; on a GPU a stage ends when its work is done."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.start = self.last = time.perf_counter()
         self.stages: dict[str, float] = {}
 
     def stop(self, stage: str) -> float:
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.stages[stage] = (now - self.last) * 1e3
         self.last = now

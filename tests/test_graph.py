@@ -265,6 +265,49 @@ def test_when_memory_runs_out_the_graphs_go(monkeypatch):
         paint(pipe)
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_graph_that_does_not_fit_costs_no_picture(failures):
+    """One failure: the other graphs go, and then it fits. Two: it is left out, until the next picture of its shape."""
+    recorder, left = Recorder(), []
+
+    def capture(function):
+        if left:
+            raise torch.OutOfMemoryError(f"of a GPU, {left.pop()} times more")
+        return recorder(function)
+
+    pipe, _ = pipeline(SMALL, "cpu", capture=capture)
+    paint(pipe, steps=2)
+    expected = paint(pipe, eager=True)
+    left += range(failures)
+    assert close(paint(pipe), expected) and not left
+    assert (len(pipe.graphs), recorder.captures) == ((1, 2) if failures == 1 else (0, 1))
+    assert close(paint(pipe), expected) and close(paint(pipe), expected)
+    assert (len(pipe.graphs), recorder.captures) == (1, 2)
+
+
+def test_captures_are_made_on_the_gpu_of_the_picture(monkeypatch):
+    current = []
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            self.device = tensor.device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    def capture(function):
+        assert current == [torch.device("cpu")]
+        return Recorder()(function)
+
+    pipe, _ = pipeline(SMALL, "cpu", capture=capture)
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    paint(pipe)
+    assert len(pipe.graphs) == 1 and not current
+
+
 # ------------------------------------------------------------------------------------------------ plans
 
 
