@@ -72,12 +72,19 @@ def find(target: str = "current") -> tuple[Library, str]:
     libraries = every()
     wanted, here = (gpu()[0], "this GPU, ") if target == "current" else (target, "")
     for library in libraries:
-        if wanted in library.targets or (here and library.targets == ("current",)):
+        if wanted in library.targets or (library.targets == ("current",) and _is_here(wanted)):
             return library, wanted
     known = "; ".join(f"{library} builds for {', '.join(library.targets)}" for library in libraries)
     raise UserError(
         f"no engine can be built for {here}{wanted}: {known}. `tensorrt` builds for the GPU that it runs on"
     )
+
+
+def _is_here(capability: str) -> bool:
+    try:
+        return gpu()[0] == capability
+    except MissingError:
+        return False
 
 
 def gpu(device: torch.device | None = None) -> tuple[str, str]:
