@@ -167,18 +167,11 @@ def works() -> list[Work]:
         moved = N * K * (0.5 + 4 / 128) + 2 * M * (K + N)
         found.append(Work("gemm W4A16, up", f"Gemma-2-2B: {M} x {N} x {K}", moved, 2 * M * N * K, BF16 * MMA_SYNC))
     for side, C in ((1024, 128), (512, 256), (256, 512)):
-        values = side * side * C
+        values, at = side * side * C, f"{side} x {side} x {C}"
         found += [
-            Work(
-                "rms_norm + residual", f"decoder, {side} x {side} x {C}", 3 * values * 2, 9 * values, INSTRUCTIONS * 2
-            ),
-            Work(
-                "upsample, the end",
-                f"decoder, to {side} x {side} x {C}",
-                2.5 * values * 2,
-                2 * values,
-                INSTRUCTIONS * 2,
-            ),
+            Work("rms_norm + residual", f"decoder, {at}", 3 * values * 2, 9 * values, INSTRUCTIONS * 2),
+            Work("conv2d, bias + SiLU", f"decoder, {at}", 2 * values * 2, 5 * values, INSTRUCTIONS * 2),
+            Work("upsample, the end", f"decoder, to {at}", 2.5 * values * 2, 2 * values, INSTRUCTIONS * 2),
         ]
     return found
 
