@@ -84,6 +84,8 @@ def test_others_in_fp32_paint_the_same_and_predict_the_same(bench):
     assert "step_sqnr_db" not in row(made, "reference:fp32")["metrics"]
     assert row(made, "reference:bf16")["noise_floor"] and not row(made, "cpu:bf16")["noise_floor"]
     assert [r["painted"] for r in made.results.document["results"]] == [4] * 4
+    executed = {name: set(row(made, name)["plan"]["executed"].values()) for name in ("reference:fp32", "cpu:bf16")}
+    assert executed == {"reference:fp32": {"fp32"}, "cpu:bf16": {"bf16"}}
     low, high = row(made, "cpu:bf16")["intervals"]["step_sqnr_db"]
     assert low <= ours["step_sqnr_db"] <= high
     assert len(made.scores["cpu:bf16"].values["step_sqnr_db"]) == 4
