@@ -143,7 +143,9 @@ class Autoencoder(nn.Module):
             raise UserError(
                 f"images must be (B, 3, H, W) with H and W multiples of {factor}; these are {tuple(images.shape)}"
             )
-        x = images.to(self.dtype).permute(0, 2, 3, 1).contiguous()
+        # In training, not always the decoder's.
+        dtype = next(self.encoder.parameters(), self.decoder.norm_out.weight).dtype
+        x = images.to(dtype).permute(0, 2, 3, 1).contiguous()
         return self.encoder(x, self.band_bytes).permute(0, 3, 1, 2).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
