@@ -77,10 +77,14 @@ def state_chunk(tokens: int) -> int:
     return max(256, -(-tokens // (8 * 128)) * 128)
 
 
-def head_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(tokens, lanes, warps) of a program of linear attention, which takes one head: 2048 elements, or 1024 of fp32."""
+def head_tile(head_dim: int, dtype: torch.dtype, arch: int) -> tuple[int, int, int]:
+    """(tokens, lanes, warps) of a program of linear attention, which takes one head: 2048 elements, or 1024 of fp32.
+
+    From sm_120 on half of that, with which no compiler runs out of registers (Triton 3.3 did).
+    """
     lanes = max(16, 1 << (head_dim - 1).bit_length())
-    return 4096 // dtype.itemsize // lanes, lanes, 4 if lanes * dtype.itemsize <= 128 else 8
+    size = (2048 if arch >= 120 else 4096) // dtype.itemsize
+    return max(16, size // lanes), lanes, 4 if lanes * dtype.itemsize <= 128 else 8
 
 
 def glu_tile(channels: int, whole_rows: bool) -> tuple[int, int, int]:

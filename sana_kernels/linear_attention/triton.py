@@ -207,7 +207,7 @@ def linear_attention(
 ) -> Tensor:
     """As the reference; arguments as `_check` and `accepts_heads` let them through."""
     B, N, H, D = q.shape
-    tokens, lanes, warps = head_tile(D, q.dtype)
+    tokens, lanes, warps = head_tile(D, q.dtype, arch(q.device))
     chunk = state_chunk(N)
     parts = _empty_state(triton.cdiv(N, chunk), B, H, D, q.device)
     launch(
