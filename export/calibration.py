@@ -1,5 +1,7 @@
 """What painting a few pictures tells of a transformer: scales of its activations for W8A8, and whether fp16 holds them."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,10 @@ PROMPTS = [
     "a red fox in the snow, oil painting", "a 3d render of a teapot on a teal background", "a crowded night market, rain",
     "portrait of an old sailor, studio light", "a flat icon of an owl", "an aerial photograph of a river delta",
 ]  # fmt: skip
+NOT_COMPUTED = {  # what is found in fresh memory is no activation
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default,
+}  # fmt: skip
 HEADROOM = 2.0  # other pictures than these may reach further
 
 
@@ -43,7 +49,7 @@ def check_range(pipe: Pipeline, samples: int, steps: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The largest |value| of all bf16 tensors that are computed within the block, and in which block of `dit`."""
+    """The largest |value| (NaN: inf) of all bf16 tensors computed within the `with` block, and in which block of `dit`."""
 
     def __init__(self, dit: nn.Module):
         super().__init__()
@@ -65,9 +71,10 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        leaves = () if func in NOT_COMPUTED else tree_leaves(result)
+        for tensor in leaves:
             if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 and tensor.numel():
-                value = tensor.abs().max().float().item()
-                if not value <= self.value:  # NaN is larger, too
+                value = tensor.float().abs().nan_to_num(math.inf).max().item()
+                if value > self.value:
                     self.value, self.where = value, f"{self._module}, {func.__name__}"
         return result

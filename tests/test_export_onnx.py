@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import exported
 import numpy as np
@@ -184,6 +186,24 @@ def test_fp16_is_refused_where_activations_leave_its_range(tmp_path_factory, tmp
         pipe.dit.blocks[1].mix_ffn.expand.bias[3] = 50000.0
     with pytest.raises(UserError, match=r"reach .* \(block 1, .*fp16 ends at 65504.*--precision bf16"):
         calibration.check_range(pipe, 1, 1)
+
+
+def test_fresh_memory_is_no_activation(monkeypatch):
+    """Of `empty` tensors only what is written into them counts, whatever they hold before."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # fills them with NaN
+    try:
+        with calibration.Largest(SimpleNamespace(blocks=[])) as largest:
+            made = torch.empty(3, dtype=torch.bfloat16)
+            made = made, torch.empty_like(made), made.new_empty(3), torch.empty_strided((3,), (1,), dtype=made.dtype)
+            assert largest.value == 0
+            assert all(tensor.float().isnan().all() for tensor in made)
+            made[0].fill_(-7)
+            assert largest.value == 7
+            made[1] + 1
+        assert largest.value == math.inf
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_fp16_is_refused_by_the_command_line(monkeypatch, tmp_path_factory, tmp_path, capsys):

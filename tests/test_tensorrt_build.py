@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_nothing_half_written(graphs, tmp_path, installed, mo
 def test_engines_of_two_exports_do_not_share_a_folder(graphs, tmp_path, installed):
     engines_folder = tmp_path / "engines"
     build.build_engines(graphs, engines_folder, "current", only=("decoder",), say=lambda text: None)
-    other = shutil.copytree(graphs, tmp_path / "other", copy_function=os.link)
+    other = shutil.copytree(graphs, tmp_path / "other", copy_function=os.symlink)
     manifest = json.loads((other / layout.MANIFEST).read_text())
     manifest["graphs"]["decoder"]["sha256"] = "another"
     (other / layout.MANIFEST).unlink()
@@ -232,7 +232,7 @@ def test_mistakes_are_told_in_one_line(graphs, tmp_path, monkeypatch, capsys, ar
     monkeypatch.setattr(tensorrt_library, "installed", lambda: ([LIBRARY], []))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "graphs").symlink_to(graphs)
-    shutil.copytree(graphs, "lacking", copy_function=os.link)
+    shutil.copytree(graphs, "lacking", copy_function=os.symlink)
     (tmp_path / "lacking" / "transformer.onnx").unlink()
     (tmp_path / "taken").touch()
     if status == 2:
