@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sana_bench import openvino
 from sana_bench.weights import Moment, RunName, Weights
-from sana_model.interop import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer
 from sana_model.prompt import DEFAULT_INSTRUCTION
 from sana_model.settings import Settings
+from sana_model.weights.interop import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer
 
 CALIBRATION_STEPS = 4  # of one picture, for OpenVINO's W8A8
 

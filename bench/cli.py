@@ -157,7 +157,7 @@ def _setup(args: argparse.Namespace):
         raise MissingError(
             "no NVIDIA GPU can be used here (torch sees none); run with --device cpu, or see `sana doctor`"
         )
-    return torch.device(name), Results(args.json, args.seed)
+    return torch.device(name), Results(args.json, args.seed, name)
 
 
 def _image(args: argparse.Namespace) -> int:
@@ -169,7 +169,7 @@ def _image(args: argparse.Namespace) -> int:
     from sana_model import memory
     from sana_model.plan import dtype_name
     from sana_model.settings import PRECISIONS
-    from sana_model.weights import find, load_model
+    from sana_model.weights.models import find, load_model
 
     names = _run_names(args.runs, device)
     if args.batch < 1:
@@ -200,7 +200,7 @@ def _step(args: argparse.Namespace) -> int:
     from sana_bench import report, step
     from sana_bench.harness import peaks
     from sana_model.settings import PRECISIONS
-    from sana_model.weights import find
+    from sana_model.weights.models import find
 
     names, source = _run_names(args.runs, device), find(args.model)
     size = _size(args.size) if args.size else (source.config.size, source.config.size)
@@ -217,9 +217,9 @@ def _decode(args: argparse.Namespace) -> int:
     from sana_bench import report
     from sana_bench.decode import DecodeBench
     from sana_bench.harness import peaks
-    from sana_model.family import find_autoencoder
+    from sana_model.autoencoder.family import find_autoencoder
     from sana_model.settings import PRECISIONS
-    from sana_model.weights import load_model
+    from sana_model.weights.models import load_model
 
     names = _run_names(args.runs, device)
     try:
@@ -253,7 +253,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 def _finish(bench, repeat: int, results, table) -> int:
-    """Measure, keep what there is even after Ctrl-C, and print the table. Status 1 where a row failed its check."""
+    """Measure, keep what there is even after Ctrl-C, and print the table. Status 1 where a row failed."""
     complete = False
     try:
         bench.run(repeat)
@@ -266,7 +266,9 @@ def _finish(bench, repeat: int, results, table) -> int:
 
 
 def _status(results) -> int:
-    return 1 if any(row["status"] == "FAIL" for row in results.document["results"]) else 0
+    from sana_bench.gpu import failed
+
+    return int(any(map(failed, results.document["results"])))
 
 
 def _quality(args: argparse.Namespace) -> int:
@@ -275,7 +277,7 @@ def _quality(args: argparse.Namespace) -> int:
     from sana_bench.quality import Judges, QualityBench, Workload, read_prompts, trained_on
     from sana_model import files, memory
     from sana_model.settings import PRECISIONS
-    from sana_model.weights import find, load_model
+    from sana_model.weights.models import find, load_model
 
     names = _run_names(args.runs, device)
     table, sheet = (args.json.with_suffix(suffix) if args.json else None for suffix in (".md", ".png"))
@@ -348,7 +350,9 @@ def _tune(args: argparse.Namespace) -> int:
 
     from sana_bench import tune
     from sana_kernels.tiles import arch
+    from sana_model import files
 
+    files.check_writable(args.json)
     if args.merge:
         table = tune.merge([tune.read(file) for file in args.merge])
     else:
@@ -357,7 +361,7 @@ def _tune(args: argparse.Namespace) -> int:
         gpu = torch.cuda.get_device_properties(device)
         shared = gpu.shared_memory_per_block_optin
         table = tune.propose(ops, dtypes, arch(device), gpu.multi_processor_count, shared, tune.measure, _say)
-    args.json.write_text(tune.render(table))
+    files.write_text(args.json, tune.render(table))
     print(f"{args.json}: a proposal; to use it, look at it and copy it over sana_kernels/tiles.json")
     return 0
 

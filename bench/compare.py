@@ -12,13 +12,14 @@ def key(row: dict) -> tuple:
 def compare(old: dict, new: dict) -> list[dict]:
     """One entry per row of either document: key, verdict, the two medians in ms, and their ratio old / new.
 
-    Rows about quality have no times, and no entry.
+    Rows about quality and perplexity have no times, and no entry.
 
     Verdicts: faster, slower; same, where the ranges p10–p90 overlap; FAIL, where the new row failed its check; and the
     status, or "only in A", "only in B", for rows that can't be compared.
     """
     before, after = (
-        {key(row): row for row in document["results"] if row["kind"] != "quality"} for document in (old, new)
+        {key(row): row for row in document["results"] if row["kind"] not in ("quality", "text")}
+        for document in (old, new)
     )
     return [_entry(k, before.get(k), after.get(k)) for k in dict.fromkeys((*before, *after))]
 

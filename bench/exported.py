@@ -1,4 +1,4 @@
-"""Runs of exported graphs: `onnxruntime:fp32`, `tensorrt:bf16` and so on (sana_model.exported).
+"""Runs of exported graphs: `onnxruntime:fp32`, `tensorrt:bf16` and so on (sana_model/exported).
 
 The weights that all runs share are written to a temporary folder, exported from there and, for TensorRT, built into engines
 for the GPU that is here and for just the shapes that are measured; that is part of the first picture's time.
@@ -19,7 +19,7 @@ PRECISIONS = {"onnxruntime": ("fp32",), "tensorrt": ("fp32", "bf16", "fp16", "w8
 
 def refuse(backend: str, device: torch.device) -> None:
     """Raise UserError or MissingError where the backend cannot run, before anything is exported."""
-    from sana_model import onnxruntime, tensorrt, tensorrt_library
+    from sana_model.exported import onnxruntime, tensorrt, tensorrt_library
 
     if backend == "onnxruntime":
         onnxruntime.package()
@@ -34,8 +34,9 @@ def prepare(backend: str, precisions: dict[str, str], loaded, settings: Settings
     """(the pipeline, the temporary folder that it lives in) of a loaded model in these precisions, by part."""
     from sana_export import build, exporter, layout
     from sana_export.engines import GRAPHS
-    from sana_model import exported, onnxruntime, tensorrt
-    from sana_model.saving import save_diffusers
+    from sana_model.exported import onnxruntime, tensorrt
+    from sana_model.exported import pipeline as exported
+    from sana_model.weights.saving import save_diffusers
 
     refuse(backend, device)
     place = tempfile.TemporaryDirectory(prefix="sana-bench-")

@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,16 +34,21 @@ LEAST_SECONDS = 30  # no row is begun with less time than this
 
 BUILD = ["-m", "pip", "--disable-pip-version-check", "install", "-v", "--no-build-isolation", "--no-deps", "-e", "."]
 GPU = "import torch; print(torch.cuda.get_device_name())"  # fails where torch sees none
+FACTS_ARE = "facts: "  # begins their line among all that libraries may print
 FACTS = """
 import json
+from sana_bench.gpu import FACTS_ARE
 from sana_bench.weights import BASELINES
 from sana_bench.tune import OPS as TUNED
 from sana_kernels.backend import OPS, backend_status
-from sana_model.settings import PRECISIONS
-print(json.dumps({"precisions": [*PRECISIONS], "baselines": BASELINES, "ops": OPS, "tuned": [*TUNED],
-                  "cuda": backend_status("cuda")}))
+from sana_model.settings import FOUR_BIT, PRECISIONS
+facts = {"precisions": [*PRECISIONS], "four_bit": FOUR_BIT, "baselines": BASELINES, "ops": OPS, "tuned": [*TUNED],
+         "cuda": backend_status("cuda")}
+print()  # whatever else may stand on this line
+print(FACTS_ARE + json.dumps(facts))
 """
 
+OURS = ("cuda", "triton", "cpu", "library")  # backends whose crash is our failure; what others wrote may crash
 MODELS = ("sana-0.6b", "sana-1.6b", "sana-sprint-0.6b", "sana-sprint-1.6b")
 SIZES, BATCHES = (512, 1024, 2048, 4096), (1, 4, 8)
 MOST_PIXELS = 4096**2  # of a batch: one picture of the largest size
@@ -117,21 +123,29 @@ class Runner:
         """Build and install the package → what it knows (see FACTS); None where it cannot be imported afterwards."""
         self.add(execute("build", [*PYTHON, *BUILD], self.left(until), self.log)[0])
         outcome, output = execute("package", [*PYTHON, "-c", FACTS], self.left(self.seconds), self.log)
-        facts = json.loads(output[output.rindex("{") :]) if outcome.verdict == "ok" else None
-        if facts is None or facts["cuda"]:  # CUDA is off where nvcc failed; Triton can run without it
-            self.add(replace(outcome, verdict="FAIL", detail=facts["cuda"] if facts else outcome.detail))
+        lines = [line.removeprefix(FACTS_ARE) for line in output.splitlines() if line.startswith(FACTS_ARE)]
+        if outcome.verdict != "ok" or not lines:
+            self.add(replace(outcome, verdict="FAIL"))
+            return None
+        facts = json.loads(lines[-1])
+        if facts["cuda"]:  # CUDA is off where nvcc failed; Triton can run without it
+            self.add(replace(outcome, verdict="FAIL", detail=facts["cuda"]))
         return facts
 
     def measure(self, name: str, command: list[str], seconds: float) -> Outcome:
-        """One `sana` command with its JSON, which appears as out/name.json when it is whole, and not before."""
+        """One `sana` command with its JSON: out/name.json when it is whole, and else what there is as name.partial.json."""
         self.partial.mkdir(exist_ok=True)
         partial, final = (folder / f"{name}.json" for folder in (self.partial, self.out))
-        final.unlink(missing_ok=True)
+        incomplete = self.out / f"{name}.partial.json"
         full = [*PYTHON, "-m", "sana_model", *command, "--json", str(partial)]
         outcome, _ = execute(name, full, seconds, self.log)
         if outcome.verdict != "out of time" and (found := stored(partial)):
             os.replace(partial, final)
+            incomplete.unlink(missing_ok=True)
             return replace(found, seconds=outcome.seconds)
+        if partial.exists():
+            os.replace(partial, incomplete)
+            outcome = replace(outcome, detail=f"{outcome.detail}; what it measured is in {incomplete.name}")
         return replace(outcome, verdict="FAIL") if outcome.verdict == "ok" else outcome
 
     def quick(self) -> None:
@@ -163,7 +177,8 @@ class Runner:
         command = [found, *options, *PYTHON, "-m", "sana_bench.gpu", "ops"]
         outcome, output = execute(tool, command, self.left(until), self.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if outcome.verdict == "out of time" or ("SUMMARY:" in output and "Device not supported" not in output):
-            return outcome
+            checked = CHECKED.search(output)  # no error is no news where nothing was looked at
+            return replace(outcome, detail=f"{outcome.detail}; {checked.group() if checked else 'not all ops ran'}")
         return replace(outcome, verdict="skipped", detail=f"compute-sanitizer does not work here: {outcome.detail}")
 
     def more(self) -> None:
@@ -187,8 +202,12 @@ class Runner:
 
 
 def runs_of(facts: dict, compiled: bool = False) -> list[str]:
-    """All precisions, and the baselines in bf16, as they are fastest, with or without torch.compile."""
-    own = [f"auto:{precision}" for precision in facts["precisions"] if precision != "fp32"]
+    """All precisions, and the baselines in bf16, as they are fastest, with or without torch.compile.
+
+    But for 4 bits: rounded to nearest, as they are in a run without a folder, random weights must fail their check.
+    """
+    left_out = ("fp32", *facts["four_bit"])
+    own = [f"auto:{precision}" for precision in facts["precisions"] if precision not in left_out]
     gpu = [name for name in facts["baselines"] if name not in ("openvino", "onnxruntime", "tensorrt")]
     return own + [f"{name}:bf16" for name in gpu if name.endswith("-compile") == compiled]
 
@@ -216,6 +235,11 @@ def more_rows(facts: dict) -> dict[str, list[str]]:
     return rows
 
 
+def failed(row: dict) -> bool:
+    """Does a row of results speak against us: is it wrong, or did code of ours crash?"""
+    return row["status"] == "FAIL" or (row["status"] == "error" and row["backend"] in OURS)
+
+
 def stored(path: Path) -> Outcome | None:
     """What a result file says, in a line; None where there is no whole one."""
     try:
@@ -229,15 +253,18 @@ def stored(path: Path) -> Outcome | None:
     if not document["run"]["complete"]:
         return None
     rows = [row for row in document["results"] if row["kind"] in ("image", "kernel")]
-    failed = sum(row["status"] == "FAIL" for row in rows)
+    failures = sum(map(failed, rows))
     pictures = []
     for row in (row for row in rows if row["kind"] == "image"):
         per_image = row["status"]
         if per_image == "ok":
             per_image = f"{row['timing']['ms']['median'] / row['workload']['batch']:.1f} ms"
         pictures.append(f"{row['backend']}:{row['precision']} {per_image}")
-    detail = f"per image: {', '.join(pictures)}" if pictures else f"{len(rows)} rows, {failed} of them FAIL"
-    return Outcome(path.stem, "FAIL" if failed else "ok", detail)
+    detail = f"per image: {', '.join(pictures)}" if pictures else f"{len(rows)} rows, {failures} of them failed"
+    return Outcome(path.stem, "FAIL" if failures else "ok", detail)
+
+
+CHECKED = re.compile(r"\d+ calls of \d+ CUDA ops")
 
 
 def run_ops() -> int:
@@ -248,15 +275,15 @@ def run_ops() -> int:
     from sana_bench.kernels import runner
     from sana_kernels.backend import why_not
 
-    calls = 0
+    calls, ops = 0, set()
     for case in (case for case in cases() if "tiny" in case.name or "768x1344" in case.name):
         for precision in case.precisions:
             if why_not(case.op, "cuda", *case.arguments(precision, "meta"), device="cuda") is None:
                 print(case, precision, flush=True)
                 runner(case.op, "cuda")(*case.arguments(precision, "cuda"))
                 torch.cuda.synchronize()
-                calls += 1
-    print(f"{calls} calls of CUDA ops")
+                calls, ops = calls + 1, ops | {case.op}
+    print(f"{calls} calls of {len(ops)} CUDA ops")
     return 0 if calls else 3
 
 

@@ -6,6 +6,7 @@ file says how often. Percentages are of the highest peak seen in the same run, o
 uses.
 """
 
+import ctypes
 import datetime
 import gc
 import itertools
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,11 +36,12 @@ WINDOWS, WINDOW_SECONDS = 5, 0.1
 MAX_DRIFT = 0.10
 
 ARITHMETIC = {
-    "fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("bf16", "fp32"), "fp8": ("fp8", "int8", "bf16", "fp32"),
+    "fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("bf16", "fp32"), "fp8": ("fp8", "bf16", "fp32"),
     "w4a16": ("bf16", "fp32"),
     "w8a8": ("int8", "bf16", "fp32"), "w4a8": ("int8", "bf16", "fp32"), "w4a4": ("int8", "bf16", "fp32"),
 }  # fmt: skip
-"""What a row of a precision may compute with: its peak is the fastest of these that the machine has."""
+"""What a row of a precision may compute with, first its own: its peak is the fastest of these that the machine has."""
+EIGHT_BITS = ("int8", "fp8")  # products that the library does not have on every chip
 
 
 class Peaks:
@@ -51,12 +53,19 @@ class Peaks:
     def __init__(self, kinds: list[str], measure: Callable[[str, float], float], window: float = WINDOW_SECONDS):
         """`kinds`: names such as fp32_avx512 or int8 (the arithmetic, then what it runs on), and copy."""
         self.measure, self.window = measure, window
-        glance = {kind: measure(kind, window) for kind in kinds}
-        self.best: dict[str, float] = dict(glance)
+        self.best: dict[str, float] = {}
+        for kind in kinds:
+            try:
+                self.best[kind] = measure(kind, window)
+            except RuntimeError:
+                if kind.split("_")[0] not in EIGHT_BITS:
+                    raise
+        glance = dict(self.best)
         self._kinds = {
-            arithmetic: max((kind for kind in kinds if kind.split("_")[0] == arithmetic), key=glance.__getitem__)
-            for arithmetic in {kind.split("_")[0] for kind in kinds}
+            arithmetic: max((kind for kind in glance if kind.split("_")[0] == arithmetic), key=glance.__getitem__)
+            for arithmetic in {kind.split("_")[0] for kind in glance}
         }
+        self._unknown = {kind.split("_")[0] for kind in kinds} - self._kinds.keys()
 
     def kind(self, precision: str) -> str:
         """The fastest kind that a row of this precision ("copy" for the memory) may use."""
@@ -70,15 +79,21 @@ class Peaks:
             self.best[kind] = max(self.best[kind], rate)
         return now
 
-    def percent(self, amount: float, seconds: float, precision: str) -> float:
-        """Share of the highest peak that `amount` operations (bytes, for "copy") in `seconds` come to, in per cent."""
+    def percent(self, amount: float, seconds: float, precision: str) -> float | None:
+        """Share of the highest peak that `amount` operations (bytes, for "copy") in `seconds` come to, in per cent.
+
+        None where the peak of the precision's own arithmetic could not be measured: another one would be wrong.
+        """
+        if precision != "copy" and ARITHMETIC[precision][0] in self._unknown:
+            return None
         return 100 * amount / seconds / self.best[self.kind(precision)]
 
 
 def peaks(device: torch.device, **options) -> Peaks:
     """The peaks of the device that the benchmark runs on. Raises MissingError without the extension module."""
     if device.type == "cuda":
-        return Peaks([*_GPU_OPERANDS, "copy"], _gpu_rate, **options)
+        fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+        return Peaks([*(kind for kind in _GPU_OPERANDS if kind != "fp8" or fp8), "copy"], _gpu_rate, **options)
     module, reason = extension("_cpu")
     if module is None:
         raise MissingError(f"the peaks of this machine cannot be measured: {reason}; build with `pip install .`")
@@ -86,7 +101,9 @@ def peaks(device: torch.device, **options) -> Peaks:
     return Peaks(module.peak_kinds(), lambda kind, seconds: module.peak(kind, threads, seconds), **options)
 
 
-_GPU_OPERANDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+_GPU_OPERANDS = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
 
 
 def _gpu_rate(kind: str, seconds: float) -> float:
@@ -96,9 +113,18 @@ def _gpu_rate(kind: str, seconds: float) -> float:
         target = torch.empty_like(source)
         return _events_rate(lambda: target.copy_(source), 2 * source.numel(), seconds)
     normal = torch.randn(2, 8192, 8192, device="cuda")
-    a, b = (normal * 30 if kind == "int8" else normal).to(_GPU_OPERANDS[kind])
-    product = torch._int_mm if kind == "int8" else torch.mm
-    return _events_rate(lambda: product(a, b), 2 * 8192**3, seconds)
+    x, weight = (normal * 30 if kind == "int8" else normal).to(_GPU_OPERANDS[kind])
+    return _events_rate(lambda: product(x, weight), 2 * 8192**3, seconds)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The library's x weightᵀ of rows (M, K) and (N, K): in 8 bits, it has no other layout on some chips."""
+    if x.dtype == torch.int8:
+        return torch._int_mm(x, weight.t())
+    if x.dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=x.device)
+        return torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch.mm(x, weight.t())
 
 
 def _events_rate(run: Callable[[], object], amount: float, seconds: float) -> float:
@@ -115,6 +141,40 @@ def _events_rate(run: Callable[[], object], amount: float, seconds: float) -> fl
         if elapsed >= seconds:
             return amount * calls / elapsed
         calls = max(2 * calls, int(1.2 * calls * seconds / max(elapsed, 1e-6)))
+
+
+def gpu_times(calls: Iterable[Callable[[], object]], block: int = 20) -> Iterator[list[float]]:
+    """Milliseconds of single calls on the GPU, a block of them at a time.
+
+    The GPU sleeps while Python queues a block: otherwise a call that is shorter than its launch would seem as long as that.
+    A first call is for whatever is compiled then, and a block after it, not yielded, tells how long queueing takes.
+    """
+    calls = iter(calls)
+    next(calls)()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for call in itertools.islice(calls, block):
+        call()
+    cycles = int(2 * (time.perf_counter() - start + 1e-3) * _sleep_rate())  # a busy host may take longer the next time
+    while True:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(block)]
+        torch.cuda._sleep(cycles)
+        for (start, end), call in zip(events, calls, strict=False):
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        yield [start.elapsed_time(end) for start, end in events]
+
+
+def _sleep_rate(cycles: int = 10**6) -> float:
+    """How many cycles torch.cuda._sleep counts per second now."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / (start.elapsed_time(end) / 1e3)
 
 
 def drift(before: dict[str, float], after: dict[str, float]) -> float:
@@ -168,11 +228,21 @@ def statistics_ms(samples: list[float]) -> dict[str, float]:
 
 
 class PeakMemory:
-    """Highest resident memory of this process within a `with` block, sampled every 10 ms: `.bytes` afterwards."""
+    """Highest resident memory of this process within a `with` block, sampled every 10 ms.
+
+    `.bytes` afterwards, and `.added`, how much of it was not there before the block: on a GPU of the GPU's memory.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
 
     def __enter__(self):
+        free_memory()
         self._process, self._over = psutil.Process(), threading.Event()
-        self.bytes = self._process.memory_info().rss
+        self.bytes = self._before = self._process.memory_info().rss
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -184,6 +254,7 @@ class PeakMemory:
     def __exit__(self, *exception) -> None:
         self._over.set()
         self._thread.join()
+        self.added = (torch.cuda.max_memory_allocated() if self._cuda else self.bytes) - self._before
 
 
 class Clock:
@@ -215,7 +286,8 @@ def out_of_memory(error: BaseException) -> bool:
 class Results:
     """The document of one run, and its file: written anew, atomically, whenever there are other rows. See `schema`."""
 
-    def __init__(self, path: Path | None, seed: int):
+    def __init__(self, path: Path | None, seed: int, device: str = "cpu"):
+        """`device`: cpu | cuda, what is measured, on a machine that may have both."""
         if path is not None:
             files.check_writable(path)
         self.path = path
@@ -223,12 +295,12 @@ class Results:
         found = diagnostics.describe()
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         sha, dirty = _git()
-        where = "gpu" if found["gpus"] else "cpu"
+        where = "gpu" if device == "cuda" else "cpu"
         self.document = {
             "schema": schema.VERSION,
             "run": {
                 "id": f"{now}-{where}-{sha or 'unknown'}", "git_sha": sha, "dirty": dirty, "seed": seed,
-                "command": _command(), "complete": False,
+                "device": device, "command": _command(), "complete": False,
             },
             "machine": _machine(found),
             "software": {"versions": found["versions"], "build": found["build"], "system": platform.platform()},
@@ -312,11 +384,15 @@ def _command() -> str:
     """How to run this again, wherever the results go."""
     arguments = iter(sys.argv[1:])
     kept = [a for a in arguments if not a.startswith("--json=") and not (a == "--json" and next(arguments, True))]
-    return shlex.join(["sana", *kept])
+    script = Path(sys.argv[0])  # of `python -m sana_bench.text`, the file of the module
+    ours = script.resolve().parent == Path(__file__).resolve().parent
+    return shlex.join([*(["python", "-m", f"sana_bench.{script.stem}"] if ours else ["sana"]), *kept])
 
 
 def free_memory() -> None:
-    """Return what is no longer used, so that the next run finds it."""
+    """Return what is no longer used, so that the next run finds it, and its memory can be told from that of the last."""
     gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps it otherwise
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,15 +14,15 @@ from sana_bench import check, work
 from sana_bench.harness import Clock, PeakMemory, Peaks, Results, interleave, statistics_ms
 from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.prompts import Prompts
-from sana_bench.runs import make
+from sana_bench.runs import PipelineRun, make
 from sana_bench.schema import STAGES
 from sana_bench.weights import BASELINES, Moment, RunName, Weights
 from sana_model import scheduler
-from sana_model.loaded import LoadedModel
 from sana_model.pipeline import Pipeline
 from sana_model.plan import dtype_name, resolve
 from sana_model.prompt import CaptionStates
 from sana_model.settings import Settings
+from sana_model.weights.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Measured(Outcome):
     run: object
     first: dict[str, float] = field(default_factory=dict)  # stages of the first picture in ms, with prepare
     latents: Tensor | None = None  # of the first picture
-    peak_rss: int = 0
-    peak_allocated: int = 0  # on a GPU
+    memory: PeakMemory | None = None  # of the first picture
     checks: list[check.Check] = field(default_factory=list)
     samples: list[dict[str, float]] = field(default_factory=list)  # stages of each repetition in ms, with total
 
@@ -77,10 +76,10 @@ class ImageBench:
     def run(self, repeat: int) -> dict:
         """Measure, and return the document. What was measured before Ctrl-C is written, too."""
         with torch.inference_mode():
-            for name, measured in self.measured.items():
-                self.say(f"{name}: first picture")
-                self.attempt(measured, self.first_picture, measured)
             try:
+                for name, measured in self.measured.items():
+                    self.say(f"{name}: first picture")
+                    self.attempt(measured, self.first_picture, measured)
                 if self.alive:
                     self.gate()
                     self.repeat(repeat)
@@ -123,24 +122,24 @@ class ImageBench:
 
     def first_picture(self, measured: Measured) -> None:
         clock = Clock(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with PeakMemory() as memory:
+        with PeakMemory(self.device) as measured.memory:
             measured.run.prepare(self.settings(-1))
             clock.lap("prepare")
             stages, latents = self.paint(measured.run, -1)
-        measured.first, measured.latents, measured.peak_rss = stages | clock.ms, latents, memory.bytes
-        if self.device.type == "cuda":
-            measured.peak_allocated = torch.cuda.max_memory_allocated()
+        measured.first, measured.latents = stages | clock.ms, latents
 
     def gate(self) -> None:
-        """Check every run against fp32: the DiT's raw output in the middle of the schedule, and a decoded picture."""
+        """Check every run against fp32: the DiT's raw output in the middle of the schedule, a decoded picture and, of
+        ours, the captions that its pictures are painted from."""
         self.say("parity with fp32")
         names = sorted(self.alive, key=lambda name: name.split(":")[0] not in BASELINES)
         latents = next(
             (m.latents for m in map(self.alive.get, names) if bool(m.latents.isfinite().all())), self.noise(-1)
         )
-        moment, settings = self.moment(latents), self.settings(-1)
+        settings = self.settings(-1)
+        with check.ComputeInFp32():
+            captions = self.oracle.encode(settings)
+        moment = self.moment(latents, captions)
         with check.ComputeInFp32():
             velocity = self.oracle.dit(moment.latents, moment.timestep, moment.states, moment.lengths, moment.guidance)
             images = torch.cat([self.oracle.decode(latent, settings) for latent in latents.split(1)])
@@ -151,19 +150,26 @@ class ImageBench:
                 check.dit_check(run.velocity(moment), velocity, run.name.precision),
                 check.image_check(run.decode(latents, settings), images, run.name.precisions["autoencoder"]),
             ]
+            if isinstance(run, PipelineRun):
+                pairs = zip(run.text_encode(settings), captions, strict=True)  # negative and positive
+                measured.checks += [
+                    check.text_check(ours.states, theirs.states, theirs.lengths, run.name.precisions["text_encoder"])
+                    for ours, theirs in pairs
+                    if theirs is not None
+                ]
 
         for measured in self.alive.values():
             self.attempt(measured, compare, measured)
 
-    def moment(self, latents: Tensor) -> Moment:
+    def moment(self, latents: Tensor, captions: tuple[CaptionStates | None, CaptionStates]) -> Moment:
         """The middle of the schedule, on the straight way from the noise to `latents` that the DiT is trained on."""
         settings = self.settings(-1)
         schedule = scheduler.timesteps(self.config.scheduler, settings.steps)
         time = float(schedule.model_times[settings.steps // 2])
         sigma = time if self.config.scheduler.kind == "scm" else time / 1000
         x = (1 - sigma) * latents + sigma * self.noise(-1)
-        groups = [group for group in self.oracle.encode(settings) if group is not None]  # negative, positive
-        captions = CaptionStates.stack(
+        groups = [group for group in captions if group is not None]  # negative, positive
+        rows = CaptionStates.stack(
             [group.states[i, :length] for group in groups for i, length in enumerate(group.lengths.tolist())]
         )
         x = torch.cat([x] * len(groups))
@@ -171,7 +177,7 @@ class ImageBench:
             torch.full((len(x),), settings.guidance, device=self.device) if self.config.dit.guidance_embeds else None
         )
         times = torch.full((len(x),), time, device=self.device)
-        return Moment(x, times, captions.states, captions.lengths, guidance)
+        return Moment(x, times, rows.states.to(self.weights.stored["text_encoder"]), rows.lengths, guidance)
 
     def repeat(self, repeat: int) -> None:
         def task(measured: Measured):
@@ -211,22 +217,21 @@ class ImageBench:
             return [{"kind": "image", **common, "status": measured.status, "reason": measured.reason}]
         if not measured.checks:  # interrupted before anything could be trusted
             return []
-        dit, image = measured.checks
+        checks, image = measured.checks, measured.checks[1]
         common["plan"] = measured.run.plan()
         memory = {
-            "weights": self.weights.bytes(name.precisions), "rss": measured.peak_rss,
-            "peak_allocated": measured.peak_allocated,
+            "weights": self.weights.bytes(name.precisions), "rss": measured.memory.bytes, "added": measured.memory.added,
         }  # fmt: skip
-        common["memory_mib"] = {key: round(size / 2**20) for key, size in memory.items() if size}
+        common["memory_mib"] = {key: round(size / 2**20) for key, size in memory.items()}
         first = dict(measured.first)
         first["other"] += first["prepare"]
         first["total"] += first["prepare"]
-        rows = [self.row("first_image", common, name, [first], [dit, image], warmup=0)]
+        rows = [self.row("first_image", common, name, [first], checks, warmup=0)]
         rows[0]["prepare_ms"] = first["prepare"]
         if measured.samples:
             failures = self.failures(median_repetition(measured.samples), name)
             timing = {"warmup": 1, "rejected": measured.rejected, "unsteady": measured.unsteady}
-            rows.append(self.row("image", common, name, measured.samples, [dit, image], failures, **timing))
+            rows.append(self.row("image", common, name, measured.samples, checks, failures, **timing))
             decodes = [{"decode": sample["decode"], "total": sample["decode"]} for sample in measured.samples]
             failures = [failure for failure in failures if failure.startswith("decode")]
             rows.append(self.row("decode", common, name, decodes, [image], failures, **timing))
@@ -276,7 +281,7 @@ class ImageBench:
         return [
             f"{stage} runs at {percent:.0f} % of the measured peak"
             for stage, percent in self.work(stages, name)["pct_of_peak"].items()
-            if percent > 100
+            if percent is not None and percent > 100
         ]
 
 

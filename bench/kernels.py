@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sana_bench import check
 from sana_bench.cases import Case, cases
-from sana_bench.harness import Peaks, Results, interleave, statistics_ms
+from sana_bench.harness import Peaks, Results, gpu_times, interleave, statistics_ms
+from sana_bench.outcome import Outcome
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
 from sana_kernels.conv2d import ConvWeight, pack_conv2d
 from sana_kernels.gemm import PACKED, pack
@@ -85,14 +86,12 @@ def select(
 
 
 @dataclass
-class Measured:
+class Measured(Outcome):
     """What is known of one backend on one case."""
 
-    time: Callable[[], list[float]]
-    check: dict
+    time: Callable[[], list[float]] | None = None
+    check: dict = field(default_factory=dict)
     samples: list[float] = field(default_factory=list)  # ms
-    rejected: int = 0
-    unsteady: int = 0
 
 
 class KernelBench:
@@ -120,25 +119,30 @@ class KernelBench:
 
     def measure(self, one: Chosen, repeat: int) -> list[dict]:
         """The rows of one case."""
-        inputs = cold_inputs(one.case, one.precision, self.device, self.seed)
-        plain, oracle = expected(one.case.op, inputs[0])
-        measured = {}
-        for backend in one.backends:
-            call, own = runner(one.case.op, backend), [prepared(one.case.op, backend, given) for given in inputs]
-            made = (t[..., : oracle.shape[-1]] for t in (values(one.case.op, call(*own[0])), plain))  # without padding
-            checked = check.kernel_check(*made, oracle)
-            measured[backend] = Measured(lambda call=call, own=own: time_calls(call, own, self.device), checked)
-        tasks = {name: lambda i, time=m.time: time() for name, m in measured.items()}
+        truth = Outcome()
+        found = self.attempt(truth, f"{one.case} {one.precision}", self.truth, one)
+        measured = {backend: Measured(status=truth.status, reason=truth.reason) for backend in one.backends}
+        if found is None:
+            return [self.row_without(one, backend, m) for backend, m in measured.items()]
+        inputs, plain, oracle = found
+        for backend, m in measured.items():
+            self.attempt(m, backend, self.first, one, backend, m, inputs, plain, oracle)
+
+        def task(backend: str, m: Measured):
+            return lambda i: self.attempt(m, backend, m.time) if m.status == "ok" else None
+
+        tasks = {backend: task(backend, m) for backend, m in measured.items()}
         self.peaks.probe({"copy"}, windows=1)  # a window of it takes most of a second: not before each repetition
         kind = self.peaks.kind(one.precision)
         for name, samples, verdict in interleave(tasks, repeat, lambda: self.peaks.probe({kind})):
             m = measured[name]
-            m.rejected += verdict == "rejected"
-            m.unsteady += verdict == "unsteady"
-            if verdict != "rejected":
+            if m.count(verdict):
                 m.samples += samples
         moved = bytes_moved(inputs[0], plain, last_cache_bytes(self.device))
-        rows = [self.row(one, backend, m, moved) for backend, m in measured.items()]
+        rows = [
+            self.row(one, backend, m, moved) if m.status == "ok" else self.row_without(one, backend, m)
+            for backend, m in measured.items()
+        ]
         medians = {row["backend"]: row["timing"]["ms"]["median"] for row in rows if row["status"] == "ok"}
         for row in rows:
             if row["status"] == "ok":
@@ -149,6 +153,33 @@ class KernelBench:
                 }
         return rows
 
+    def attempt(self, outcome: Outcome, name: str, action: Callable, *args):
+        """action(*args), or None where it can't be (`Outcome.attempt`)."""
+        return outcome.attempt(name, lambda: None, self.say, action, *args)
+
+    def truth(self, one: Chosen) -> tuple[list[tuple], Tensor, Tensor]:
+        """Cold inputs, what plain PyTorch makes of the first, and that in fp64."""
+        inputs = cold_inputs(one.case, one.precision, self.device, self.seed)
+        return inputs, *expected(one.case.op, inputs[0])
+
+    def first(self, one: Chosen, backend: str, m: Measured, inputs: list[tuple], plain: Tensor, oracle: Tensor) -> None:
+        """Prepare a backend, call it and compare it."""
+        op = one.case.op
+        call, own = runner(op, backend), [prepared(op, backend, given) for given in inputs]
+        made = (t[..., : oracle.shape[-1]] for t in (values(op, call(*own[0])), plain))  # without padding
+        m.check = check.kernel_check(*made, oracle)
+        m.time = partial(time_calls, call, own, self.device)
+
+    def common(self, one: Chosen, backend: str, status: str) -> dict:
+        return {
+            "kind": "kernel", "name": str(one.case), "backend": backend, "precision": one.precision,
+            "shape": one.case.shape, "status": status,
+        }  # fmt: skip
+
+    def row_without(self, one: Chosen, backend: str, m: Measured) -> dict:
+        """Of a backend that could not be measured."""
+        return self.common(one, backend, m.status) | {"reason": m.reason}
+
     def row(self, one: Chosen, backend: str, m: Measured, moved: int) -> dict:
         ms = statistics_ms(m.samples)
         seconds = ms["median"] / 1e3
@@ -156,11 +187,13 @@ class KernelBench:
             "copy": self.peaks.percent(moved, seconds, "copy"),
             "arithmetic": self.peaks.percent(2 * one.case.macs, seconds, one.precision),
         }
-        failures = [f"{value:.0f} % of the measured peak ({what})" for what, value in percent.items() if value > 100]
+        failures = [
+            f"{value:.0f} % of the measured peak ({what})"
+            for what, value in percent.items()
+            if value is not None and value > 100
+        ]
         passed = m.check["passed"] and not failures
-        return {
-            "kind": "kernel", "name": str(one.case), "backend": backend, "precision": one.precision,
-            "shape": one.case.shape, "status": "ok" if passed else "FAIL",
+        return self.common(one, backend, "ok" if passed else "FAIL") | {
             "timing": {
                 "method": "cuda events" if self.device.type == "cuda" else "wall clock", "inputs": "cold", "warmup": 1,
                 "n": len(m.samples), "rejected": m.rejected, "unsteady": m.unsteady, "ms": ms, "raw_ms": thinned(m.samples),
@@ -272,11 +305,11 @@ def bytes_moved(arguments: tuple, output: Tensor, cache: int) -> int:
 
 def time_calls(call: Callable, inputs: list[tuple], device: torch.device) -> list[float]:
     """Milliseconds of single calls, each on other inputs, for at least 0.2 s and five calls."""
-    call(*inputs[-1])
     return _time_on_gpu(call, inputs) if device.type == "cuda" else _time_on_cpu(call, inputs)
 
 
 def _time_on_cpu(call: Callable, inputs: list[tuple]) -> list[float]:
+    call(*inputs[-1])
     samples: list[float] = []
     over = time.perf_counter() + BATCH_SECONDS
     while len(samples) < MIN_CALLS or time.perf_counter() < over:
@@ -288,17 +321,10 @@ def _time_on_cpu(call: Callable, inputs: list[tuple]) -> list[float]:
 
 
 def _time_on_gpu(call: Callable, inputs: list[tuple]) -> list[float]:
-    """Queued in blocks, so that the GPU never waits for Python between two events of a block."""
     samples: list[float] = []
     over = time.perf_counter() + BATCH_SECONDS
-    while len(samples) < MIN_CALLS or time.perf_counter() < over:
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
-        for start, end in events:
-            arguments = inputs[len(samples) % len(inputs)]
-            samples.append(0.0)
-            start.record()
-            call(*arguments)
-            end.record()
-        torch.cuda.synchronize()
-        samples[-len(events) :] = [start.elapsed_time(end) for start, end in events]
+    for block in gpu_times(partial(call, *arguments) for arguments in itertools.cycle(inputs)):
+        samples += block
+        if len(samples) >= MIN_CALLS and time.perf_counter() >= over:
+            break
     return samples

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sana_bench.harness import free_memory, out_of_memory
-from sana_bench.weights import BASELINES, RunName
+from sana_bench.weights import BASELINES
 from sana_model.errors import MissingError, UserError
 
 
@@ -18,12 +18,12 @@ class Outcome:
     unsteady: int = 0
 
     def attempt(
-        self, name: RunName, close: Callable[[], None], say: Callable[[str], None], action: Callable, *args,
+        self, name: object, close: Callable[[], None], say: Callable[[str], None], action: Callable, *args,
         missing: str = "not available",
     ):  # fmt: skip
-        """action(*args), or None where it can't be: out of memory, not here, or a crash in code that others wrote.
+        """action(*args), or None where it can't be: out of memory, not here, or a crash, so that the rest goes on.
 
-        What can't be is `close`d. `missing`: the status of what this machine lacks.
+        `name`: of what is attempted. What can't be is `close`d. `missing`: the status of what this machine lacks.
         """
         try:
             return action(*args)
@@ -32,13 +32,8 @@ class Outcome:
         except UserError as error:  # such as latents that overflow in fp16
             self.status, self.reason = "error", str(error)
         except Exception as error:
-            if out_of_memory(error):
-                self.status = "out of memory"
-            elif name.backend in BASELINES:
-                self.status = "error"
-            else:
-                raise
-            self.reason = str(error) or type(error).__name__
+            self.status = "out of memory" if out_of_memory(error) else "error"
+            self.reason = f"{type(error).__name__}: {error}"
         close()
         free_memory()
         say(f"{name}: {self.status}: {self.reason.splitlines()[0]}")

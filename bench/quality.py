@@ -31,11 +31,11 @@ from sana_bench.weights import Moment, RunName, Weights
 from sana_model import batch, scheduler
 from sana_model.dit import DiT
 from sana_model.errors import UserError
-from sana_model.loaded import LoadedModel
 from sana_model.pipeline import Pipeline
 from sana_model.plan import dtype_name, resolve
 from sana_model.prompt import CaptionStates
 from sana_model.settings import Settings
+from sana_model.weights.loaded import LoadedModel
 
 ORIGINAL, NOISE_FLOOR = RunName("reference", "fp32"), RunName("reference", "bf16")
 STEP_PROMPTS, STEP_TIMES = 64, 5  # single steps: of so many prompts, at so many times of the schedule

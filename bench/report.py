@@ -28,7 +28,7 @@ MARKED = re.compile(r"(<!-- table:(\w+) *(\S*) -->\n).*?(<!-- /table -->)", re.D
 
 
 def image_table(document: dict) -> str:
-    """A row per run, and below it the conditions. A run that failed has no time and no speed-up."""
+    """A row per run, and below it the conditions; ms of one picture. A run that failed has no time and no speed-up."""
     out = []
     for group in _groups(document, "image"):
         w = group[0]["workload"]
@@ -39,10 +39,10 @@ def image_table(document: dict) -> str:
             "decode ms",
             "**ms/image** p50 [p10–p90]",
             "first s",
-            "GiB",
+            "+ GiB",
             "% peak: DiT, decoder",
         ]
-        columns += ["dB: DiT, image", *(f"× {name}" for name in baselines)]
+        columns += ["dB: DiT, image, text", *(f"× {name}" for name in baselines)]
         title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
         rows = [_image_row(row, document, baselines) for row in group]
         out += [_markdown([title, *columns], rows), "", _conditions(document, group[0].get("weights", "")), ""]
@@ -62,13 +62,22 @@ def _image_row(row: dict, document: dict, baselines: list[str]) -> list[str]:
         None,
     )
     stages, percent = row["stages_ms"], row["work"]["pct_of_peak"]
+    batch = row["workload"]["batch"]
     decibels = ", ".join(f"{part['value']:.0f}" for part in row["check"]["parts"])
-    cells = [f"{stages[key]:.0f}" for key in ("text_encode", "per_step", "decode")]
-    cells.append(_range(row["timing"]["ms"], 1) if row["status"] == "ok" else f"**FAIL** ({_why(row['check'])})")
+    cells = [f"{stages[key] / batch:.0f}" for key in ("text_encode", "per_step", "decode")]
+    cells.append(
+        _range(row["timing"]["ms"], 1 / batch) if row["status"] == "ok" else f"**FAIL** ({_why(row['check'])})"
+    )
     cells.append(f"{first['timing']['ms']['median'] / 1e3:.1f}" if first else "")
-    cells += [f"{row['memory_mib']['rss'] / 1024:.1f}", f"{percent['denoise']:.0f}, {percent['decode']:.0f}", decibels]
+    cells += [_added(row), ", ".join(map(_percent, (percent["denoise"], percent["decode"]))), decibels]
     speedups = row.get("speedup", {})
     return [name, *cells, *(f"{speedups[b]:.2f}" if b in speedups else "" for b in baselines)]
+
+
+def _added(row: dict) -> str:
+    """GiB that a run took beside the weights that it shares with the others."""
+    added = row["memory_mib"].get("added")
+    return "" if added is None else f"{added / 1024:.1f}"
 
 
 def step_table(document: dict) -> str:
@@ -101,13 +110,14 @@ def _step_row(row: dict, ops: list[str], baselines: list[str]) -> list[str]:
         why = f"**FAIL** ({_why(row['check'])})" if row["status"] == "FAIL" else row["status"]
         return [name, why, *[""] * (5 + len(ops) + len(baselines))]
     ms, spent = row["timing"]["ms"], row.get("ops_ms")
-    cells = [name, _range(ms, 1), f"{row['check']['value']:.0f}", f"{row['work']['pct_of_peak']:.0f}"]
+    cells = [name, _range(ms, 1), f"{row['check']['value']:.0f}", _percent(row["work"]["pct_of_peak"])]
     if spent is None:
         cells += [""] * (len(ops) + 3)
     else:
-        alone = row["gemms_alone_ms"]["median"]
         cells += [f"{spent.get(op, 0):.1f}" for op in ops]
-        cells += [f"{ms['median'] - sum(spent.values()):.1f}", f"{alone:.1f}", f"{ms['median'] / alone:.2f}"]
+        cells.append(f"{ms['median'] - sum(spent.values()):.1f}")
+        alone = row.get("gemms_alone_ms", {}).get("median")
+        cells += ["", ""] if alone is None else [f"{alone:.1f}", f"{ms['median'] / alone:.2f}"]
     return [*cells, *(f"{row['speedup'][b]:.2f}" if b in row["speedup"] else "" for b in baselines)]
 
 
@@ -115,7 +125,7 @@ def decode_table(document: dict) -> str:
     """A row per run and size of the decoder alone."""
     rows = [row for row in document["results"] if row["kind"] == "decode"]
     baselines = list(dict.fromkeys(name for row in rows for name in row.get("speedup", ())))
-    header = ["decoder", "run", "**ms** p50 [p10–p90]", "GiB", "% of peak", "SQNR, PSNR dB"]
+    header = ["decoder", "run", "**ms** p50 [p10–p90]", "+ GiB", "% of peak", "SQNR, PSNR dB"]
     body = [_decode_row(row, baselines) for row in rows]
     conditions = _conditions(document, rows[0].get("weights", "") if rows else "")
     return f"{_markdown([*header, *(f'× {name}' for name in baselines)], body)}\n\n{conditions}"
@@ -128,7 +138,7 @@ def _decode_row(row: dict, baselines: list[str]) -> list[str]:
     check = row["check"]
     time = _range(row["timing"]["ms"], 1) if row["status"] == "ok" else f"**FAIL** ({_why(check)})"
     decibels = f"{check['value']:.1f}" + (f", {check['psnr_db']:.1f}" if "psnr_db" in check else "")
-    cells = [time, f"{row['memory_mib']['rss'] / 1024:.1f}", f"{row['work']['pct_of_peak']['decode']:.0f}", decibels]
+    cells = [time, _added(row), _percent(row["work"]["pct_of_peak"]["decode"]), decibels]
     speedups = row.get("speedup", {})
     return [*title, *cells, *(f"{speedups[b]:.2f}" if b in speedups else "" for b in baselines)]
 
@@ -162,7 +172,7 @@ def _kernel_cells(by_backend: dict[str, dict], backends: list[str]) -> list[str]
     work, speedup = best["work"], best.get("speedup", {}).get("reference")
     percent = work["pct_of_peak"]
     return [
-        *times, f"{work['gb_s']:.1f}", f"{percent['copy']:.0f}", f"{percent['arithmetic']:.0f}",
+        *times, f"{work['gb_s']:.1f}", _percent(percent["copy"]), _percent(percent["arithmetic"]),
         f"{best['check']['value']:.2f}", f"{speedup:.2f}" if speedup else "",
     ]  # fmt: skip
 
@@ -264,7 +274,7 @@ def _conditions(document: dict, weights: str) -> str:
     machine, run = document["machine"], document["run"]
     where = (
         machine["gpus"][0]["name"]
-        if machine["gpus"]
+        if machine["gpus"] and run.get("device") != "cpu"
         else f"{machine['cpu']} ({machine['isa']}), {machine['threads_used']} threads"
     )
     parts = [where, f"torch {document['software']['versions']['torch']}", run["id"]]
@@ -285,6 +295,11 @@ def _range(ms: dict[str, float], scale: float) -> str:
     digits = 0 if ms["median"] * scale >= 100 else 1
     median, p10, p90 = (f"{ms[key] * scale:.{digits}f}" for key in ("median", "p10", "p90"))
     return f"{median} [{p10}–{p90}]"
+
+
+def _percent(share: float | None) -> str:
+    """Of a peak; "–" where that could not be measured."""
+    return "–" if share is None else f"{share:.0f}"
 
 
 def _why(check: dict) -> str:

@@ -1,6 +1,6 @@
 """The shape of a result file: what scripts may rely on. `validate` says where a file departs from it.
 
-A file holds one run: `schema`, `run` (id, command, git_sha, seed), `machine` (load, steal and the peaks measured in
+A file holds one run: `schema`, `run` (id, command, git_sha, seed, device), `machine` (load, steal and the peaks measured in
 that run), `software`, and `results`, a list of rows. Every row has
 
     kind        image | first_image | step | decode | kernel | quality | text

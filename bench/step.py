@@ -22,12 +22,13 @@ from sana_bench.runs import PipelineRun, make
 from sana_bench.weights import Moment, RunName, Weights
 from sana_kernels import Quantized
 from sana_model.config import BUILT_IN
-from sana_model.loaded import LoadedModel
-from sana_model.packed import PackedLinear
+from sana_model.dit import Block, DiT
+from sana_model.packed import PackedLinear, is_plain, rows_for
 from sana_model.prompt import PromptEncoder
-from sana_model.random_weights import random_model
 from sana_model.settings import settings_for
-from sana_model.weights import load_model
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.models import load_model
+from sana_model.weights.random_weights import random_model
 
 SMALL = "sana-tiny-random"  # whose text encoder and decoder stand in
 
@@ -42,7 +43,7 @@ class Measured(Outcome):
     ops: list[dict[str, float]] = field(default_factory=list)  # ms of every op, of the same steps
     gemms: list[float] = field(default_factory=list)  # ms of the step's matrix products alone
     step: Callable[[], Tensor] | None = None
-    products: Callable[[], None] | None = None
+    products: Callable[[], None] | None = None  # None: not of our kernels, or of layers that are more than a product
 
 
 def load(source, dtype: torch.dtype) -> LoadedModel:
@@ -98,22 +99,12 @@ class StepBench:
         measured.step = stepper(measured.run, self.moment)
         measured.products = matrix_products(measured.run, self.moment)
         for warm_up in (measured.step, measured.products):
-            warm_up()
+            if warm_up is not None:
+                warm_up()
 
     def _repeat(self, repeat: int) -> None:
         def task(measured: Measured):
-            def once(_i: int) -> tuple[float, dict[str, float], float] | None:
-                if measured.status != "ok":
-                    return None
-                clock = measured.run.pipeline.plan.clock if isinstance(measured.run, PipelineRun) else None
-                if clock is not None:
-                    clock.reset()
-                took = self._attempt(measured, self._ms, measured.step)
-                seconds = {} if clock is None else clock.seconds()
-                ops = {op: 1e3 * s for (part, op), s in seconds.items() if part == "dit"}
-                return None if took is None else (took, ops, self._ms(measured.products))
-
-            return once
+            return lambda _i: self._attempt(measured, self._once, measured) if measured.status == "ok" else None
 
         kinds = {self.peaks.kind(m.run.name.precision) for m in self.alive.values()}
         tasks = {name: task(measured) for name, measured in self.alive.items()}
@@ -123,7 +114,17 @@ class StepBench:
             if measured.count(verdict):
                 measured.samples.append(took)
                 measured.ops.append(ops)
-                measured.gemms.append(gemms)
+                measured.gemms += [] if gemms is None else [gemms]
+
+    def _once(self, measured: Measured) -> tuple[float, dict[str, float], float | None]:
+        """ms of one step, of its ops by name, and of its matrix products alone."""
+        clock = measured.run.pipeline.plan.clock if isinstance(measured.run, PipelineRun) else None
+        if clock is not None:
+            clock.reset()
+        took = self._ms(measured.step)
+        seconds = {} if clock is None else clock.seconds()
+        ops = {op: 1e3 * s for (part, op), s in seconds.items() if part == "dit"}
+        return took, ops, None if measured.products is None else self._ms(measured.products)
 
     def _ms(self, action: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -169,7 +170,7 @@ class StepBench:
         ms = statistics_ms(measured.samples)
         macs = self._macs()
         percent = self.peaks.percent(2 * macs, ms["median"] / 1e3, name.precision)
-        failures = [f"it runs at {percent:.0f} % of the measured peak"] if percent > 100 else []
+        failures = [f"it runs at {percent:.0f} % of the measured peak"] if percent is not None and percent > 100 else []
         checked = check.summary([measured.parity], failures)
         row |= {
             "status": "ok" if checked["passed"] else "FAIL",
@@ -184,7 +185,9 @@ class StepBench:
             ops = {
                 op: statistics_ms([sample.get(op, 0) for sample in measured.ops])["median"] for op in measured.ops[0]
             }
-            row |= {"ops_ms": ops, "gemms_alone_ms": statistics_ms(measured.gemms)}
+            row["ops_ms"] = ops
+        if measured.gemms:
+            row["gemms_alone_ms"] = statistics_ms(measured.gemms)
         return row
 
     def _macs(self) -> int:
@@ -195,25 +198,34 @@ class StepBench:
 
 def stepper(run, moment: Moment) -> Callable[[], Tensor]:
     """One step of a run, without what it computes once per picture."""
-    if not isinstance(run, PipelineRun):
+    dit = run.pipeline.dit if isinstance(run, PipelineRun) else None
+    if not isinstance(dit, DiT):
         return lambda: run.velocity(moment)
-    dit = run.pipeline.dit
     timing = dit.time(moment.timestep.to(dit.dtype), moment.guidance)
     text = dit.text(moment.states, moment.lengths)
     return lambda: dit.step(moment.latents, timing, text)
 
 
-def matrix_products(run, moment: Moment) -> Callable[[], None]:
-    """The products of a step over image tokens, of every layer with its own weights, on rows that lie ready."""
-    if not isinstance(run, PipelineRun):
-        return lambda: None
-    dit = run.pipeline.dit
+def products_of(block: Block) -> tuple[nn.Module, ...]:
+    attention, cross, ffn = block.attention, block.cross_attention, block.mix_ffn
+    return attention.qkv, attention.out, cross.q, cross.out, ffn.expand, ffn.project
+
+
+def matrix_products(run, moment: Moment) -> Callable[[], None] | None:
+    """The products of a step over image tokens, of every layer with its own weights, on rows that lie ready.
+
+    None for runs of others, and for 4-bit weights and low-rank branches, which are more than one product.
+    """
+    dit = run.pipeline.dit if isinstance(run, PipelineRun) else None
+    if not isinstance(dit, DiT) or not all(is_plain(layer) for block in dit.blocks for layer in products_of(block)):
+        return None
     R, tokens = len(moment.lengths), moment.latents[0, 0].numel()
     C, F, dtype = dit.config.hidden, dit.config.ffn, dit.dtype
     draw = torch.Generator().manual_seed(0)
     rows = {K: torch.randn(R, tokens, K, generator=draw).to(moment.latents.device, dtype) for K in (C, F)}
     gate = torch.randn(R, C, generator=draw).to(rows[C])
-    quantised = {K: sana_kernels.quantize(x) for K, x in rows.items()}
+    eight_bits = rows_for(dit.blocks[0].attention.qkv)
+    quantised = {} if eight_bits is None else {K: sana_kernels.quantize(x, eight_bits) for K, x in rows.items()}
 
     def product(layer: nn.Module, silu: bool = False, gate: Tensor | None = None, residual: bool = False) -> None:
         packed = isinstance(layer, PackedLinear)
@@ -227,11 +239,12 @@ def matrix_products(run, moment: Moment) -> Callable[[], None]:
 
     def run_all() -> None:
         for block in dit.blocks:
-            product(block.attention.qkv)
-            product(block.attention.out, gate=gate, residual=True)
-            product(block.cross_attention.q)
-            product(block.cross_attention.out, residual=True)
-            product(block.mix_ffn.expand, silu=True)
-            product(block.mix_ffn.project, gate=gate, residual=True)
+            qkv, out, q, cross_out, expand, project = products_of(block)
+            product(qkv)
+            product(out, gate=gate, residual=True)
+            product(q)
+            product(cross_out, residual=True)
+            product(expand, silu=True)
+            product(project, gate=gate, residual=True)
 
     return run_all

@@ -21,10 +21,10 @@ from sana_bench import gemma
 from sana_bench.check import sqnr
 from sana_bench.harness import Results
 from sana_kernels.quant import formats
-from sana_model.awq import NORMS, scale_text_encoder
 from sana_model.errors import UserError
 from sana_model.packed import PackedLinear, pack_linear_layers
-from sana_model.quantized import replace_layer
+from sana_model.quantize.awq import NORMS, scale_text_encoder
+from sana_model.quantize.layers import replace_layer
 from sana_model.text_encoder import TextEncoder
 
 TEXT = Path(__file__).parent / "text.txt"

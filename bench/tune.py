@@ -11,11 +11,14 @@ import importlib
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
+from sana_bench.harness import gpu_times
 from sana_kernels import tiles
 from sana_kernels.tiles import Tile
 from sana_model.errors import MissingError, UserError
@@ -94,7 +97,8 @@ def merge(proposals: list[dict]) -> dict:
         for arch, entry in proposal.items():
             before = tiles.TABLE.get(int(arch)) or tiles.TABLE[tiles.known(int(arch))]
             target = table.setdefault(arch, json.loads(json.dumps(before)))
-            target["processors"] = entry["processors"]
+            if entry["processors"] != before["processors"]:  # of the GPU that was measured; the rest is the table's
+                target["processors"] = entry["processors"]
             for kind, dtype, rows in ((k, d, rows) for k in OPS.values() for d, rows in entry[k].items()):
                 if rows == before[kind].get(dtype):
                     continue
@@ -132,21 +136,15 @@ def measure(kind: str, dtype: torch.dtype, tile: Tile) -> float | None:
     """Seconds per multiply-add on this GPU, the median of 20 calls; None where the tile cannot run."""
     from triton.runtime.errors import OutOfResources
 
-    call, macs = _attention(dtype, tile) if kind == "attention" else _product(dtype, tile, "residual" in kind)
+    chosen, call, macs = _attention(dtype, tile) if kind == "attention" else _product(dtype, tile, "residual" in kind)
     try:
-        for _ in range(3):
-            call()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(20)]
-        for start, end in events:
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
+        with chosen:
+            times = next(gpu_times(itertools.repeat(call)))
     except (OutOfResources, RuntimeError) as error:  # Triton's compiler gives up with a RuntimeError
         if isinstance(error, torch.AcceleratorError):
             raise
         return None
-    return sorted(start.elapsed_time(end) for start, end in events)[10] / 1e3 / macs
+    return sorted(times)[10] / 1e3 / macs
 
 
 def _operands(dtype: torch.dtype, rows: int, inner: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -157,8 +155,8 @@ def _operands(dtype: torch.dtype, rows: int, inner: int) -> tuple[torch.Tensor, 
     return quantize(torch.randn(rows, inner, device="cuda"), dtype)
 
 
-def _product(dtype: torch.dtype, tile: Tile, residual: bool) -> tuple[Callable, int]:
-    """A product of SANA-1.6B's inner size with four tiles for every multiprocessor."""
+def _product(dtype: torch.dtype, tile: Tile, residual: bool) -> tuple[AbstractContextManager, Callable, int]:
+    """A product of SANA-1.6B's inner size with four tiles for every multiprocessor: with what takes the tile, call, MACs."""
     module = importlib.import_module("sana_kernels.gemm.triton")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     rows, columns, inner = 4 * tile.m, processors * tile.n, 2240
@@ -171,21 +169,14 @@ def _product(dtype: torch.dtype, tile: Tile, residual: bool) -> tuple[Callable, 
         torch.bfloat16,
     )  # fmt: skip
 
-    def call() -> None:
-        with mock.patch.object(module, "gemm_tile", lambda *shape: tile):
-            module.gemm(*args)
-
-    return call, rows * columns * inner
+    chosen = mock.patch.object(module, "gemm_tile", lambda *shape: tile)
+    return chosen, partial(module.gemm, *args), rows * columns * inner
 
 
-def _attention(dtype: torch.dtype, tile: Tile) -> tuple[Callable, int]:
-    """SANA-1.6B at 1024 px."""
+def _attention(dtype: torch.dtype, tile: Tile) -> tuple[AbstractContextManager, Callable, int]:
+    """SANA-1.6B at 1024 px, likewise."""
     module = importlib.import_module("sana_kernels.linear_attention.triton")
     (x, x_scale), (weight, weight_scale) = _operands(dtype, 2048, 2240), _operands(dtype, 3 * 2240, 2240)
     args = x.view(2, 1024, -1), None if x_scale is None else x_scale.view(2, 1024), weight, weight_scale, 32, 1e-15
-
-    def call() -> None:
-        with mock.patch.object(module, "attention_tile", lambda *shape: tile):
-            module.linear_attention_from(*args)
-
-    return call, 2048 * 2240 * 3 * 2240
+    chosen = mock.patch.object(module, "attention_tile", lambda *shape: tile)
+    return chosen, partial(module.linear_attention_from, *args), 2048 * 2240 * 3 * 2240

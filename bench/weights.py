@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from sana_bench import exported
 from sana_model import memory
 from sana_model.errors import UserError
-from sana_model.loaded import LoadedModel
 from sana_model.plan import PIPELINES
-from sana_model.quantized_checkpoint import header_in
 from sana_model.settings import DTYPES, OF_DECODERS, PRECISIONS, Settings, dtypes_of
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.quantized_checkpoint import header_in
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)

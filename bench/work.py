@@ -41,10 +41,10 @@ def denoise_macs(config: DiTConfig, tokens: int, steps: int, lengths: tuple[int,
     return sum(per_row)
 
 
-def decoder_macs(config: AutoencoderConfig, height: int, width: int, folded: bool = False) -> int:
+def decoder_macs(config: AutoencoderConfig, height: int, width: int, folded: bool = True) -> int:
     """One decode of an image of height × width pixels.
 
-    `folded`: of a convolution after nearest ×2, the 4 taps of each pixel that are different ones, not all 9.
+    `folded`: of a convolution after nearest ×2, only the 4 taps of each pixel that are different ones, not all 9.
     """
     widths, last = config.widths, len(config.widths) - 1
     pixels = [(height >> i) * (width >> i) for i in range(len(widths))]

@@ -27,12 +27,12 @@ import torch
 from sana_export import engines, layout, plugin
 from sana_export.engines import Engine, Ranges
 from sana_export.layout import Manifest, Profile
-from sana_model import tensorrt_library
 from sana_model.config import ModelConfig
 from sana_model.errors import MissingError, UserError
+from sana_model.exported import tensorrt_library
+from sana_model.exported.tensorrt_library import Library
 from sana_model.files import atomic
-from sana_model.tensorrt_library import Library
-from sana_model.weights import find
+from sana_model.weights.models import find
 
 PROFILES = 5  # at most; each costs a build of its own and 10 to 15 MiB, and saves device memory
 REPORT_EVERY = 5.0  # seconds, within a phase
@@ -57,6 +57,9 @@ def build_engines(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    # Of what is built now, the files as they are: somebody may have worked on them after the export.
+    found = {graph: replace(manifest.graphs[graph], file_sha256=layout.file_sha256(graphs, graph)) for graph in only}
+    manifest = replace(manifest, graphs=manifest.graphs | found)
     engines.copy_model(graphs, manifest, folder)
     return [
         _engine(_Job(graphs, folder, manifest, config, library, target, attention, refit, say), graph) for graph in only
@@ -80,7 +83,7 @@ def _engine(job: _Job, graph: str) -> Engine:
     made = job.manifest.graphs[graph]
     engine = Engine(
         graph=graph, precision=made.precision, attention=job.attention,
-        graph_sha256=engines.graph_sha256(job.graphs, graph), weights_sha256=made.sha256,
+        graph_sha256=made.file_sha256, weights_sha256=made.sha256,
         library=str(job.library), target=job.target, refittable=job.refit,
         profiles=profiles(job.manifest.profile, graph, job.config),
     )  # fmt: skip

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sana_export.graphs import HIGHER_PRECISION
 from sana_export.ops import INT8_MOST
 from sana_kernels.quant.calibration import LayerInputs, calibrate
 from sana_model.dit import FP16_MAX
 from sana_model.errors import UserError
 from sana_model.pipeline import Pipeline
+from sana_model.quantize.layers import KEPT
 
 PROMPTS = [
     "a red fox in the snow, oil painting", "a 3d render of a teapot on a teal background", "a crowded night market, rain",
@@ -30,7 +30,7 @@ def activation_scales(inputs: dict[str, LayerInputs]) -> dict[str, float]:
     return {
         name: layer.absmax.max().item() / INT8_MOST
         for name, layer in inputs.items()
-        if name.startswith("blocks.") and name.rpartition(".")[2] not in HIGHER_PRECISION
+        if name.startswith("blocks.") and name.rpartition(".")[2] not in KEPT
     }
 
 

@@ -25,14 +25,14 @@ from sana_export import graphs, layout
 from sana_export.exporter import network_for, sha256
 from sana_export.layout import GRAPHS, Manifest
 from sana_export.twin import write_twin
-from sana_model import onnxruntime
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
-from sana_model.exported import pipeline
+from sana_model.exported import onnxruntime
+from sana_model.exported.pipeline import pipeline
 from sana_model.pipeline import load
 from sana_model.settings import DTYPES
-from sana_model.verify import Report, Row
-from sana_model.weights import Source, find
+from sana_model.weights.models import Source, find
+from sana_model.weights.verify import Report, Row
 
 FP32_ERROR, TIMES_EAGER = 1e-4, 2.0
 PSNR = {"fp32": 45.0, "bf16": 20.0, "fp16": 20.0}
@@ -161,7 +161,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 class _Sessions:
-    """Sessions as a `sana_model.exported.Runner`."""
+    """Sessions as a `sana_model.exported.pipeline.Runner`."""
 
     device = torch.device("cpu")
 

@@ -100,11 +100,17 @@ def choose(folder: Path, manifest: Manifest, graph: str, library: str, target: s
     engines = built(folder, graph)
     if not engines:
         raise UserError(f"{folder} has no {graph} engine; {again}")
-    weights = manifest.graphs[graph].sha256
-    if not (same := [engine for engine in engines if engine.weights_sha256 == weights]):
+    made = manifest.graphs[graph]
+    weights = made.sha256
+    if not (related := [engine for engine in engines if engine.weights_sha256 == weights]):
         raise UserError(
             f"the {graph} engine in {folder} was built from other weights ({engines[0].weights_sha256[:12]}) than"
             f" {manifest.model}'s ({weights[:12]}); {again}"
+        )
+    if not (same := [engine for engine in related if engine.graph_sha256 == made.file_sha256]):
+        raise UserError(
+            f"the {graph} engine in {folder} was built from another graph of these weights, such as one of another"
+            f" calibration, than its {layout.MANIFEST} tells of; {again}"
         )
     if not (fitting := [engine for engine in same if engine.target == target]):
         targets = ", ".join(dict.fromkeys(engine.target for engine in same))
@@ -117,21 +123,10 @@ def choose(folder: Path, manifest: Manifest, graph: str, library: str, target: s
     return loadable[0]
 
 
-def graph_sha256(folder: Path, graph: str) -> str:
-    """Of a graph's file and of its weights beside it."""
-    sha = hashlib.sha256()
-    file = layout.graph_file(folder, graph)
-    for path in (file, file.with_name(file.name + ".data")):
-        if path.is_file():
-            with path.open("rb") as content:
-                while block := content.read(2**22):
-                    sha.update(block)
-    return sha.hexdigest()
-
-
 def copy_model(graphs: Path, manifest: Manifest, engines: Path) -> None:
     """Make `engines` a model: everything of `graphs` but the graphs themselves. Raises UserError where another one is."""
     if engines.resolve() == graphs.resolve():
+        layout.write(engines, manifest)
         return
     if layout.is_export(engines) and _identity(there := layout.read(engines)) != _identity(manifest):
         raise UserError(

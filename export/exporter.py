@@ -24,14 +24,15 @@ from sana_export import calibration, graphs, layout, ops
 from sana_export.layout import GRAPHS, PARTS, Graph, Manifest, Signature
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
-from sana_model.loaded import LoadedModel
-from sana_model.onnxruntime import package
+from sana_model.exported.onnxruntime import package
+from sana_model.files import check_replaceable
 from sana_model.pipeline import load
 from sana_model.prompt import PromptEncoder
-from sana_model.saving import replacing, write_configs
 from sana_model.settings import DTYPES
 from sana_model.tokenizer import ByteTokenizer, load_tokenizer
-from sana_model.weights import Source, find, load_model
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.models import Source, find, load_model
+from sana_model.weights.saving import replacing, write_configs
 
 OPSET = 22  # the first with convolutions in bf16
 PRECISIONS = ("fp32", "bf16", "fp16", "w8a8")  # of the transformer
@@ -118,7 +119,8 @@ def export(request: Request, folder: str | Path, say: Say = print) -> Manifest:
             convert(module, layout.signature(graph, config), config, file, described)
             size = sum(part.stat().st_size for part in place.glob(f"{graph}.onnx*"))
             seconds = time.perf_counter() - start
-            made[graph] = Graph(precision, checksum, OPSET, size, round(seconds, 1), scales)
+            content = layout.file_sha256(place, graph)
+            made[graph] = Graph(precision, checksum, content, OPSET, size, round(seconds, 1), scales)
             say(f"{folder / file.name}   {size / 1e6:.0f} MB, {seconds:.0f} s")
             del network, module
         layout.write(place, manifest)
@@ -282,3 +284,6 @@ def _refuse_to_destroy(folder: Path) -> None:
         raise UserError(f"{folder} is a file; graphs are written to a folder")
     if folder.is_dir() and any(folder.iterdir()) and not layout.is_export(folder):
         raise UserError(f"{folder} is in use and holds no graphs of ours; name another folder")
+    if any(folder.glob("*.engine")):
+        raise UserError(f"{folder} holds TensorRT engines, which graphs do not replace; name another folder")
+    check_replaceable(folder)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sana_export.ops import INT8_MOST, conv2d, dequantize_linear, graph_ops, quantize_linear
-from sana_model.autoencoder_blocks import Upsample, channels_into_pixels
+from sana_model.autoencoder.blocks import Upsample, channels_into_pixels
 
 INT4_MOST, INT4_BLOCK = 7, 64
-HIGHER_PRECISION = ("kv",)  # layers of W8A8 blocks that stay in 16 bits: as in sana_model/packed.py
 
 
 class TextEncoderGraph(nn.Module):
@@ -152,7 +151,7 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class GraphUpsample(nn.Module):
-    """As `sana_model.autoencoder_blocks.Upsample`."""
+    """As `sana_model.autoencoder.blocks.Upsample`."""
 
     def __init__(self, layer: Upsample):
         super().__init__()

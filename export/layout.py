@@ -12,6 +12,7 @@ dimension below that is a name is dynamic; batch is B, or in the transformer the
 caption is computed by itself (batch 1) and a picture decoded by itself; larger batches run, too.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from sana_model.errors import UserError
 from sana_model.files import write_text
 
 MANIFEST = "export.json"
-FORMAT = 1
+FORMAT = 2
 WRITTEN_BY = f"sana-kernels {version('sana-kernels')}"
 GRAPHS = ("text_encoder", "transformer", "decoder", "encoder")
 PARTS = {"text_encoder": "text_encoder", "transformer": "dit", "decoder": "autoencoder", "encoder": "autoencoder"}
@@ -133,6 +134,7 @@ class Graph:
 
     precision: str  # fp32 | bf16 | fp16 | w8a8 | w4a16
     sha256: str  # of the parameters that it was made of
+    file_sha256: str  # of the .onnx file and its data: two calibrations of the same parameters differ
     opset: int
     bytes: int  # of the .onnx file and its data
     seconds: float  # that its export took
@@ -161,6 +163,18 @@ class Manifest:
 
 def graph_file(folder: Path, graph: str) -> Path:
     return folder / f"{graph}.onnx"
+
+
+def file_sha256(folder: Path, graph: str) -> str:
+    """Of a graph's file and of its weights beside it."""
+    sha = hashlib.sha256()
+    file = graph_file(folder, graph)
+    for path in (file, file.with_name(file.name + ".data")):
+        if path.is_file():
+            with path.open("rb") as content:
+                while block := content.read(2**22):
+                    sha.update(block)
+    return sha.hexdigest()
 
 
 def is_export(folder: Path | None) -> bool:

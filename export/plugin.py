@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 from sana_model.errors import MissingError, UserError
-from sana_model.tensorrt_library import Library
+from sana_model.exported.tensorrt_library import Library
 
 SOURCE = Path("csrc") / "linear_attention" / "linear_attention_plugin.cu"
 NAMESPACE, NODE = "sana", "linear_attention"

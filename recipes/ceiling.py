@@ -16,7 +16,7 @@ from recipes.images import Images, Placement
 from sana_bench import efficientnet
 from sana_bench.metrics import to_bytes
 from sana_bench.scorer import Asked, Scorer, prompts_of_concepts
-from sana_model.weights import load_model
+from sana_model.weights.models import load_model
 
 PICTURES, BATCH = 192, 32
 

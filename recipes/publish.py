@@ -20,8 +20,8 @@ from recipes.train_autoencoder import encoder_hash, load_autoencoder
 from recipes.training import sheet
 from sana_model.errors import UserError
 from sana_model.files import write_text
-from sana_model.saving import save_diffusers
-from sana_model.weights import CHECKPOINTS, load_model
+from sana_model.weights.models import CHECKPOINTS, load_model
+from sana_model.weights.saving import save_diffusers
 
 NAME = "sana-tiny"
 ROOT = Path(__file__).resolve().parent.parent

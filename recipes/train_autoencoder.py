@@ -29,12 +29,12 @@ from recipes import perceptual, run
 from recipes.captions import COLOURS
 from recipes.images import Images, Placement
 from recipes.training import Training, arguments, chart, check, generator, psnr, sheet, to_pil
-from sana_model.autoencoder import Autoencoder
-from sana_model.checkpoint import check as check_shapes
-from sana_model.checkpoint import fill, open_safetensors, same_names
-from sana_model.checkpoint_config import read_autoencoder, read_json, write_autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.files import atomic, write_text
+from sana_model.weights.checkpoint import check as check_shapes
+from sana_model.weights.checkpoint import fill, open_safetensors, same_names
+from sana_model.weights.checkpoint_config import read_autoencoder, read_json, write_autoencoder
 
 EMBEDDED = BUILT_IN["sana-tiny"].autoencoder
 PRESETS = {"embedded": EMBEDDED, "larger": replace(EMBEDDED, widths=(32, 64, 128, 128, 256, 256))}  # 5.4 M, 20.4 M

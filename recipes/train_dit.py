@@ -40,14 +40,14 @@ from recipes.training import (
     sum_over_processes,
 )
 from recipes.vocabulary import VOCABULARY, train_tokenizer
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig, ModelConfig
 from sana_model.dit import DiT
 from sana_model.files import atomic
-from sana_model.loaded import LoadedModel
-from sana_model.saving import save_diffusers
 from sana_model.text_encoder import TextEncoder
 from sana_model.tokenizer import Tokenizer, load_tokenizer
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.saving import save_diffusers
 
 EMBEDDED = BUILT_IN["sana-tiny"].dit
 PRESETS = {"embedded": EMBEDDED, "larger": replace(EMBEDDED, hidden=384, layers=12, cross_heads=6)}  # 9 M, 29 M

@@ -41,7 +41,7 @@ def resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
     if (h, w) == (height, width):
         return images
     ratio = max(height / h, width / w)
-    h, w = int(h * ratio), int(w * ratio)
+    h, w = max(height, int(h * ratio)), max(width, int(w * ratio))  # 480 / 832 * 832 is 479.99…
     images = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False)
     top, left = (h - height) // 2, (w - width) // 2
     return images[:, :, top : top + height, left : left + width]

@@ -265,7 +265,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from sana_model.verify import verify
+    from sana_model.weights.verify import verify
 
     report = verify(args.model, args.precision, base=args.base)
     print(report)
@@ -273,7 +273,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from sana_model.weights import convert
+    from sana_model.weights.models import convert
 
     convert(args.source, args.destination, args.to, base=args.base, force=args.force)
     print(args.destination)

@@ -74,7 +74,7 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """DC-AE (`sana_model.autoencoder`). The defaults are dc-ae-f32c32-sana-1.0 / 1.1; for the others, `sana_model.family`.
+    """DC-AE (sana_model/autoencoder). The defaults are dc-ae-f32c32-sana-1.0 / 1.1; for the others, family.py there.
 
     What is given per stage starts at the full resolution, in the decoder too. A stage of no layers is left out: the
     convolution beyond it changes the resolution instead.
@@ -188,4 +188,4 @@ BUILT_IN: dict[str, ModelConfig] = {
     )
 }
 """The names that need no file. `sana-tiny` is trained and comes with the package (`sana_model/checkpoints`); the others have
-true shapes and seeded random weights (`sana_model.random_weights`)."""
+true shapes and seeded random weights (`sana_model.weights.random_weights`)."""

@@ -12,8 +12,8 @@ import torch
 from sana_kernels.gemm import fake_quantize
 from sana_kernels.quant.formats import GROUP
 from sana_model.config import ModelConfig
-from sana_model.quantized import RANK_STEP
-from sana_model.settings import DTYPES, FOUR_BIT, PRECISIONS, QUANTIZED
+from sana_model.quantize.layers import RANK_STEP
+from sana_model.settings import FOUR_BIT, PRECISIONS, QUANTIZED
 
 NATIVE = {"w4a4": "gemm_w4a4", "w4a16": "gemm_w4a16"}  # the ops that multiply 4-bit weights as they are
 WIDE = "_16bit"  # the form of what stays in 16 bits: keys and values of the caption, low-rank branches
@@ -43,9 +43,8 @@ def dit_examples(config: ModelConfig, precision: str) -> dict[str, tuple]:
         "cross_attention": (cross_q, cross_kv, cross_kv, lengths),
         "mix_ffn": _mix_ffn_example(like, precision, 2, dit.sample_size, C, dit.ffn),
     }
-    if precision not in DTYPES:
-        h, depthwise = like(2, N, 2 * dit.ffn), (like(2 * dit.ffn, 1, 3, 3), like(2 * dit.ffn))
-        examples["depthwise_glu"] = h, dit.sample_size, dit.sample_size, *depthwise
+    h, depthwise = like(2, N, 2 * dit.ffn), (like(2 * dit.ffn, 1, 3, 3), like(2 * dit.ffn))
+    examples["depthwise_glu"] = h, dit.sample_size, dit.sample_size, *depthwise  # a LoRA may come at any time
     if precision in FOUR_BIT:
         del examples["mix_ffn"]  # which takes no 4-bit weights
     if dtype := QUANTIZED.get(precision):

@@ -62,6 +62,18 @@ def check_writable(path: Path) -> None:
         raise _refused(path, error) from error
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError where a new folder cannot take the place of `folder` because somebody works in it.
+
+    It could on the disk, but whoever is in the old one would find themselves in a folder that is no more.
+    """
+    here = Path.cwd()
+    if here.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{folder} is replaced as a whole, and you are in it ({here}); name a folder that is still to be made"
+        )
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{secrets.token_hex(8)}.tmp")
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from sana_model.autoencoder import Autoencoder
-from sana_model.bands import BAND_BYTES
+from sana_model.autoencoder.bands import BAND_BYTES
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.bins import nearest_bin
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
-from sana_model.quantized import KEPT
+from sana_model.quantize.layers import KEPT
 from sana_model.settings import DTYPES, PRECISIONS, Settings
 from sana_model.text_encoder import TextEncoder
 

@@ -18,9 +18,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sana_model import keys
-from sana_model.checkpoint import check, fill, stored
-from sana_model.checkpoint_config import read_dit
 from sana_model.config import BUILT_IN
 from sana_model.dit import DiT, TextContext
 from sana_model.errors import MissingError, UserError
@@ -28,6 +25,10 @@ from sana_model.packed import unpack_linear_layers
 from sana_model.pipeline import Pipeline
 from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.settings import DTYPES, PRECISIONS, precisions_for
+from sana_model.weights import keys
+from sana_model.weights.checkpoint import check, fill, stored
+from sana_model.weights.checkpoint_config import read_dit
+from sana_model.weights.lora import Loras
 
 PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
 """diffusers' attention, which the DiT computes."""
@@ -44,9 +45,11 @@ def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
     replaces the first. Raises UserError for what is no such pipeline, and MissingError where no kernel of this machine can
     do any of it.
     """
-    plan = (
-        _optimize_ours(pipe, precision, backend) if isinstance(pipe, Pipeline) else _optimize(pipe, precision, backend)
-    )
+    if isinstance(pipe, Pipeline):
+        with pipe._lock:
+            plan = _optimize_ours(pipe, precision, backend)
+    else:
+        plan = _optimize(pipe, precision, backend)
     print(plan)
     return plan
 
@@ -54,8 +57,10 @@ def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
 def restore(pipe) -> None:
     """Undo `optimize`. Raises UserError where there is nothing to undo."""
     if isinstance(pipe, Pipeline) and "_before_optimize" in pipe.__dict__:
-        pipe.plan, pipe.dit = pipe.__dict__.pop("_before_optimize")
-        pipe.model.dit = pipe.dit
+        with pipe._lock:
+            _refuse_loras(pipe)
+            pipe.plan, pipe.dit, pipe.loras = pipe.__dict__.pop("_before_optimize")
+            pipe.model.dit = pipe.dit
     elif not isinstance(pipe, Pipeline) and (forward := _installed(_transformer(pipe))) is not None:
         forward.undo()
     else:
@@ -76,9 +81,13 @@ def _plan(config, backend: str, device: torch.device, precisions: dict[str, str]
 
 
 def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
-    if pipe.loras.strengths:
-        raise UserError("this pipeline wears a LoRA; take it off first: pipe.remove_lora(name)")
-    before, loaded_dit = pipe.__dict__.get("_before_optimize", (pipe.plan, pipe.dit))
+    _refuse_loras(pipe)
+    if not isinstance(pipe.dit, DiT):
+        raise UserError(
+            "this pipeline runs exported graphs, whose kernels are those of their runtime; load the model itself"
+        )
+    as_loaded = pipe.__dict__.get("_before_optimize", (pipe.plan, pipe.dit, pipe.loras))
+    before, loaded_dit, _ = as_loaded
     loaded = before.precisions["dit"]
     precision = precision or loaded
     precisions = precisions_for(precision) | {"dit": precision}
@@ -96,9 +105,15 @@ def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
         unpack_linear_layers(block)
         plan.prepare("dit", block)
     dit.ops = plan.ops("dit")
-    pipe._before_optimize = before, loaded_dit
+    pipe._before_optimize = as_loaded
     pipe.plan, pipe.dit, pipe.model.dit = plan, dit, dit
+    pipe.loras = Loras(dit, plan.wide_backend("dit"))
     return plan
+
+
+def _refuse_loras(pipe: Pipeline) -> None:
+    if pipe.loras.strengths:
+        raise UserError("this pipeline wears a LoRA; take it off first: pipe.remove_lora(name)")
 
 
 # ------------------------------------------------------------------------------------------- those of diffusers
@@ -143,7 +158,7 @@ def _optimize(pipe, precision: str | None, backend: str) -> Plan:
     rules = keys.rules(dit_config)
     check(checkpoint, dit, rules, "diffusers")
     fill(dit, checkpoint, rules, "diffusers", PRECISIONS[precisions["dit"]], lambda block: plan.prepare("dit", block))
-    dit.ops = plan.ops("dit")
+    dit.ops = plan.ops("dit", timed=False)  # nobody would ever reset the clock
     if installed is not None:
         installed.undo()
     transformer.forward = Forward(transformer, dit)

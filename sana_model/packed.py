@@ -27,7 +27,7 @@ from sana_kernels.gemm.reference import STEP
 from sana_kernels.quant.formats import EIGHT_BITS, Int4
 from sana_kernels.quant.layer import QuantizedLayer
 from sana_model.ops import Ops, ops_on
-from sana_model.quantized import KEPT, LowRank, QuantizedLinear, replace_layer
+from sana_model.quantize.layers import KEPT, LowRank, QuantizedLinear, replace_layer
 
 SPREAD = 4.0
 """How many times the median of a row's group scales the largest may be. At 4, a median group keeps 32 of the 127 steps of

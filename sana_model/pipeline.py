@@ -3,7 +3,7 @@
     captions = text encoder(instruction + prompt)          sana_model/prompt.py, text_encoder.py
     latents  = noise of seed s, one generator per image    here
     latents  = solver(velocity) for `steps` steps          sana_model/denoise.py, scheduler.py, dit.py; graph.py
-    images   = decoder(latents / scaling factor)           sana_model/autoencoder.py
+    images   = decoder(latents / scaling factor)           sana_model/autoencoder/
 
 `load` makes a `Pipeline`; calling it with a prompt and any field of `Settings` gives a `Result`. The same settings give the
 same picture, on any backend from the same noise.
@@ -24,18 +24,18 @@ from torch import Tensor
 
 from sana_export import layout
 from sana_model import graph, memory, scheduler
-from sana_model import lora as lora_file
+from sana_model.autoencoder.family import with_decoder
 from sana_model.bins import nearest_bin, resize_and_crop
 from sana_model.config import ModelConfig
 from sana_model.denoise import Inputs, Loop, denoise
 from sana_model.dit import DiT, TextContext
 from sana_model.errors import MissingError, UserError
-from sana_model.family import with_decoder
-from sana_model.lora import Loras
 from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
 from sana_model.settings import Settings, dtypes_of, precisions_for, settings_for
-from sana_model.weights import LoadedModel, find, load_model
+from sana_model.weights import lora as lora_file
+from sana_model.weights.lora import Loras
+from sana_model.weights.models import LoadedModel, find, load_model
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, of) with stage "text_encode", "denoise" or "decode"."""
@@ -71,7 +71,10 @@ class Pipeline:
 
     def settings(self, prompt: str | list[str] | tuple[str, ...], **overrides) -> Settings:
         """The model's defaults with `overrides` applied and checked. Raises UserError naming what is wrong."""
-        return settings_for(self.config, prompt, in_tiles=self.low_memory and not self.plan.in_bands, **overrides)
+        settings = settings_for(self.config, prompt, in_tiles=self.low_memory and not self.plan.in_bands, **overrides)
+        if not isinstance(self.dit, DiT):
+            _refuse_for_graphs(settings)
+        return settings
 
     def __call__(self, prompt, *, progress: Progress | None = None, **overrides) -> Result:
         """Paint. `overrides` are fields of `Settings`; `progress` is told of every stage and step."""
@@ -101,7 +104,7 @@ class Pipeline:
         return Result(images, latents.cpu(), clock.timings(settings.steps), plan, settings)
 
     def add_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Put a LoRA on the DiT (sana_model/lora.py); its name is that of the file, unless given. Returns the name.
+        """Put a LoRA on the DiT (sana_model/weights/lora.py); its name is that of the file, unless given. Returns the name.
 
         Raises UserError for a file that does not fit the model.
         """
@@ -273,7 +276,7 @@ def load(
     text_precision: str | None = None,
     decoder_precision: str | None = None,
     decoder: str | None = None,
-    dialect: str = "diffusers",
+    dialect: str | None = None,
     exact: bool = False,
     lora: Sequence[str] = (),
     low_memory: bool = False,
@@ -288,7 +291,9 @@ def load(
     Weights that are not quantised yet are rounded to nearest. `exact` computes quantised layers as they are stored, in the
     arithmetic of the reference, instead of what the plan executes. `lora`: files, each perhaps with a :strength.
 
-    `decoder`: another autoencoder for the same latents, "lite" or what `sana_model.family.find_autoencoder` takes.
+    `dialect`: "diffusers", the default, or "original" (docs/dialects.md); of exported graphs it is that of their export.
+
+    `decoder`: another autoencoder for the same latents, "lite" or what `autoencoder.family.find_autoencoder` takes.
 
     `low_memory` lets the text encoder go after encoding, has only one of it and the DiT on a GPU, and decodes in tiles where
     the decoder cannot run in bands, which are exact and the default of the CPU's kernels. On a GPU the denoising loop is a
@@ -299,7 +304,7 @@ def load(
     target = _device(device, backend)
     exports = ("onnxruntime", "tensorrt")
     if backend in exports or layout.is_export(Path(model)):
-        from sana_model import exported  # which builds pipelines, too
+        from sana_model.exported import pipeline as exported  # which builds pipelines, too
 
         if backend not in exports:
             raise UserError(f"{model} holds exported graphs, not weights; paint with --backend {' or '.join(exports)}")
@@ -308,9 +313,13 @@ def load(
                 "exported graphs are as they were exported: --lora, --exact, --low-memory and --decoder change a model"
             )
         asked = {"dit": precision, "text_encoder": text_precision, "autoencoder": decoder_precision}
-        pipe = exported.load(model, backend, device=target, precisions=asked)
-        pipe.settings(**picture or {"prompt": "anything"})  # a mistake in them is told before the first stage
-        return pipe
+        if layout.is_export(Path(model)):
+            stored = layout.read(model).dialect
+            if dialect not in (None, stored):
+                raise UserError(f"the graphs in {model} follow the dialect {stored!r}; leave out --dialect {dialect}")
+            if picture is not None:
+                _refuse_for_graphs(settings_for(find(model).config, **picture))
+        return exported.load(model, backend, device=target, precisions=asked)
     source = find(model, base)
     if decoder is not None:
         source = with_decoder(source, decoder)
@@ -333,7 +342,7 @@ def load(
         )
     loaded = load_model(
         source, precision=dtypes["dit"], text_precision=dtypes["text_encoder"], decoder_precision=dtypes["autoencoder"],
-        dialect=dialect,
+        dialect=dialect or "diffusers",
         prepare={"dit": partial(plan.prepare, "dit"), "text": partial(plan.prepare, "text_encoder")},
     )  # fmt: skip
     plan.prepare("autoencoder", loaded.autoencoder)
@@ -343,6 +352,14 @@ def load(
     for one, scale in loras:
         pipe.loras.add(one, scale)
     return pipe
+
+
+def _refuse_for_graphs(settings: Settings) -> None:
+    """Raise UserError where exported graphs cannot do what is asked for."""
+    if settings.tiled:
+        raise UserError("exported graphs decode whole pictures; leave out --tiled, or use another backend")
+    if settings.pag_scale:
+        raise UserError("exported graphs have no perturbed-attention guidance; leave out --pag, or use another backend")
 
 
 def _device(device: str | None, backend: str) -> torch.device:

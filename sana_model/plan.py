@@ -8,6 +8,7 @@ first choice why not. Nothing falls back later: an op that was planned on a kern
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -17,15 +18,15 @@ from torch import nn
 import sana_kernels
 from sana_kernels.backend import backend_status, extension, kernels, why_not
 from sana_kernels.mix_ffn import taps_first
-from sana_model.bands import BAND_BYTES
+from sana_model.autoencoder.bands import BAND_BYTES
+from sana_model.autoencoder.packed import pack_autoencoder
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import MissingError, UserError
 from sana_model.example_calls import NATIVE, WIDE, autoencoder_examples, dit_examples, text_examples
 from sana_model.graph import why_eager
 from sana_model.ops import REFERENCE_OPS, Ops
 from sana_model.packed import pack_linear_layers, pack_quantized_layers
-from sana_model.packed_autoencoder import pack_autoencoder
-from sana_model.quantized import KEPT, SCHEMES, QuantizedLinear, quantize_linear_layers
+from sana_model.quantize.layers import KEPT, SCHEMES, QuantizedLinear, quantize_linear_layers
 from sana_model.settings import DTYPES, FOUR_BIT, PRECISIONS, QUANTIZED
 
 PIPELINES = {
@@ -54,10 +55,13 @@ class Row:
 
 
 class OpClock:
-    """Seconds spent inside each (part, op), so that a result can say how much of its time the named backend had."""
+    """Seconds spent inside each (part, op), so that a result can say how much of its time the named backend had.
+
+    `running`: on a GPU two events around every op cost time of their own, which a benchmark cannot have.
+    """
 
     def __init__(self, cuda: bool):
-        self.cuda = cuda
+        self.cuda, self.running = cuda, True
         self.reset()
 
     def reset(self) -> None:
@@ -75,7 +79,8 @@ class OpClock:
                 self._seconds[key] += time.perf_counter() - start
 
         def on_gpu(*args, **kwargs):
-            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():  # nor what is replayed
+            # What is compiled or replayed cannot read the clock either.
+            if torch.compiler.is_compiling() or not self.running or torch.cuda.is_current_stream_capturing():
                 return run(*args, **kwargs)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -124,8 +129,8 @@ class Plan:
             return f"{stored} executed exactly"
         return stored if stored == executed else f"{stored} executed as {executed}"
 
-    def ops(self, part: str) -> Ops:
-        """The ops of "dit" or "autoencoder", each bound to its kernel and timed."""
+    def ops(self, part: str, *, timed: bool = True) -> Ops:
+        """The ops of "dit" or "autoencoder", each bound to its kernel and timed by the plan's clock."""
         bound = {}
         for op in (f.name for f in fields(Ops)):
             if op == "linear_attention_from" and not self._has(part, op):
@@ -134,7 +139,7 @@ class Plan:
             run = _on(op, backend)
             if op in ("gemm", "conv2d") and wide != backend:
                 run = _by_weight(run, _on(op, wide))
-            bound[op] = self.clock.wrap((part, op), run)
+            bound[op] = self.clock.wrap((part, op), run) if timed else run
         return Ops(**bound)
 
     def prepare(self, part: str, module: nn.Module) -> None:
@@ -261,10 +266,11 @@ def resolve(
     """
     backend = choose_backend(backend, device)
     rows = []
-    for part, examples in (
-        ("text_encoder", text_examples), ("dit", dit_examples), ("autoencoder", autoencoder_examples)
-    ):  # fmt: skip
-        rows += _rows(part, partial(examples, config), precisions[part], PIPELINES[backend], device, exact)
+    with torch.cuda.device(device) if device.index is not None and device.type == "cuda" else nullcontext():
+        for part, examples in (
+            ("text_encoder", text_examples), ("dit", dit_examples), ("autoencoder", autoencoder_examples)
+        ):  # fmt: skip
+            rows += _rows(part, partial(examples, config), precisions[part], PIPELINES[backend], device, exact)
     eager = why_eager(backend, device, wanted=cuda_graph, low_memory=low_memory)
     return Plan(backend, precisions, rows, OpClock(device.type == "cuda"), eager, exact)
 

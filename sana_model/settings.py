@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from sana_model.bins import bins
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
+from sana_model.scheduler import MAX_STEPS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}  # what products run in, where not in bf16 as the rest
@@ -94,8 +96,10 @@ def _check(settings: Settings, config: ModelConfig) -> None:
         if value <= 0 or (value % step and not settings.binning):
             below, above = max(step, value // step * step), max(step, -(-value // step) * step)
             raise UserError(f"{name} {value} is not a positive multiple of {step}; the nearest are {below} and {above}")
-    if settings.steps < 1:
-        raise UserError(f"steps must be at least 1, not {settings.steps}")
+    if settings.binning:
+        bins(config.size)
+    if not 1 <= settings.steps <= MAX_STEPS:
+        raise UserError(f"steps must be at least 1 and at most {MAX_STEPS}, not {settings.steps}")
     if settings.num_images < 1:
         raise UserError(f"the number of images must be at least 1, not {settings.num_images}")
     if not 0 <= settings.seed < 2**63:
@@ -108,3 +112,6 @@ def _check(settings: Settings, config: ModelConfig) -> None:
         raise UserError(f"sampler {settings.sampler!r} is not known; choose flow_dpm or flow_euler (scm for Sprint)")
     if settings.pag_scale < 0:
         raise UserError(f"the PAG scale must be 0 (off) or positive, not {settings.pag_scale}")
+    lo, hi = settings.guidance_interval
+    if not lo <= hi:
+        raise UserError(f"the guidance interval goes from its lower end to its upper, so ({lo}, {hi}) is none")

@@ -80,7 +80,7 @@ def model():
     """A small random model (`models.SMALL`). Imported here: the settings above come before any import of ours."""
     from models import SMALL
 
-    from sana_model.random_weights import random_model
+    from sana_model.weights.random_weights import random_model
 
     return random_model(SMALL, seed=2)
 
@@ -88,7 +88,7 @@ def model():
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory) -> Path:
     """That model as a diffusers folder, not to be changed."""
-    from sana_model.saving import save_diffusers
+    from sana_model.weights.saving import save_diffusers
 
     folder = tmp_path_factory.mktemp("saved") / "small"
     save_diffusers(folder, model)

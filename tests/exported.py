@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from models import SMALL, TINY
 
+from sana_export import layout
 from sana_export.exporter import Request, export
 from sana_model.config import BUILT_IN
-from sana_model.random_weights import random_model
-from sana_model.saving import save_diffusers
+from sana_model.weights.random_weights import random_model
+from sana_model.weights.saving import save_diffusers
 
 ONE_BLOCK = {"decoder_layers": (1,) * 6, "encoder_layers": (1,) * 6}  # per stage of the autoencoder
 LARGE = BUILT_IN["sana-0.6b"]
@@ -33,6 +34,11 @@ MODELS = {
     ),
 }
 QUICK = {"samples": 1, "steps": 1}  # of a calibration
+REQUESTS = {
+    "fp32": {"precision": "fp32", "profile": "128"},
+    "bf16": {"precision": "bf16", "profile": "128"},
+    "w8a8": {"precision": "w8a8", "text_precision": "w4a16", "profile": "128", "only": layout.GRAPHS[:2]},
+}
 
 
 def model(tmp_path_factory, name: str) -> str:

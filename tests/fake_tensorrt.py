@@ -1,4 +1,4 @@
-"""A TensorRT without a GPU: the calls that sana_export.build and sana_model.tensorrt make, computed by ONNX Runtime.
+"""A TensorRT without a GPU: the calls of sana_export.build and sana_model.exported.tensorrt, computed by ONNX Runtime.
 
 Its builder "builds" a file that names the graph; its contexts read and write the addresses that they were given, and refuse
 what TensorRT refuses: shapes outside of the profile, missing addresses, too little memory, two things at once in a stream.
@@ -330,7 +330,7 @@ def _at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 class FakeCuda:
-    """As `sana_model.tensorrt.Cuda`, of a GPU called `name`."""
+    """As `sana_model.exported.tensorrt.Cuda`, of a GPU called `name`."""
 
     HANDLE = 7
 

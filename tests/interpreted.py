@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -40,6 +41,8 @@ interpreter._convert_float = _convert
 interpreter.InterpreterBuilder.create_dot = _dot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.gpu if DEVICE == "cuda" else lambda test: test
+"""For every test but those of planted defects: with a GPU they are among those that need it, which `make gpu` runs."""
 
 
 MARGIN = 1 << 15  # elements before and after a guarded tensor

@@ -9,8 +9,8 @@ from torch import nn
 from sana_kernels.quant import checkpoint
 from sana_kernels.quant.checkpoint import FILE, Header, LayerInfo
 from sana_kernels.quant.layer import QuantizedLayer, round_to_nearest
-from sana_model.quantized import KEPT, SCHEMES
-from sana_model.weights import load_model
+from sana_model.quantize.layers import KEPT, SCHEMES
+from sana_model.weights.models import load_model
 
 
 def quantized_layer(layer: nn.Linear, precision: str, rank: int, smooth: bool) -> QuantizedLayer:

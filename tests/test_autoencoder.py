@@ -11,8 +11,8 @@ from compare import assert_close, relative_rms
 from diffusers import AutoencoderDC
 from torch.overrides import TorchFunctionMode
 
-from sana_model import autoencoder_blocks as blocks
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder import blocks
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS

@@ -9,8 +9,8 @@ from test_text_encoder import LENGTHS, SMALL, THIRD, batch, ours, theirs
 
 from sana_kernels.quant import formats
 from sana_kernels.quant.awq import awq_scale
-from sana_model.awq import scale_text_encoder
 from sana_model.config import TextEncoderConfig
+from sana_model.quantize.awq import scale_text_encoder
 from sana_model.text_encoder import TextEncoder
 
 WIDE = {config.qk_norm: replace(config, hidden=144, ffn=192) for config in (SMALL, THIRD)}

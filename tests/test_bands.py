@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_autoencoder import SMALL, randomise
 
-from sana_model import bands, family
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder import bands, family
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.plan import resolve
 

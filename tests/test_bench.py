@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sana_bench import check, compare, harness, image, kernels, report, schema, work
+from sana_bench import check, cli, compare, harness, image, kernels, report, schema, work
 from sana_bench.cases import CASES
-from sana_model import checkpoint_config
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
+from sana_model.weights import checkpoint_config
 
 RATES = {"fp32_fake": 1e13, "bf16_fake": 1e14, "copy": 1e13}
 
@@ -58,7 +58,7 @@ def test_decoder_macs_are_those_that_torch_counts_in_diffusers(height, width, gm
         latents = torch.empty(1, 32, height // 32, width // 32)
         with FlopCounterMode(display=False) as counter:
             theirs.decode(latents)
-    ours = work.decoder_macs(config, height, width)
+    ours = work.decoder_macs(config, height, width, folded=False)
     assert ours == counter.get_total_flops() / 2
     assert gmac is None or ours / 1e9 == pytest.approx(gmac, abs=1e-3)
 
@@ -140,6 +140,86 @@ def test_this_machines_peaks_can_be_measured():
     assert peaks.probe({peaks.kind("bf16")}, windows=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_product_of_a_peak_is_that_of_rows(dtype):
+    x, weight = (torch.randint(-9, 9, (n, 64)).to(dtype) for n in (32, 48))
+    assert torch.equal(harness.product(x, weight).bfloat16(), (x.float() @ weight.float().t()).bfloat16())
+
+
+def test_a_peak_that_cannot_be_measured_leaves_its_percentages_out(tiny_kernels, monkeypatch):
+    def measure(kind, seconds):
+        if kind in ("int8", broken):
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return 1e12
+
+    broken = "int8"
+    peaks = harness.Peaks(["fp32", "bf16", "int8", "copy"], measure)
+    assert peaks.percent(5e11, 1.0, "bf16") == pytest.approx(50)
+    assert peaks.percent(5e11, 1.0, "w8a8") is None
+    assert peaks.percent(5e11, 1.0, "fp8") == pytest.approx(50)  # simulated in bf16 where there is none
+    assert peaks.probe({peaks.kind("w8a8")}, windows=1)  # the machine's speed is watched all the same
+    broken = "bf16"
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        harness.Peaks(["fp32", "bf16"], measure)
+    monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.01)
+    peaks = fake_peaks()
+    monkeypatch.setattr(peaks, "_unknown", {"fp32"})
+    document = tiny_kernels(peaks)
+    assert document["results"][0]["status"] == "ok" and schema.validate(document) == []
+    assert " | – | " in report.kernel_table(document)
+
+
+class FakeGPU:
+    """Events and sleep of torch.cuda, on a clock that counts milliseconds; a call that Python launches late waits for it."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.free = 0.0  # when Python has got so far; when the GPU has done all that is queued
+        self.sleeps = 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                gpu.free = max(gpu.free, gpu.host)
+                self.at = gpu.free
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep, raising=False)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host / 1e3)
+
+    def sleep(self, cycles):  # a clock of 1 GHz
+        self.free = max(self.free, self.host) + cycles / 1e6
+        self.sleeps += 1
+
+    def kernel(self):
+        """0.001 ms of the GPU's time, which takes Python 0.05 ms to launch."""
+        self.host += 0.05
+        self.free = max(self.free, self.host) + 0.001
+
+
+def test_what_is_timed_on_a_gpu_does_not_wait_for_python(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    blocks = harness.gpu_times(gpu.kernel for _ in range(101))
+    for _ in range(2):
+        assert next(blocks) == pytest.approx([0.001] * 20)
+    assert gpu.sleeps == 3  # one to learn the clock
+    with monkeypatch.context() as awake:  # control: then it waits
+        awake.setattr(torch.cuda, "_sleep", lambda cycles: None)
+        gpu.free = gpu.host
+        assert min(next(blocks)) > 0.04
+    inputs = [(i,) for i in range(7)]
+    seen = []
+    monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.001)
+    times = kernels.time_calls(lambda i: (gpu.kernel(), seen.append(i)), inputs, torch.device("cuda"))
+    assert len(times) == 20 and seen == [i % 7 for i in range(41)]  # the inputs stay cold
+
+
 @pytest.mark.gpu
 def test_gpu_peaks_and_timing():
     device = torch.device("cuda")
@@ -204,6 +284,37 @@ def test_a_wrong_kernel_fails(tiny_kernels, monkeypatch):
     assert found["status"] == "FAIL"
     assert "speedup" not in found
     assert "**FAIL**" in report.kernel_table(document)
+
+
+def test_a_kernel_that_crashes_does_not_take_the_others_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.01)
+    right, calls = kernels.runner, []
+
+    def runner(op, backend):
+        def crash(*args):
+            calls.append(backend)
+            if len(calls) == dies_at:
+                raise TypeError("a mistake of ours")
+            return right(op, "reference")(*args)
+
+        return crash if backend == "cpu" else right(op, backend)
+
+    monkeypatch.setattr(kernels, "runner", runner)
+    cpu = torch.device("cpu")
+    chosen = kernels.select("modulate", "tiny", "reference,cpu", "fp32", cpu)
+    for when in (1, 3):  # at its first call, and while it is timed
+        calls.clear()
+        dies_at = when
+        results = harness.Results(tmp_path / "kernels.json", seed=0)
+        bench = kernels.KernelBench(chosen, cpu, fake_peaks(), results, say=lambda text: None)
+        status = cli._finish(bench, 2, results, report.kernel_table)
+        found = {row["backend"]: row for row in results.document["results"]}
+        assert found["cpu"]["status"] == "error" and found["cpu"]["reason"] == "TypeError: a mistake of ours"
+        assert found["reference"]["status"] == "ok" and schema.validate(results.document) == []
+        assert status == 1 and "| error |" in capsys.readouterr().out
+    monkeypatch.setattr(kernels, "expected", lambda *args: (_ for _ in ()).throw(MemoryError("too large")))
+    bench.run(1)
+    assert [row["status"] for row in results.document["results"][2:]] == ["out of memory"] * 2
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "tiny" in c.name or "stage5" in c.name], ids=str)
@@ -319,6 +430,19 @@ def test_the_command_to_run_it_again_names_no_file_of_this_machine(tmp_path, mon
     for flags in (["--json", f"{tmp_path}/a.json"], [f"--json={tmp_path}/a.json"]):
         monkeypatch.setattr("sys.argv", [f"{tmp_path}/sana", "bench", "image", *flags, "--size", "64"])
         assert harness.Results(None, seed=0).document["run"]["command"] == "sana bench image --size 64"
+
+    monkeypatch.setattr("sys.argv", [str(harness.Path(harness.__file__).parent / "text.py"), "--json", "a.json"])
+    assert harness.Results(None, seed=0).document["run"]["command"] == "python -m sana_bench.text"
+
+
+def test_a_result_of_the_cpu_names_no_gpu(monkeypatch):
+    found = harness.diagnostics.describe() | {"gpus": [{"name": "Fake GPU"}]}
+    monkeypatch.setattr(harness.diagnostics, "describe", lambda: found)
+    for device, where, named in (("cpu", "Z-cpu-", False), ("cuda", "Z-gpu-", True)):
+        document = harness.Results(None, 0, device).document
+        assert where in document["run"]["id"] and document["run"]["device"] == device
+        document["results"] = example()["results"]
+        assert ("Fake GPU" in report.image_table(document)) == named
 
 
 def test_compare_gives_no_ratio_where_there_is_none():

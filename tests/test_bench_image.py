@@ -15,8 +15,9 @@ from sana_bench.prompts import Prompts
 from sana_model import memory
 from sana_model.config import SchedulerConfig
 from sana_model.errors import UserError
+from sana_model.plan import OpClock
 from sana_model.prompt import PromptEncoder
-from sana_model.weights import load_model
+from sana_model.weights.models import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +199,48 @@ def test_a_baseline_that_crashes_does_not_take_the_others_along(paint, monkeypat
     document = paint("diffusers:bf16", "reference:bf16").results.document
     assert row(document, "image", "diffusers:bf16")["status"] == "out of memory"
     assert row(document, "image", "reference:bf16")["status"] == "ok"
+
+
+def test_neither_does_one_of_ours(paint, monkeypatch):
+    def crash(run, *args):
+        if run.name.precision == "fp32":
+            raise RuntimeError("no kernel image is available")
+        return decode(run, *args)
+
+    decode = runs.PipelineRun.decode
+    monkeypatch.setattr(runs.PipelineRun, "decode", crash)
+    document = paint("reference:fp32", "reference:bf16").results.document
+    lost = row(document, "image", "reference:fp32")
+    assert (lost["status"], lost["reason"]) == ("error", "RuntimeError: no kernel image is available")
+    assert row(document, "image", "reference:bf16")["status"] == "ok"
+    assert schema.validate(document) == []
+    assert not cli._status(SimpleNamespace(document={"results": [lost]}))  # a baseline
+    assert cli._status(SimpleNamespace(document={"results": [lost | {"backend": "cuda"}]})) == 1
+
+
+def test_what_was_learnt_of_first_pictures_before_ctrl_c_is_kept(paint, monkeypatch):
+    kept = []
+
+    def decode(run, *args):
+        raise RuntimeError("no kernel image is available") if run.name.precision == "fp32" else KeyboardInterrupt
+
+    monkeypatch.setattr(runs.PipelineRun, "decode", decode)
+    with pytest.raises(KeyboardInterrupt):
+        paint("reference:fp32", "reference:bf16", before=lambda bench: kept.append(bench.results))
+    assert [row["status"] for row in json.loads(kept[0].path.read_text())["results"]] == ["error"]
+
+
+def test_a_gpu_is_timed_without_the_clock_of_ops():
+    """From the second picture on: its events would slow what runs launch by launch."""
+    clock = OpClock(cuda=True)
+    plan = SimpleNamespace(clock=clock, outside_share=lambda seconds: 0.5)
+    run = runs.PipelineRun(runs.RunName.parse("reference:bf16"), None)
+    run.pipeline = SimpleNamespace(plan=plan, denoise=lambda *args, **options: clock.running)
+    assert [run.denoise(None, None, None) for _ in range(3)] == [True, False, False]
+    assert clock.wrap(("dit", "gemm"), lambda x: x + 1)(1) == 2  # no event, which would need a GPU
+    plan.clock = OpClock(cuda=False)
+    run.denoise(None, None, None)
+    assert plan.clock.running
 
 
 def test_what_was_measured_before_ctrl_c_is_kept(paint):

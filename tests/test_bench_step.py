@@ -68,3 +68,11 @@ def test_sprint_takes_its_guidance_as_an_input(measure):
     small = replace(tiny, dit=dit, scheduler=BUILT_IN[sprint].scheduler)
     (row,) = measure("cpu:bf16", model=small)["results"]
     assert row["status"] == "ok" and row["workload"]["rows"] == 1
+
+
+def test_four_bit_weights_are_more_than_a_product(measure):
+    """Not an error, and no time of products alone."""
+    document = measure("cpu:w4a16", "reference:w4a4", "cpu:bf16")
+    assert not {row["status"] for row in document["results"]} - {"ok", "FAIL"}  # FAIL: of random weights, too few dB
+    assert ["gemms_alone_ms" in row for row in document["results"]] == [False, False, True]
+    assert report.step_table(document).count("\n| ") == 4

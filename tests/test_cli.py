@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 import sana_model
-from sana_model import memory, verify
+from sana_model import memory
 from sana_model.cli import main
 from sana_model.commands import generate
 from sana_model.png import read_metadata
+from sana_model.weights import verify
 
 SMALL = ["--size", "96x64", "--steps", "1"]
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ from compare import relative_rms
 from models import SMALL, SPRINT
 
 from sana_model.plan import resolve
-from sana_model.random_weights import random_dit
 from sana_model.settings import precisions_for
+from sana_model.weights.random_weights import random_dit
 
 MODELS = {"plain": SMALL, "2K": replace(SMALL, dit=replace(SMALL.dit, pos_embed_scale=1.0)), "sprint": SPRINT}
 

@@ -9,6 +9,8 @@ from compare import assert_close, assert_kernel
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 import sana_kernels
+from sana_kernels import backend
+from sana_kernels.backend import BackendUnavailable
 from sana_kernels.cross_attention import library
 from sana_kernels.cross_attention.reference import cross_attention as reference
 
@@ -173,6 +175,18 @@ def test_what_the_library_kernel_does_not_take(change, reason):
     q, k, v, lengths = Case(45, 37, 3, 72, (5, 21)).make(torch.bfloat16)
     assert library.accepts(q, k, v, lengths) is None
     assert reason in library.accepts(*change(q, k, v), lengths)
+
+
+def test_what_a_gpu_kernel_refuses_is_skipped_and_what_is_broken_is_not(monkeypatch):
+    """By `variants.run`, which every test of an op calls."""
+    for status, device, outcome in (
+        (None, "meta", pytest.skip.Exception),
+        (None, "cpu", BackendUnavailable),
+        ("its module cannot be imported", "meta", BackendUnavailable),
+    ):
+        monkeypatch.setattr(backend, "backend_status", lambda name, status=status: status)
+        with pytest.raises(outcome):
+            run("library", "cross_attention", *Case(5, 7, 2, 32, None).make(torch.float32, device))
 
 
 def test_lengths_may_lie_with_the_model():

@@ -11,9 +11,9 @@ from variants import DTYPES, double
 
 from sana_kernels import backend
 from sana_kernels.conv2d import cuda, reference
+from sana_model.autoencoder.packed import PackedConv2d, pack_autoencoder
 from sana_model.ops import REFERENCE_OPS, ops_on
-from sana_model.packed_autoencoder import PackedConv2d, pack_autoencoder
-from sana_model.random_weights import random_model
+from sana_model.weights.random_weights import random_model
 from tests import emulated
 
 

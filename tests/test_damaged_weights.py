@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sana_model import weights
 from sana_model.errors import UserError
-from sana_model.saving import save_original
-from sana_model.weights import load_model
+from sana_model.weights import models as weights
+from sana_model.weights.models import load_model
+from sana_model.weights.saving import save_original
 
 
 def edit(folder: Path, file: str, **fields) -> None:
@@ -121,7 +121,7 @@ def test_no_permission(saved, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("sana_model.checkpoint.safe_open", refuse)
+    monkeypatch.setattr("sana_model.weights.checkpoint.safe_open", refuse)
     with pytest.raises(UserError, match=r"cannot read .*safetensors: Permission denied"):
         load_model(saved)
 

@@ -39,7 +39,8 @@ def test_quantized_rows_against_fp64(variant, dtype, grid):
     args = arguments(*grid, dtype, torch.float32, device_of(variant))
     values, scale = run(variant, "depthwise_glu", *args, quantize=torch.int8)
     assert values.shape == (grid[0], grid[1] * grid[2], -(-grid[3] // 64) * 64)
-    assert_quantized(values, scale, reference(*double(*args)), SLACK, f"{variant} {grid}")
+    rounded = 127 * torch.finfo(dtype).eps / 2 if variant == "cuda" else 0  # of u to h's dtype, as the reference allows
+    assert_quantized(values, scale, reference(*double(*args)), SLACK + rounded, f"{variant} {grid}")
 
 
 MISTAKES = {

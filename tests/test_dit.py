@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import PAGIdentitySanaLinearAttnProces
 
 from sana_model.config import BUILT_IN, DiTConfig
 from sana_model.dit import DiT
-from sana_model.interop import diffusers_transformer
-from sana_model.random_weights import random_dit
+from sana_model.weights.interop import diffusers_transformer
+from sana_model.weights.random_weights import random_dit
 
 LIMIT = 1e-5  # × the RMS of the output
 CAPTION = 96

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import exported
 import numpy as np
@@ -22,20 +20,16 @@ pytest.importorskip("onnxscript")
 
 import onnx_ir  # noqa: E402
 
+import sana_kernels  # noqa: E402
 import sana_model  # noqa: E402
-from sana_export import calibration, exporter, graphs, layout, ops, twin  # noqa: E402
+from sana_export import exporter, graphs, layout, ops  # noqa: E402
 from sana_export.check import check, relative_error  # noqa: E402
-from sana_model import onnxruntime  # noqa: E402
 from sana_model.cli import main  # noqa: E402
 from sana_model.errors import MissingError, UserError  # noqa: E402
-from sana_model.weights import find  # noqa: E402
+from sana_model.exported import onnxruntime  # noqa: E402
+from sana_model.weights.models import find  # noqa: E402
 
 CPU = torch.device("cpu")
-REQUESTS = {
-    "fp32": {"precision": "fp32", "profile": "128"},
-    "bf16": {"precision": "bf16", "profile": "128"},
-    "w8a8": {"precision": "w8a8", "text_precision": "w4a16", "profile": "128", "only": layout.GRAPHS[:2]},
-}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +43,7 @@ REQUESTS = {
 )  # fmt: skip
 def test_graphs_compute_what_their_networks_compute(tmp_path_factory, model, precision):
     """`sana export check` at three shapes, zeros and outliers, and a whole picture by the graphs alone."""
-    report = check(exported.graphs(tmp_path_factory, model, **REQUESTS[precision]), steps=2)
+    report = check(exported.graphs(tmp_path_factory, model, **exported.REQUESTS[precision]), steps=2)
     print(report)
     assert report.passed, str(report)
     expected = set(layout.GRAPHS[:2]) if precision == "w8a8" else {*layout.GRAPHS, "picture"}
@@ -132,6 +126,11 @@ def pixels(image) -> torch.Tensor:
     return torch.from_numpy(np.array(image if isinstance(image, Image.Image) else Image.open(image)))
 
 
+def test_there_is_nothing_of_ours_to_optimize(small):
+    with pytest.raises(UserError, match="runs exported graphs"):
+        sana_kernels.optimize(sana_model.load(str(small), backend="onnxruntime"))
+
+
 # ------------------------------------------------------------------------------------------------ traps
 
 
@@ -177,105 +176,7 @@ def test_attention_has_no_branch_on_the_number_of_pixels(small, tmp_path_factory
         assert relative_error(runner("decoder", latents=latents), autoencoder.decode(latents)) <= 1e-4
 
 
-def test_fp16_is_refused_where_activations_leave_its_range(tmp_path_factory, tmp_path):
-    """The largest |value| of a bf16 run decides, wherever in a block it arises."""
-    source = exported.model(tmp_path_factory, "small")
-    pipe = sana_model.load(source, backend="reference", precision="bf16")
-    calibration.check_range(pipe, 1, 1)
-    with torch.no_grad():
-        pipe.dit.blocks[1].mix_ffn.expand.bias[3] = 50000.0
-    with pytest.raises(UserError, match=r"reach .* \(block 1, .*fp16 ends at 65504.*--precision bf16"):
-        calibration.check_range(pipe, 1, 1)
-
-
-def test_fresh_memory_is_no_activation(monkeypatch):
-    """Of `empty` tensors only what is written into them counts, whatever they hold before."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)  # fills them with NaN
-    try:
-        with calibration.Largest(SimpleNamespace(blocks=[])) as largest:
-            made = torch.empty(3, dtype=torch.bfloat16)
-            made = made, torch.empty_like(made), made.new_empty(3), torch.empty_strided((3,), (1,), dtype=made.dtype)
-            assert largest.value == 0
-            assert all(tensor.float().isnan().all() for tensor in made)
-            made[0].fill_(-7)
-            assert largest.value == 7
-            made[1] + 1
-        assert largest.value == math.inf
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_fp16_is_refused_by_the_command_line(monkeypatch, tmp_path_factory, tmp_path, capsys):
-    monkeypatch.setattr(calibration, "HEADROOM", 1e6)
-    source = exported.model(tmp_path_factory, "small")
-    flags = ["--precision", "fp16", "--only", "transformer", "--samples", "1", "--steps", "1"]
-    assert main(["export", "onnx", source, *flags, "-o", str(tmp_path / "fp16")]) == 2
-    assert "--precision bf16" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
-
-
-def test_fp16_holds_where_activations_stay_in_its_range(tmp_path_factory):
-    """As its twin within twice PyTorch's own error in fp16, and in ONNX Runtime's own fp16, which is no fp32."""
-    folder = exported.graphs(tmp_path_factory, "small", precision="fp16", only=("transformer",))
-    report = check(folder)
-    assert report.passed and len(report.rows) == 5, str(report)
-    latents, caption = signed(2, 32, 3, 5), signed(2, 9, exported.MODELS["small"].dit.caption_channels)
-    inputs = {"latents": latents, "timestep": torch.tensor([900.0, 20.0]), "caption": caption}
-    inputs["lengths"] = torch.tensor([9, 4])
-    network = sana_model.load(exported.model(tmp_path_factory, "small"), backend="reference", precision="fp32").dit
-    with torch.inference_mode():
-        error = relative_error(onnxruntime.Runner(folder, CPU)("transformer", **inputs), network(**inputs))
-    assert 1e-5 < error <= 5e-3
-
-
 # ------------------------------------------------------------------------------------------------ forms
-
-
-def test_w8a8_covers_every_product_over_image_tokens(tmp_path_factory):
-    """int8 weights with a scale per output channel and one static scale per input; keys and values stay in bf16."""
-    folder = exported.graphs(tmp_path_factory, "shrunk-0.6b", **REQUESTS["w8a8"])
-    model = onnx_ir.load(layout.graph_file(folder, "transformer"))
-    weights = {name: value for name, value in model.graph.initializers.items() if value.dtype == onnx_ir.DataType.INT8}
-    names = (
-        "attention.qkv",
-        "attention.out",
-        "cross_attention.q",
-        "cross_attention.out",
-        "mix_ffn.expand",
-        "mix_ffn.project",
-    )
-    expected = {f"dit.blocks.{i}.{name}.values" for i in range(2) for name in names}
-    assert {name for name in weights if name.endswith(".values")} == expected
-    for node in model.graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0].name in expected:
-            assert tuple(node.inputs[1].shape) == (node.inputs[0].shape[1],) and node.attributes.get_int("axis") == 1
-            (product,) = (user for user, _ in node.outputs[0].uses())
-            assert product.op_type == "MatMul" and product.inputs[0].producer().op_type == "DequantizeLinear"
-            assert product.inputs[0].producer().inputs[0].producer().op_type == "QuantizeLinear"
-    manifest = layout.read(folder)
-    assert {f"dit.{name}.values" for name in manifest.graphs["transformer"].activation_scales} == expected
-    text = onnx_ir.load(layout.graph_file(folder, "text_encoder"))
-    blocks = [n for n in text.graph if n.op_type == "DequantizeLinear"]
-    assert len(blocks) == 2 * 7  # q, k, v, o, gate, up and down of each layer
-    assert all(n.inputs[0].dtype == onnx_ir.DataType.INT4 and n.attributes.get_int("block_size") == 64 for n in blocks)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantised_layers_are_near_their_originals(dtype):
-    """At least 38 dB for 8 bits and 17 for 4, in fp32 and with scales in bf16."""
-    layer = nn.Linear(256, 80).to(dtype)
-    x = torch.randn(50, 256).to(dtype)
-    exact = x.double() @ layer.weight.double().t() + layer.bias.double()
-    for made, decibels in (
-        (graphs.GraphLinear.of(layer), 40),
-        (graphs.GraphLinear.int8(layer, x.abs().max().item() / 127), 32),
-        (graphs.GraphLinear.int4(layer), 17),
-    ):
-        assert relative_error(made(x), exact) <= 10 ** (-decibels / 20)
-    scale = torch.rand(1000) * 10 ** torch.linspace(-6, 3, 1000)
-    rounded = graphs.rounded_up(scale, dtype).float()
-    assert bool((rounded >= scale).all()) and bool((rounded <= scale * 1.01).all())
 
 
 def test_a_plugin_graph_has_one_node_for_linear_attention(tmp_path_factory, tmp_path):
@@ -331,36 +232,20 @@ def test_profiles():
             layout.profile(wrong, config, tokens)
 
 
-def test_a_twin_rounds_after_every_operator(tmp_path):
-    """bf16(bf16(x + 1) - 1) in ONNX Runtime is what PyTorch computes in bf16, and not what fp32 gives."""
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n"])
-    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n"])
-    one = onnx.helper.make_tensor("one", onnx.TensorProto.BFLOAT16, [], [1.0])
-    node = onnx.helper.make_node
-    nodes = [
-        node("Cast", ["x"], ["a"], to=onnx.TensorProto.BFLOAT16), node("Add", ["a", "one"], ["b"]),
-        node("Sub", ["b", "one"], ["c"]), node("Cast", ["c"], ["y"], to=onnx.TensorProto.FLOAT),
-    ]  # fmt: skip
-    graph = onnx.helper.make_graph(nodes, "g", [x], [y], [one])
-    opset = onnx.helper.make_opsetid("", exporter.OPSET)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "bf16.onnx")
-    twin.write_twin(tmp_path / "bf16.onnx", tmp_path / "twin.onnx")
-    values = signed(1000) / 10
-    found = onnxruntime.run(onnxruntime.session(tmp_path / "twin.onnx", optimize=False), {"x": values})
-    assert torch.equal(found, ((values.bfloat16() + 1) - 1).float())
-    assert not torch.equal(found, values.bfloat16().float())
-
-
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path_factory):
+def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path_factory, monkeypatch):
     """Wrong folder or model, missing graph, unfinished, newer, damaged, other weights, another precision or feature."""
     source, other = exported.model(tmp_path_factory, "small"), str(tmp_path)
     graphs, paint = str(copy), ["generate", "a fox", "--backend", "onnxruntime"]
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
+    (tmp_path / "engines").mkdir()
+    for name in (layout.MANIFEST, "decoder-0123456789abcdef.engine"):
+        (tmp_path / "engines" / name).touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     quantized = str(quantized_folder(Path(source), tmp_path / "quantised", "w8a8"))
     for arguments, words in (
         (["export", "check", other], ["no folder of graphs", "sana export onnx"]),
@@ -371,11 +256,16 @@ def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path
         ([*paint, "--model", graphs, "--precision", "bf16"], ["in fp32, not in bf16"]),
         ([*paint, "--model", graphs, "--pag", "2", "--size", "64", "--steps", "1"], ["--pag"]),
         ([*paint, "--model", graphs, "--low-memory"], ["--low-memory"]),
+        ([*paint, "--model", graphs, "--tiled"], ["--tiled"]),
+        ([*paint, "--model", graphs, "--dialect", "original"], ["'diffusers'", "--dialect original"]),
+        ([*paint, "--model", graphs, "--steps", "1001"], ["at most 1000"]),
         (["generate", "a fox", "--model", graphs], ["exported graphs", "--backend onnxruntime"]),
         (["export", "onnx", source, "--precision", "int3", "-o", str(tmp_path / "new")], ["int3", "w8a8"]),
         (["export", "onnx", source, "--only", "vae", "-o", str(tmp_path / "new")], ["vae", "decoder"]),
         (["export", "onnx", source, "--profile", "bins", "-o", str(tmp_path / "new")], ["512, 1024"]),
         (["export", "onnx", source, "-o", str(tmp_path / "used")], ["in use"]),
+        (["export", "onnx", source, "-o", str(tmp_path / "engines")], ["holds TensorRT engines"]),
+        (["export", "onnx", source, "-o", "."], ["you are in it"]),
         (["export", "onnx", quantized, "-o", str(tmp_path / "new")], ["stored in w8a8", "exporting needs unquantised"]),
         (["export", "onnx", graphs, "-o", str(tmp_path / "new")], ["holds exported graphs, not weights"]),
     ):
@@ -383,6 +273,7 @@ def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and all(word in said for word in words), said
     assert not (tmp_path / "new").exists() and (tmp_path / "used" / "thesis.txt").exists()
+    assert len(list((tmp_path / "engines").iterdir())) == 2
 
     manifest = copy / layout.MANIFEST
     values = json.loads(manifest.read_text())
@@ -399,6 +290,16 @@ def test_mistakes_are_told_in_a_sentence(small, copy, tmp_path, capsys, tmp_path
         assert all(word in said for word in [*words, "sana export onnx"]), said
 
 
+@pytest.mark.parametrize("mistake", [{"tiled": True}, {"pag_scale": 2.0}, {"steps": 2000}])
+def test_mistakes_are_told_before_graphs_are_loaded(small, mistake, monkeypatch):
+    monkeypatch.delattr("sana_model.exported.pipeline.pipeline")
+    with pytest.raises(UserError):
+        sana_model.load(str(small), backend="onnxruntime", picture={"prompt": "a fox"} | mistake)
+    monkeypatch.undo()
+    with pytest.raises(UserError):  # and to one that is loaded, before its first step
+        sana_model.load(str(small), backend="onnxruntime").settings("a fox", **mistake)
+
+
 def test_a_missing_package_is_named(small, monkeypatch):
     def absent(name):
         raise ImportError(name)
@@ -406,12 +307,6 @@ def test_a_missing_package_is_named(small, monkeypatch):
     monkeypatch.setattr(onnxruntime, "import_module", absent)
     with pytest.raises(MissingError, match=r"pip install 'sana-kernels\[onnx\]'"):
         sana_model.load(str(small), backend="onnxruntime")
-
-
-def test_16_bit_graphs_are_not_for_this_provider(tmp_path_factory):
-    folder = exported.graphs(tmp_path_factory, "shrunk-0.6b", **REQUESTS["bf16"])
-    with pytest.raises(UserError, match=r"is in bf16, .*--precision fp32"):
-        sana_model.load(str(folder), backend="onnxruntime")
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(small, copy, tmp_path_factory, monkeypatch):
@@ -430,7 +325,7 @@ def test_models_with_more_inputs(tmp_path_factory, tmp_path):
     """Sprint's guidance as an input and qk-norm; the position embedding of the 2K models."""
     from models import SPRINT
 
-    from sana_model.random_weights import random_dit
+    from sana_model.weights.random_weights import random_dit
 
     for dit in (
         SPRINT.dit,

@@ -1,5 +1,6 @@
 """The DC-AE family against diffusers: every published shape key for key, the maths at small sizes, and the files."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -11,14 +12,14 @@ from safetensors.torch import save_file
 from test_autoencoder import EXACT, LIMIT, awkward_input, build_public, exactly, randomise, run
 
 import sana_model
-from sana_model import checkpoint_config as configs
-from sana_model.autoencoder import Autoencoder
-from sana_model.autoencoder_blocks import BatchNorm
+from sana_model.autoencoder.blocks import BatchNorm
+from sana_model.autoencoder.dc_ae import Autoencoder
+from sana_model.autoencoder.family import FAMILY, find_autoencoder, lite
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
-from sana_model.family import FAMILY, find_autoencoder, lite
 from sana_model.files import write_text
-from sana_model.weights import load_model
+from sana_model.weights import checkpoint_config as configs
+from sana_model.weights.models import load_model
 
 PARAMETERS = {  # encoder, decoder, in millions
     "dc-ae-lite-f32c32-sana-1.1": (153.0, 268.2), "dc-ae-f32c32-in-1.0": (123.2, 200.2),
@@ -101,7 +102,7 @@ def test_parity_can_fail(mistake, monkeypatch):
             if isinstance(module, BatchNorm):
                 module.reset_running_stats()
     if mistake == "shuffle":  # channels in the order of phases, which only a packed weight has
-        monkeypatch.setattr("sana_model.autoencoder_blocks.Upsample.phases", lambda self: tuple(self.conv.parameters()))
+        monkeypatch.setattr("sana_model.autoencoder.blocks.Upsample.phases", lambda self: tuple(self.conv.parameters()))
     z = awkward_input("decode", (2, 3))
     with pytest.raises(AssertionError):
         assert_close(ours.decode(z), run(public, "decode", z), 100 * LIMIT)
@@ -203,6 +204,21 @@ def test_what_is_no_autoencoder(tmp_path, make, says):
     make(tmp_path)
     with pytest.raises(UserError, match=says):
         find_autoencoder(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["weights", "shape"])
+def test_a_decoder_is_checked_before_anything_is_read(tmp_path, damage, monkeypatch):
+    config = sana_model.load("sana-tiny-random").config.autoencoder
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    write_text(folder / "config.json", json.dumps(configs.write_autoencoder(config)))
+    if damage == "shape":
+        save_file({"decoder.conv_in.weight": torch.zeros(3)}, folder / "diffusion_pytorch_model.safetensors")
+    read = []
+    monkeypatch.setattr("sana_model.weights.models.fill", lambda *_: read.append(1))
+    with pytest.raises(UserError, match="holds no weights" if damage == "weights" else "is missing"):
+        sana_model.load("sana-tiny", decoder=str(folder))
+    assert not read
 
 
 def test_another_decoder_for_the_same_latents():

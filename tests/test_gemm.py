@@ -53,6 +53,7 @@ CASES = [
     Case(3, 5, 192, 80, gated="residual"),
     Case(1, 40, 2240, 32, silu=True, gated="gate"),  # 35 steps of 64
     Case(1, 66, 1280, 560),  # more columns than a chunk of 512, longer rows than a part of 18 steps
+    Case(1, 65, 2048, 64, silu=True),  # rows a multiple of 1 KB apart
 ]
 
 
@@ -66,19 +67,19 @@ def oracle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epilogue: 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_error_against_fp64(variant, dtype, case):
+@pytest.mark.parametrize("operands", ["bf16", "w8a8"])
+def test_error_against_fp64(operands, variant, dtype, case):
     """Of 16-bit operands and of quantised ones, whose product is compared with that of what they stand for."""
     (x, weight, bias), epilogue = case.make(dtype, device_of(variant))
-    operands = {
-        "bf16": (x.bfloat16(), weight.bfloat16()),
-        "w8a8": tuple(sana_kernels.quantize(t, backend="reference") for t in (x, weight)),
-    }
-    for name, (a, b) in operands.items():
-        y = gemm(variant, a, b, bias, **epilogue)
-        assert y.is_contiguous() and y.dtype == dtype
-        same_dtype = sana_kernels.gemm(a, b, bias, **epilogue, backend="reference")
-        exact = [dequantize(*t)[..., : case.K] if isinstance(t, Quantized) else t for t in (a, b)]
-        assert_kernel(y, same_dtype, oracle(*exact, bias, epilogue), f"{variant} {name} {case}")
+    if operands == "bf16":
+        a, b = x.bfloat16(), weight.bfloat16()
+    else:
+        a, b = (sana_kernels.quantize(t, backend="reference") for t in (x, weight))
+    y = gemm(variant, a, b, bias, **epilogue)
+    assert y.is_contiguous() and y.dtype == dtype
+    same_dtype = sana_kernels.gemm(a, b, bias, **epilogue, backend="reference")
+    exact = [dequantize(*t)[..., : case.K] if isinstance(t, Quantized) else t for t in (a, b)]
+    assert_kernel(y, same_dtype, oracle(*exact, bias, epilogue), f"{variant} {operands} {case}")
 
 
 MISTAKES = {
@@ -104,6 +105,19 @@ def test_the_comparison_notices(mistake):
         assert_kernel(wrong, same_dtype, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", CPU)
+def test_a_result_beyond_the_second_level_cache(variant, dtype):
+    """Where AMX may store past the caches; the last panel of 16 columns is alone."""
+    (x, weight, bias), epilogue = Case(2, 1901, 64, 560, silu=True, gated="gate").make(dtype)  # 4 MiB and more
+    x, weight = x.bfloat16(), weight.bfloat16()
+    y = gemm(variant, x, weight, bias, **epilogue)
+    expected = oracle(x, weight, bias, epilogue)
+    assert_kernel(
+        y, sana_kernels.gemm(x, weight, bias, **epilogue, backend="reference"), expected, f"{variant} {dtype}"
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_int32_sums_are_exact_at_the_extremes(variant):
     """Every pair of signs, sums up to 127² · 1024, which fp32 still holds exactly."""
@@ -126,6 +140,9 @@ def test_packed_weights_strided_rows_and_threads_change_nothing(variant, precisi
     if precision == "bf16":
         a, b = x.bfloat16(), weight.bfloat16()
         packed, strided = pack(b), torch.cat([a, a], dim=2)[..., :192]
+        rows = a[0][:, None]  # (70, 1, 192), whose second stride means nothing
+        rows = rows.as_strided(rows.shape, (192, 3, 1))
+        assert torch.equal(gemm(variant, rows, b), gemm(variant, rows.clone(), b))
     else:
         a, b = (sana_kernels.quantize(t) for t in (x, weight))
         packed = Quantized(pack(b.values), b.scale)
@@ -159,6 +176,7 @@ def test_instruction_sets_agree():
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(1, 0, 64)}, ValueError, r"none of them 0; got \(1, 0, 64\)"),
+        ({"weight": torch.zeros(0, 64)}, ValueError, r"none of them 0; got .*\(0, 64\)"),
         ({"x": torch.zeros(3, 64)}, ValueError, r"takes x \(B, M, K\)"),
         ({"x": torch.zeros(1, 3, 32)}, ValueError, r"got \(1, 3, 32\) and \(16, 64\)"),
         ({"x": torch.zeros(1, 3, 64).bfloat16()}, TypeError, "one dtype.*bfloat16, torch.float32"),

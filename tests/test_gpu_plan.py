@@ -1,5 +1,6 @@
 """What is planned for a GPU, on a machine that has none: which kernel for which op, on which generation; and fp8."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,13 @@ import sana_kernels
 from sana_bench.check import DIT_LIMITS, sqnr
 from sana_kernels import backend
 from sana_model import plan as plan_module
+from sana_model.autoencoder.family import lite
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
-from sana_model.family import lite
 from sana_model.ops import REFERENCE_OPS
 from sana_model.plan import resolve
-from sana_model.random_weights import random_dit
 from sana_model.settings import OF_DECODERS, precisions_for
+from sana_model.weights.random_weights import random_dit
 
 SANA = {name: BUILT_IN[f"sana-{name}"] for name in ("0.6b", "1.6b", "sprint-0.6b")}
 
@@ -61,6 +62,29 @@ def rows(
 def test_kernels_of_the_dit(gpu, capability, order, precision, expected):
     found = rows("1.6b", order, gpu(capability), precision)
     assert {op: found[op][0] for op in expected} == expected
+
+
+def test_a_plan_asks_the_gpu_that_it_is_for(gpu, monkeypatch):
+    """On a machine with several, of which the first is not Hopper."""
+    gpu((8, 0))
+    current, capabilities = [0], {0: (8, 0), 1: (9, 0)}
+
+    @contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[current[-1]])
+    products = [
+        rows("1.6b", "cuda", torch.device("cuda", index), "w4a4")["gemm_w4a4" if index == 0 else "gemm"][0]
+        for index in (0, 1)
+    ]
+    assert products == ["cuda", "cuda"] and current == [0]
+    with pytest.raises(MissingError, match=r"compute capability 8\.9"):
+        rows("0.6b", "triton", torch.device("cuda", 0), "fp8")
+    assert rows("0.6b", "triton", torch.device("cuda", 1), "fp8")["gemm"] == ("triton", "fp8")
 
 
 def test_the_fused_projection_is_for_models_without_qk_norm(gpu):

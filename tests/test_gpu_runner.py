@@ -9,6 +9,7 @@ import time
 import pytest
 
 from sana_bench import gpu
+from sana_kernels.backend import BACKENDS
 
 # Its first argument is -c (a question of the runner) or -m (a step). FAKE has what to do differently: {word: action}
 # for the steps that have this word among their arguments.
@@ -21,8 +22,10 @@ if args[0] == "-c":
         print("Fake GPU")
         sys.exit("no gpu" in actions)
     else:
-        print(json.dumps({"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "diffusers-compile",
-              "openvino"], "ops": ["gemm"], "tuned": ["gemm"], "cuda": actions.get("cuda")}))
+        print(actions.get("facts", "facts: ") + json.dumps({"precisions": ["fp32", "bf16", "w8a8", "w4a4"],
+              "four_bit": ["w4a4"], "baselines": ["diffusers", "diffusers-compile", "openvino"], "ops": ["gemm"],
+              "tuned": ["gemm"], "cuda": actions.get("cuda")}))
+        print("warning: {of another library, at its end}")
     sys.exit()
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(args) + "\\n")
@@ -37,8 +40,8 @@ if action == "fail":
 if "--json" in args:
     row = {"kind": "image", "backend": "cuda", "precision": "bf16", "status": "ok", "workload": {"batch": 4},
            "timing": {"ms": {"median": 200.0}}}
-    if action == "FAIL":
-        row["status"] = "FAIL"
+    if action in ("FAIL", "error"):
+        row["status"] = action
     document = {"run": {"complete": action != "partial"}, "results": [row]} if "bench" in args else {"90": {}}
     with open(args[args.index("--json") + 1], "w") as file:
         file.write(json.dumps(document)[: 20 if action == "torn" else None])
@@ -49,7 +52,7 @@ print("did", args[1])
 sys.exit(action in ("FAIL", "partial"))
 """
 SANITIZER = """#!/bin/sh
-printf '%s\\n' "$*" "$PYTORCH_NO_CUDA_MEMORY_CACHING" "========= {line}"
+printf '%s\\n' "$*" "57 calls of 9 CUDA ops" "$PYTORCH_NO_CUDA_MEMORY_CACHING" "========= {line}"
 exit {status}
 """
 ROW = "image_sana-0.6b_1024_batch1"
@@ -125,7 +128,8 @@ def test_quick_does_every_step_and_prints_a_table(run):
     assert kernels[1:4] == ["sana_model", "bench", "kernels"]
     assert image[image.index("--runs") + 1] == "auto:bf16,auto:w8a8,diffusers:bf16"
     log = (run.out / "log.txt").read_text()
-    assert "--tool memcheck" in log and "--tool racecheck" in log and "gpu ops\n1\n" in log
+    assert "--tool memcheck" in log and "--tool racecheck" in log
+    assert "gpu ops\n57 calls of 9 CUDA ops\n1\n" in log and text.count("0 errors; 57 calls of 9 CUDA ops") == 2
     assert {path.name for path in run.out.iterdir()} == {"log.txt", "kernels.json", "image.json"}
 
 
@@ -162,6 +166,11 @@ def test_a_build_without_cuda_fails_and_the_rest_goes_on(run):
     status, text = run("quick", cuda="no nvcc was found")
     assert status == 1 and verdicts(text) == dict.fromkeys(STEPS, "ok") | {"package": "FAIL"}
     assert "no nvcc was found" in text
+
+
+def test_a_package_that_does_not_tell_is_no_crash(run):
+    status, text = run("quick", facts="nothing: ")
+    assert status == 1 and verdicts(text) == {"build": "ok", "package": "FAIL"}
 
 
 @pytest.mark.parametrize(
@@ -208,14 +217,25 @@ def test_a_row_that_broke_leaves_no_result_and_is_tried_again_last(run, action):
     status, text = run("more", **{"1024": action})
     assert status == 1 and verdicts(text)[ROW] == "FAIL" and "2 of 5 rows" in text
     assert not (run.out / f"{ROW}.json").exists() and not (run.out / ".partial").exists()
+    assert (run.out / f"{ROW}.partial.json").exists() == (action != "fail")  # what there is of it
+    assert (f"{ROW}.partial.json" in text) == (action != "fail")
     (run.out / f"{KERNELS}.json").unlink()
     status, text = run("more")
-    assert status == 0 and not list(run.out.glob("*.failed.json"))
+    assert status == 0 and not list(run.out.glob("*.failed.json")) and not list(run.out.glob("*.partial.json"))
     assert [call[3] for call in run.calls()[1:]] == ["kernels", "image", "image"]
 
 
-def test_a_row_that_fails_parity_is_a_result(run):
-    status, text = run("more", **{"1024": "FAIL"})
+def test_a_run_that_breaks_leaves_the_result_of_an_earlier_one(run):
+    run("quick")
+    before = (run.out / "kernels.json").read_text()
+    status, text = run("quick", kernels="fail")
+    assert status == 1 and verdicts(text)["kernels"] == "FAIL"
+    assert (run.out / "kernels.json").read_text() == before
+
+
+@pytest.mark.parametrize("action", ["FAIL", "error"])
+def test_a_row_that_fails_parity_or_crashes_is_a_result(run, action):
+    status, text = run("more", **{"1024": action})
     assert status == 1 and verdicts(text)[ROW] == "FAIL" and (run.out / f"{ROW}.json").exists()
     run("more")
     assert len(run.calls()) == 1  # the build
@@ -246,8 +266,8 @@ def test_no_row_is_begun_when_the_time_is_over(run):
 
 
 def test_more_has_every_workload_once():
-    facts = {"precisions": ["fp32", "bf16", "w8a8"], "baselines": ["diffusers", "reference-compile"], "ops": ["gemm"],
-             "tuned": ["gemm"]}  # fmt: skip
+    facts = {"precisions": ["fp32", "bf16", "w8a8", "w4a4"], "four_bit": ["w4a4"], "ops": ["gemm"], "tuned": ["gemm"],
+             "baselines": ["diffusers", "reference-compile"]}  # fmt: skip
     rows = gpu.more_rows(facts)
     assert next(iter(rows)) == ROW
     for model in gpu.MODELS:
@@ -257,6 +277,24 @@ def test_more_has_every_workload_once():
     assert "reference-compile:bf16" in rows["compiled_sana-1.6b_1024_batch1"][-1]
     assert {"auto:fp32", "triton:w8a8", "diffusers:bf16"} <= {*rows[ROW][-1].split(",")}
     assert all("-compile" not in row[-1] for name, row in rows.items() if name.startswith("image"))
+    assert all("w4" not in row[-1] for name, row in rows.items() if name.startswith(("image", "compiled")))
+    assert "w4a4" in rows[KERNELS][-1]
+
+
+def test_what_counts_as_our_failure():
+    assert set(gpu.OURS) == {*BACKENDS} - {"reference"}
+    assert gpu.failed({"status": "error", "backend": "cuda"}) and gpu.failed({"status": "FAIL", "backend": "diffusers"})
+    assert not gpu.failed({"status": "error", "backend": "diffusers"})
+    assert not gpu.failed({"status": "out of memory", "backend": "cuda"})
+
+
+def test_compute_sanitizer_looks_at_every_kernel_of_ours():
+    """It is told the namespace that they are in."""
+    sources = [path for path in (gpu.ROOT / "csrc").rglob("*.cu*") if "__global__" in path.read_text()]
+    assert len(sources) > 5
+    for path in sources:
+        before = path.read_text().split("__global__")[0]
+        assert "namespace sana {" in before or "namespace sana::" in before, path
 
 
 @pytest.mark.parametrize("flags", [["slow"], ["quick", "--out", __file__], ["more", "--minutes", "soon"]])
@@ -273,7 +311,7 @@ def test_its_commands_are_understood(capsys):
     from sana_model import cli
 
     exec(gpu.FACTS)
-    facts = json.loads(capsys.readouterr().out)
+    facts = json.loads(capsys.readouterr().out.strip().removeprefix(gpu.FACTS_ARE))
     for row in gpu.more_rows(facts).values():
         args = cli.parser().parse_args([*row, "--json", "x.json"])
         if "--runs" in row:

@@ -19,8 +19,8 @@ from sana_model.graph import Captured, Graphs, tensors, why_eager
 from sana_model.ops import REFERENCE_OPS
 from sana_model.pipeline import Pipeline
 from sana_model.plan import resolve
-from sana_model.random_weights import random_model
 from sana_model.settings import dtypes_of, precisions_for, settings_for
+from sana_model.weights.random_weights import random_model
 
 WITH_POSITIONS = replace(SMALL, dit=replace(SMALL.dit, pos_embed_scale=1.0))
 MODELS = {"plain": SMALL, "2K": WITH_POSITIONS, "sprint": SPRINT}

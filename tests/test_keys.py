@@ -4,17 +4,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from models import SMALL
 
-from sana_model import checkpoint_config as configs
-from sana_model import defaults, keys
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.dit import DiT
-from sana_model.random_weights import random_dit
+from sana_model.errors import UserError
+from sana_model.weights import checkpoint_config as configs
+from sana_model.weights import defaults, keys
+from sana_model.weights.random_weights import random_dit
 
 PUBLISHED = {name: config.dit for name, config in BUILT_IN.items() if not name.startswith("sana-tiny")}
 VARIANTS = PUBLISHED | {
@@ -149,6 +151,35 @@ def test_configs_round_trip():
         assert configs.read_scheduler(configs.write_scheduler(scheduler), "f") == replace(
             scheduler, flow_shift=scheduler.flow_shift
         )
+
+
+SCHEDULERS = {
+    "DPMSolverMultistepScheduler": {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+    "SCMScheduler": {},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_diffusers_writes_of_a_scheduler_is_read(name, tmp_path):
+    """All defaults spelled out; and the published configurations of SANA are those of the first."""
+    getattr(diffusers, name)(**SCHEDULERS[name]).save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    assert configs.read_scheduler(configs.read_json(file), file) == SchedulerConfig(configs._KINDS[name])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, True) for field in configs._OFF if field != "shift_terminal"),
+        ("shift_terminal", 0.02), ("num_train_timesteps", 500),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["flow_dpm", "flow_euler"])
+def test_schedulers_that_take_other_steps_are_refused(kind, field, value):
+    written = configs.write_scheduler(SchedulerConfig(kind)) | {field: value}
+    with pytest.raises(UserError, match=f"scheduler_config.json: {field} is {json.dumps(value)}; supported is"):
+        configs.read_scheduler(written, "scheduler_config.json")
 
 
 @pytest.mark.parametrize(

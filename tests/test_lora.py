@@ -12,10 +12,11 @@ from torch import nn
 
 import sana_kernels
 import sana_model
-from sana_model import cli, interop, keys, lora
+from sana_model import cli
 from sana_model.errors import UserError
 from sana_model.png import read_metadata
-from sana_model.random_weights import random_model
+from sana_model.weights import interop, keys, lora
+from sana_model.weights.random_weights import random_model
 
 ARGUMENTS = {"prompt": "a fox", "steps": 2, "width": 96, "height": 64}
 TARGETS = (  # by diffusers' names: parts of fused matrices, 1×1 convolutions, and layers outside of the blocks
@@ -119,6 +120,18 @@ def test_every_precision_wears_it_and_loses_it_without_a_trace(saved, tmp_path, 
     assert after.keys() == bytes_before.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in bytes_before.items())
     assert torch.equal(latents(pipe), before)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "w8a8"])
+def test_beside_the_mix_ffn_runs_the_kernel_of_the_plan(saved, precision):
+    """`mix_ffn` takes no branches: its parts run one by one, none of them in plain PyTorch."""
+    plan = sana_model.load(str(saved), precision=precision, backend="cpu").plan
+    (row,) = [row for row in plan.rows if row.op == "depthwise_glu"]
+    assert row.backend == "cpu" and "only beside low-rank branches" in row.reason
+    assert (
+        plan.ops("dit").depthwise_glu(torch.randn(1, 6, 8), 2, 3, torch.randn(8, 1, 3, 3), torch.randn(8)).shape[2] == 4
+    )
+    assert ("dit", "depthwise_glu") in plan.clock.seconds()
 
 
 def test_strength_changes_while_running_and_several_add_up(saved, tmp_path):

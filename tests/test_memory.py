@@ -12,7 +12,7 @@ import torch
 
 import sana_model
 from sana_model import memory, pipeline
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN
 from sana_model.dit import DiT
 from sana_model.errors import MissingError

@@ -7,13 +7,15 @@ import torch
 from compare import relative_rms
 from diffusers import SanaPAGPipeline, SanaPipeline, SanaSprintPipeline
 from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
+from safetensors.torch import save_file
 
 import sana_kernels
 import sana_model
 from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.errors import MissingError, UserError
-from sana_model.interop import diffusers_pipeline
-from sana_model.random_weights import random_model
+from sana_model.plan import OpClock
+from sana_model.weights.interop import diffusers_pipeline
+from sana_model.weights.random_weights import random_model
 
 TINY = BUILT_IN["sana-tiny-random"]
 SMALL = replace(TINY, dit=replace(TINY.dit, layers=3))
@@ -132,6 +134,38 @@ def test_our_own_pipeline():
     assert torch.equal(after.latents, before.latents) and after.plan["backend"] == "reference"
     with pytest.raises(UserError, match=r"in bf16, from which fp32 cannot be made; load it with precision='fp32'"):
         sana_kernels.optimize(pipe, "fp32")
+
+
+def test_a_lora_goes_on_the_dit_that_paints(tmp_path):
+    file, dit = tmp_path / "style.safetensors", TINY.dit
+    factors = {"A": torch.randn(2, dit.hidden) * dit.hidden**-0.5, "B": torch.randn(2 * dit.ffn, 2) * 0.5}
+    save_file({f"transformer_blocks.0.ff.conv_inverted.lora_{x}.weight": t for x, t in factors.items()}, file)
+    pipe = sana_model.load("sana-tiny-random", backend="cpu")
+    arguments = {"prompt": "a fox", "steps": 1, "width": 64, "height": 64}
+    loaded = pipe(**arguments).latents
+    sana_kernels.optimize(pipe, "w8a8", backend="cpu")
+    before = pipe(**arguments).latents
+    name = pipe.add_lora(file)
+    assert relative_rms(pipe(**arguments).latents, before) > 1e-2
+    for refused in (sana_kernels.optimize, sana_kernels.restore):
+        with pytest.raises(UserError, match=r"wears a LoRA; take it off first: pipe\.remove_lora"):
+            refused(pipe)
+    pipe.remove_lora(name)
+    assert torch.equal(pipe(**arguments).latents, before)
+    sana_kernels.restore(pipe)
+    assert torch.equal(pipe(**arguments).latents, loaded)
+    pipe.add_lora(file)
+    assert relative_rms(pipe(**arguments).latents, loaded) > 1e-2
+
+
+def test_no_clock_runs_for_users_of_diffusers(components, monkeypatch):
+    """Nobody would reset it, and on a GPU it keeps two events of every op."""
+    pipe = quiet(SanaPipeline(**components))
+    wrapped = []
+    monkeypatch.setattr(OpClock, "wrap", lambda clock, key, run: wrapped.append(key) or run)
+    sana_kernels.optimize(pipe, "bf16")
+    sana_kernels.restore(pipe)
+    assert not wrapped
 
 
 def test_mistakes_are_sentences(components):

@@ -19,8 +19,8 @@ import sana_model
 from sana_model.bins import NATIVE_SIZES, bins, nearest_bin, resize_and_crop
 from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.errors import UserError
-from sana_model.random_weights import random_model
-from sana_model.saving import save_diffusers
+from sana_model.weights.random_weights import random_model
+from sana_model.weights.saving import save_diffusers
 
 TINY = BUILT_IN["sana-tiny-random"]
 SMALL = replace(TINY, dit=replace(TINY.dit, layers=3), pag_layers=(1,), instruction="default")
@@ -268,6 +268,8 @@ def test_backends_paint_the_same_picture():
 MISTAKES = [
     ({"width": 100}, "multiple of 32; the nearest are 96 and 128"),
     ({"steps": 0}, "steps"),
+    ({"steps": 1001}, "at most 1000, not 1001"),
+    ({"guidance_interval": (0.8, 0.2)}, r"\(0.8, 0.2\) is none"),
     ({"num_images": 0}, "number of images"),
     ({"seed": -1}, "seed"),
     ({"sampler": "scm"}, "flow_dpm or flow_euler"),
@@ -282,6 +284,13 @@ MISTAKES = [
 def test_mistakes_are_one_sentence(pipe, mistake, message):
     with pytest.raises(UserError, match=message):
         pipe("a red fox", **{**SIZE, **mistake})
+
+
+@pytest.mark.parametrize("mistake", [{"steps": 2000}, {"binning": True}, {"guidance_interval": (1.0, 0.5)}])
+def test_mistakes_are_told_before_anything_is_loaded(mistake, monkeypatch):
+    monkeypatch.delattr("sana_model.pipeline.load_model")
+    with pytest.raises(UserError):
+        sana_model.load("sana-tiny", picture={"prompt": "a red fox"} | mistake)
 
 
 @pytest.mark.parametrize("kwargs", [{"precision": "fp12"}, {"backend": "abacus"}, {"device": "warp"}])
@@ -304,3 +313,13 @@ def test_bins_match_the_published_tables():
             assert nearest_bin(height, width, native) == expected
     image = torch.randn(2, 3, 96, 160)
     assert torch.equal(resize_and_crop(image, 70, 90), PixArtImageProcessor.resize_and_crop_tensor(image, 90, 70))
+
+
+@pytest.mark.parametrize("native", NATIVE_SIZES)
+def test_what_covers_a_size_is_not_a_pixel_short_of_it(native):
+    """480 / 832 * 832, say, is 479.99… in floating point."""
+    for height, width in {(480, 640), (960, 1280)} | {
+        (h, w) for h in range(300, 2200, 97) for w in range(320, 2200, 160)
+    }:
+        image = torch.empty(1, 3, *nearest_bin(height, width, native), device="meta")
+        assert resize_and_crop(image, height, width).shape[2:] == (height, width)

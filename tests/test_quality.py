@@ -16,7 +16,7 @@ from sana_bench.scorer import Scorer, prompts_of_concepts
 from sana_bench.sheet import write_sheet
 from sana_model.config import SchedulerConfig
 from sana_model.errors import UserError
-from sana_model.weights import load_model
+from sana_model.weights.models import load_model
 
 CPU = torch.device("cpu")
 

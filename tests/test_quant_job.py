@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from capture import Recorder
 from compare import psnr, relative_rms
 from models import SMALL, SPRINT
 from PIL import Image
@@ -19,15 +20,16 @@ from sana_model.cli import main
 from sana_model.commands.quantize import PROMPTS, read_prompts, summary
 from sana_model.dit import DiT
 from sana_model.errors import UserError
+from sana_model.graph import Graphs
 from sana_model.pipeline import Pipeline
 from sana_model.plan import resolve
-from sana_model.quantize import Progress, fingerprint, quantize
-from sana_model.quantize_job import Job
-from sana_model.random_weights import random_model
-from sana_model.saving import save_diffusers
+from sana_model.quantize.job import Job
+from sana_model.quantize.model import Progress, fingerprint, quantize
 from sana_model.settings import dtypes_of, precisions_for
 from sana_model.text_encoder import TextEncoder
-from sana_model.weights import find, load_model
+from sana_model.weights.models import find, load_model
+from sana_model.weights.random_weights import random_model
+from sana_model.weights.saving import save_diffusers
 
 CPU = torch.device("cpu")
 FILE = f"transformer/{checkpoint.FILE}"
@@ -94,6 +96,34 @@ def test_observing_changes_nothing(pipeline, model):
         layer(torch.ones(2, 3))
     layer(torch.ones(2, 3))
     assert len(seen) == 1 and seen[0][0] == "0"
+
+
+def test_calibration_sees_every_step_where_steps_run_in_a_graph(pipeline, monkeypatch):
+    """As on a GPU, whose graphs repeat launches and call no Python; afterwards pictures are painted in graphs again."""
+    recorder = Recorder()
+    expected = calibration.calibrate(pipeline, ["a fox"], 2, 2)
+    monkeypatch.setattr(pipeline.plan, "eager", None)
+    monkeypatch.setattr(pipeline, "graphs", Graphs(10**12, capture=recorder))
+    found = calibration.calibrate(pipeline, ["a fox"], 2, 2)
+    assert recorder.captures == 0 and pipeline.plan.eager is None
+    for name, inputs in expected.items():
+        assert torch.equal(found[name].rows, inputs.rows) and torch.equal(found[name].absmax, inputs.absmax)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(pipeline, ["a fox"], 1, 1, progress=interrupted)
+    assert pipeline.plan.eager is None
+
+
+def test_any_seed_draws_tokens():
+    x, found = torch.arange(64.0)[:, None], {}
+    for seed in (0, 1, 20261121152714, 2**63 - 1):
+        collector = calibration.Collector(8, seed=seed)
+        collector.observe("layer", x)
+        found[seed] = tuple(collector.finish()["layer"].rows.flatten().tolist())
+    assert len(set(found.values())) == len(found)
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -174,6 +204,21 @@ def test_plain_rounding_needs_no_calibration(saved, tmp_path):
     weight = load_model(saved, parts=("dit",)).dit.blocks[1].attention.out.weight
     expected = round_to_nearest(weight, "int8", "int8")
     assert torch.equal(found.layer("blocks.1.attention.out").values, expected.values)
+
+
+def test_an_output_of_zeros_has_no_sqnr(folder, tmp_path):
+    """Its signal is 0, of which the logarithm is no number that JSON has."""
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer_blocks.1.attn1.to_out.0.weight"].zero_()
+    save_file(tensors, file)
+    plan = quantize(Job(str(folder), "w8a8", **QUICK), tmp_path / "q")
+    (silent,) = (row for row in plan if row.layer == "blocks.1.attention.out")
+    assert silent.sqnr_db is None and "  -  " in str(silent) and "  -  " in summary([silent])
+    assert all(row is silent or row.sqnr_db > 20 for row in plan)
+    text = (tmp_path / "q" / "quantization.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert opened(tmp_path / "q", SMALL).header.layers["blocks.1.attention.out"].sqnr_db is None
 
 
 def test_smaller_on_disk(saved, tmp_path):
@@ -301,6 +346,17 @@ def test_nothing_is_written_over_a_good_file(saved, folder, tmp_path, monkeypatc
         quantize(Job(str(out), "w4a8", ("a fox",), samples=0), tmp_path / "twice")
 
 
+def test_the_folder_that_one_works_in_is_not_replaced(saved, tmp_path, monkeypatch, capsys):
+    """Whoever is in it would be in no folder afterwards, where not even `sana generate --model .` starts."""
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    for place, out in (("empty/deeper", "."), ("empty/deeper", str(tmp_path / "empty" / "deeper"))):
+        monkeypatch.chdir(tmp_path / place)
+        assert main(["quantize", str(saved), "--precision", "w8a8", "--samples", "0", "-o", out]) == 2
+        said = capsys.readouterr().err
+        assert "you are in it" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty", "deeper"]
+
+
 @pytest.mark.parametrize("name", ["transformer_blocks.1.attn1.to_out.0.weight", "proj_out.bias"])
 def test_nan_in_the_weights(folder, tmp_path, name):
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -328,6 +384,7 @@ def test_the_command_line_refuses_in_a_sentence(saved, tmp_path, capsys):
         ([str(saved), "--precision", "w4a4", "--samples", "0"], "needs calibration"),
         ([str(saved), "--precision", "w4a4", "--rank", "-1"], "the rank"),
         ([str(saved), "--precision", "w4a4", "--steps", "0"], "at least one step"),
+        ([str(saved), "--precision", "w4a4", "--steps", "2000"], "1000 at most"),
         (["no-such-model", "--precision", "w8a8"], "no built-in name"),
         ([str(saved), "--precision", "w8a8", "--threads", "0"], "threads"),
     ):

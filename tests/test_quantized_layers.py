@@ -25,7 +25,7 @@ from sana_model.packed import (
     rows_for,
     spread,
 )
-from sana_model.quantized import SCHEMES, LowRank, QuantizedLinear, quantize_linear_layers
+from sana_model.quantize.layers import SCHEMES, LowRank, QuantizedLinear, quantize_linear_layers
 
 CPU = ops_on("cpu")
 K, N, RANK = 1152 - 32, 160, 18  # K is no multiple of 64, and the rank none of 16

@@ -22,11 +22,11 @@ from sana_model.config import BUILT_IN
 from sana_model.errors import UserError
 from sana_model.packed import PackedLinear, is_plain
 from sana_model.plan import precisions_here, resolve
-from sana_model.quantized import QuantizedLinear
-from sana_model.random_weights import random_model
-from sana_model.saving import save_diffusers
+from sana_model.quantize.layers import QuantizedLinear
 from sana_model.settings import PRECISIONS
-from sana_model.weights import convert, find, load_model
+from sana_model.weights.models import convert, find, load_model
+from sana_model.weights.random_weights import random_model
+from sana_model.weights.saving import save_diffusers
 
 ARGUMENTS = {"prompt": "a fox", "steps": 2, "width": 96, "height": 64}
 CPU = torch.device("cpu")

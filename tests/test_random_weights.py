@@ -12,7 +12,7 @@ from compare import relative_rms
 from sana_model.config import BUILT_IN, DiTConfig
 from sana_model.dit import DiT
 from sana_model.ops import REFERENCE_OPS
-from sana_model.random_weights import (
+from sana_model.weights.random_weights import (
     draw,
     outlier_channels,
     random_autoencoder,

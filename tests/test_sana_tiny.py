@@ -9,7 +9,7 @@ import torch
 import sana_model
 from recipes.captions import COLOURS
 from sana_model.config import BUILT_IN
-from sana_model.weights import CHECKPOINTS
+from sana_model.weights.models import CHECKPOINTS
 
 FOLDER = CHECKPOINTS / "sana-tiny"
 FOX = "a 3d render of a fox on a teal background"  # the README's first command

@@ -17,12 +17,12 @@ from compare import psnr
 
 import sana_model
 from sana_export import build, engines, layout
-from sana_model import tensorrt_library
 from sana_model.cli import main
 from sana_model.errors import MissingError, UserError
-from sana_model.exported import pipeline
-from sana_model.tensorrt import Cuda, Runner
-from sana_model.tensorrt_library import Library
+from sana_model.exported import tensorrt_library
+from sana_model.exported.pipeline import pipeline
+from sana_model.exported.tensorrt import Cuda, Runner
+from sana_model.exported.tensorrt_library import Library
 
 pytest.importorskip("onnxruntime")
 LIBRARY = Library(fake, "tensorrt")
@@ -111,7 +111,7 @@ def test_contexts_share_memory_and_let_go_of_it_when_it_moves(built):
 
 
 def test_the_least_recently_used_run_goes(built, monkeypatch):
-    monkeypatch.setattr("sana_model.tensorrt.MOST_RUNS", 2)
+    monkeypatch.setattr("sana_model.exported.tensorrt.MOST_RUNS", 2)
     runner = Runner(built, CPU, fake.FakeCuda())
     for batch in (4, 1, 4, 2):
         runner("decoder", latents=torch.randn(batch, 32, 6, 8))

@@ -11,16 +11,17 @@ from types import SimpleNamespace
 
 import exported
 import fake_tensorrt as fake
+import onnx
 import pytest
 import torch
 
 from sana_export import build, engines, layout
-from sana_model import tensorrt_library
 from sana_model.bins import bins
 from sana_model.cli import main
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
-from sana_model.tensorrt_library import Library
+from sana_model.exported import tensorrt_library
+from sana_model.exported.tensorrt_library import Library
 
 LIBRARY = Library(fake, "tensorrt")
 W8A8 = {"precision": "w8a8", "text_precision": "w4a16", "profile": "128", "only": layout.GRAPHS[:2]}
@@ -209,6 +210,25 @@ def test_engines_of_two_exports_do_not_share_a_folder(graphs, tmp_path, installe
     (other / layout.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"holds engines of another export .* choose another folder"):
         build.build_engines(other, engines_folder, "current", only=("decoder",), say=lambda text: None)
+
+
+def test_of_two_calibrations_the_engine_of_the_last_export_runs(graphs, tmp_path, installed):
+    """The same weights exported with other scales, and back again: what is there already is not the engine built last."""
+    first = shutil.copytree(graphs, tmp_path / "first", copy_function=os.symlink)
+    second = shutil.copytree(graphs, tmp_path / "second")
+    model = onnx.load(graphs / "decoder.onnx", load_external_data=False)
+    model.doc_string = "other scales"
+    onnx.save(model, second / "decoder.onnx")
+    engines_folder, made = tmp_path / "engines", []
+    for source in (first, second, first):
+        (engine,) = build.build_engines(source, engines_folder, "current", only=("decoder",), say=lambda text: None)
+        chosen = engines.choose(engines_folder, layout.read(engines_folder), "decoder", str(LIBRARY), "sm90", "an H200")
+        assert chosen.stem == engine.stem
+        made.append(engine.stem)
+    assert made[0] == made[2] != made[1]
+    engines.engine_file(engines_folder, engine).unlink()
+    with pytest.raises(UserError, match="was built from another graph of these weights"):
+        engines.choose(engines_folder, layout.read(engines_folder), "decoder", str(LIBRARY), "sm90", "an H200")
 
 
 @pytest.mark.parametrize(

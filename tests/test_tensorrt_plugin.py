@@ -14,8 +14,8 @@ from compare import assert_close, assert_kernel
 
 from sana_export import engines, layout, plugin
 from sana_kernels.linear_attention import reference
-from sana_model import tensorrt_library
 from sana_model.errors import MissingError, UserError
+from sana_model.exported import tensorrt_library
 from tests import emulated
 
 onnx = pytest.importorskip("onnx")

@@ -8,11 +8,11 @@ from compare import assert_close, assert_kernel
 from transformers import Gemma2Config, Gemma2Model, Gemma3TextConfig, Gemma3TextModel
 
 import sana_model.text_encoder as text_encoder
-from sana_model.checkpoint_config import read_text_encoder, write_text_encoder
 from sana_model.config import TextEncoderConfig
 from sana_model.errors import UserError
-from sana_model.interop import transformers_text_encoder
 from sana_model.text_encoder import TextEncoder
+from sana_model.weights.checkpoint_config import read_text_encoder, write_text_encoder
+from sana_model.weights.interop import transformers_text_encoder
 
 SMALL = TextEncoderConfig(
     vocab=97, hidden=72, layers=5, heads=6, kv_heads=2, head_dim=32, ffn=150, query_pre_attn_scalar=48.0,

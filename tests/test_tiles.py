@@ -1,5 +1,6 @@
 """The table of tiles: what it is for, that the choice is a function of the shape, and what `sana tune` makes of it."""
 
+import importlib
 import json
 
 import pytest
@@ -95,6 +96,36 @@ def test_parts_are_merged(tmp_path, capsys):
     files[0].write_text("{")
     assert cli.main(["tune", "--merge", str(files[0]), "--json", str(merged)]) == 2
     assert "is no proposal of `sana tune`" in capsys.readouterr().err
+
+
+def test_a_merge_keeps_the_multiprocessors_that_were_measured():
+    """Whichever proposal comes first: each has the other architecture's entry as it stands in the table."""
+    hopper, ampere = (
+        tune.propose(["gemm"], ["bf16"], arch, processors, HOPPER, fake_seconds, say=lambda text: None)
+        for arch, processors in ((90, 114), (80, 100))
+    )
+    for order in ([hopper, ampere], [ampere, hopper]):
+        merged = tune.merge(order)
+        assert (merged["90"]["processors"], merged["80"]["processors"]) == (114, 100)
+
+
+def test_the_tiles_that_are_measured_are_those_that_run(monkeypatch):
+    """The tile takes its place before the clock starts, not within it."""
+    module = importlib.import_module("sana_kernels.gemm.triton")
+    ran, before = [], module.gemm_tile
+    wanted = Tile(64, 128, 64, 4, 3)
+    chosen = tune.mock.patch.object(module, "gemm_tile", lambda *shape: wanted)
+    call = lambda: ran.append(module.gemm_tile(torch.bfloat16, False, 1, 1, 1, 90))  # noqa: E731
+    monkeypatch.setattr(tune, "_product", lambda *args: (chosen, call, 1000))
+    monkeypatch.setattr(tune, "gpu_times", lambda calls: iter([[next(calls)() or 2.0 for _ in range(20)]]))
+    assert tune.measure("gemm", torch.bfloat16, wanted) == pytest.approx(2e-6)
+    assert ran == [wanted] * 20 and module.gemm_tile is before
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "wanted", lambda *args: pytest.fail("it began"))
+    assert cli.main(["tune", "--json", str(tmp_path / "nowhere" / "tiles.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from compare import assert_kernel
-from interpreted import DEVICE, defective, on_guarded
+from interpreted import DEVICE, defective, on_gpu, on_guarded
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm import reference, triton
@@ -71,12 +71,14 @@ def check(module, monkeypatch, case, dtype, eight_bits=None):
     assert_kernel(y, reference.gemm(*args), oracle(args), f"{case} {eight_bits}")
 
 
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_fp64(monkeypatch, dtype, case):
     check(triton, monkeypatch, case, dtype)
 
 
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("eight_bits", EIGHT_BITS, ids=str)
@@ -84,6 +86,7 @@ def test_eight_bits_against_fp64(monkeypatch, eight_bits, dtype, case):
     check(triton, monkeypatch, case, dtype, eight_bits)
 
 
+@on_gpu
 @pytest.mark.parametrize("K", [64, 1152, 5632])
 def test_sums_of_int8_products_are_exact(K):
     """Extremes included: -128 never comes from `quantize`, but a sum of it must not wrap around either."""
@@ -96,6 +99,7 @@ def test_sums_of_int8_products_are_exact(K):
     assert torch.equal(y.cpu(), expected.float())
 
 
+@on_gpu
 @pytest.mark.parametrize("eight_bits", EIGHT_BITS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantize_to_the_bit(dtype, eight_bits):
@@ -115,6 +119,7 @@ def check_quantize(module, x, eight_bits):
     assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
 
 
+@on_gpu
 def test_quantize_at_the_edges():
     """Ties, rows that count as zero, the smallest that do not, and the first half of wider rows."""
     most = torch.tensor([127.0, 448.0])[:, None]
@@ -127,6 +132,7 @@ def test_quantize_at_the_edges():
         check_quantize(triton, wide, eight_bits)
 
 
+@on_gpu
 def test_same_bytes_again_and_inputs_unchanged(monkeypatch):
     args = Case(2, 37, 70, 100, bias=True, silu=True, gated="same").make(torch.float32, torch.int8)
     before = [a.clone() for a in args if isinstance(a, torch.Tensor)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_kernel
-from interpreted import DEVICE, defective, on_guarded
+from interpreted import DEVICE, defective, on_gpu, on_guarded
 from test_linear_attention import Case
 from variants import DTYPES, double, signed
 
@@ -32,12 +32,14 @@ def check(module, case, dtype):
     assert not y[:, :, -1].any(), "a head with no positive k must give 0"
 
 
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_fp64(dtype, case):
     check(triton, case, dtype)
 
 
+@on_gpu
 def test_width_of_the_largest_model():
     check(triton, WIDE, torch.bfloat16)
 
@@ -66,18 +68,21 @@ def check_from(module, case, dtype=torch.bfloat16, eight_bits=None):
     assert_kernel(y, reference.linear_attention_from(*args), oracle, f"{case} {dtype} {eight_bits}")
 
 
+@on_gpu
 @pytest.mark.parametrize("case", FROM_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_projected_against_fp64(dtype, case):
     check_from(triton, case, dtype)
 
 
+@on_gpu
 @pytest.mark.parametrize("case", FROM_CASES, ids=str)
 @pytest.mark.parametrize("eight_bits", MOST, ids=str)
 def test_projected_from_eight_bits_against_fp64(eight_bits, case):
     check_from(triton, case, eight_bits=eight_bits)
 
 
+@on_gpu
 def test_one_norm_without_the_other():
     q, k, v, q_norm, k_norm, *eps = Case(1, 40, 3, 32, norm="same").make(torch.float32, DEVICE)
     for norms in ((q_norm, None), (None, k_norm)):
@@ -86,6 +91,7 @@ def test_one_norm_without_the_other():
         assert_kernel(y, reference.linear_attention(*args), reference.linear_attention(*double(*args)))
 
 
+@on_gpu
 def test_nan_is_not_hidden():
     """Only the image that has it; a NaN in v spoils its channel, one in k everything of its head."""
     for dtype in DTYPES:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_kernel, relative_rms
-from interpreted import DEVICE, defective, on_guarded
+from interpreted import DEVICE, defective, on_gpu, on_guarded
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm.reference import MOST, dequantize, quantize
@@ -58,23 +58,27 @@ def check_quantized(module, case, dtype, eight_bits):
     assert not values[..., case.F :].float().any(), "padding must be zero"
 
 
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_glu_against_fp64(dtype, case):
     check(triton, case, dtype)
 
 
+@on_gpu
 def test_widths_of_the_models():
     check(triton, Case(1, 1, 2, 2880, taps_first=True), torch.bfloat16)
     check_quantized(triton, Case(1, 1, 2, 5600, taps_first=True), torch.bfloat16, torch.int8)
 
 
+@on_gpu
 @pytest.mark.parametrize(("dtype", "eight_bits"), zip((torch.float32, torch.bfloat16), MOST, strict=True), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_quantized_rows(eight_bits, dtype, case):
     check_quantized(triton, case, dtype, eight_bits)
 
 
+@on_gpu
 def test_taps_first_is_another_layout_of_the_same_weight():
     weight = torch.randn(20, 1, 3, 3)
     stored = taps_first(weight)
@@ -105,6 +109,7 @@ def ffn_arguments(B, height, width, C, F, dtype, eight_bits=None, gated=False):
     )
 
 
+@on_gpu
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mix_ffn_against_fp64(dtype, gated):
@@ -113,6 +118,7 @@ def test_mix_ffn_against_fp64(dtype, gated):
     assert_kernel(y, reference.mix_ffn(*args), reference.mix_ffn(*double(*args)))
 
 
+@on_gpu
 @pytest.mark.parametrize("eight_bits", MOST, ids=str)
 def test_mix_ffn_of_eight_bits(eight_bits):
     """u is quantised in between: from an oracle of higher precision the reference differs by a step here and there, too."""

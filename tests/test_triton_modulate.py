@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_kernel
-from interpreted import DEVICE, defective, on_guarded
+from interpreted import DEVICE, defective, on_gpu, on_guarded
 from test_modulate import Case
 from variants import DTYPES, double
 
@@ -45,12 +45,14 @@ def check_quantized(module, case, dtype, eight_bits):
     assert not values[..., x.shape[2] :].float().any(), "padding must be zero"
 
 
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_fp64(dtype, case):
     check_modulate(triton, case, dtype)
 
 
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eight_bits", MOST, ids=str)
@@ -58,6 +60,7 @@ def test_quantized_rows(eight_bits, dtype, case):
     check_quantized(triton, case, dtype, eight_bits)
 
 
+@on_gpu
 def test_rows_that_a_careless_variance_loses():
     """A mean of 1000 with a spread of 1, and rows without any spread, whose result is the shift."""
     x = torch.randn(1, 3, 1152, device=DEVICE) + 1000
@@ -68,6 +71,7 @@ def test_rows_that_a_careless_variance_loses():
     assert torch.equal(y[0, 1], shift[0])
 
 
+@on_gpu
 def test_a_row_of_zeros_and_nan():
     x = torch.randn(1, 4, 100, device=DEVICE)
     zeros = torch.zeros(1, 100, device=DEVICE)

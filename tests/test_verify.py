@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import sana_model.pipeline
-from sana_model import verify as module
-from sana_model.random_weights import random_model
-from sana_model.saving import save_diffusers
-from sana_model.verify import verify
-from sana_model.weights import load_model
+from sana_model.weights import verify as module
+from sana_model.weights.models import load_model
+from sana_model.weights.random_weights import random_model
+from sana_model.weights.saving import save_diffusers
+from sana_model.weights.verify import verify
 
 SMALL, SPRINT = (replace(config, instruction="default") for config in (models.SMALL, models.SPRINT))
 

@@ -18,13 +18,13 @@ from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from models import SMALL, SPRINT
 from safetensors.torch import load_file, save_file
 
-from sana_model import keys, saving
-from sana_model.checkpoint import choose_weights
 from sana_model.errors import MissingError, UserError
-from sana_model.interop import diffusers_autoencoder, diffusers_transformer
-from sana_model.random_weights import random_model
-from sana_model.saving import save_diffusers, save_original
-from sana_model.weights import convert, find, load_model
+from sana_model.weights import keys, saving
+from sana_model.weights.checkpoint import choose_weights
+from sana_model.weights.interop import diffusers_autoencoder, diffusers_transformer
+from sana_model.weights.models import convert, find, load_model
+from sana_model.weights.random_weights import random_model
+from sana_model.weights.saving import save_diffusers, save_original
 
 
 def assert_same_values(a, b) -> None:
@@ -247,6 +247,9 @@ def test_never_destroys(model, saved, tmp_path):
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="in use and holds no model"):
         save_diffusers(tmp_path / "thesis", model, force=True)
+    (tmp_path / "home" / "export.json").write_text("{}")
+    with pytest.raises(UserError, match="holds exported graphs or engines"):
+        save_diffusers(tmp_path / "home", model, force=True)
     with pytest.raises(UserError, match="is a file"):
         save_diffusers(tmp_path / "thesis" / "thesis.tex", model, force=True)
     with pytest.raises(UserError, match="does not exist"):
@@ -284,6 +287,27 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch, failure, rais
     assert (tmp_path / "old" / "model_index.json").stat().st_ino == before
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EACCES, "Permission denied")])
+def test_the_old_model_comes_back_when_the_new_one_cannot_take_its_place(folder, monkeypatch, failure):
+    def fail(*_args):
+        raise failure
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises((KeyboardInterrupt, UserError)), saving.replacing(folder) as place:
+        (place / "new").touch()
+    assert sorted(folder.rglob("*")) == before and list(folder.parent.iterdir()) == [folder]
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(saved, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sana_model.weights.models.load_model", lambda *_: pytest.fail("loaded"))
+    for write in (lambda: convert(saved, "."), lambda: save_diffusers(".", model)):
+        with pytest.raises(UserError, match=r"you are in it .*name a folder that is still to be made"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_can_be_converted_over_itself(folder, model):
     """The old files are still mapped into memory while the new ones are written."""
     convert(folder, folder)
@@ -307,14 +331,18 @@ def fake_cache(home: Path, folder: Path, leave_out: str = "") -> None:
     (repo / "refs" / "main").write_text(revision)
 
 
-def offline(home: Path, *models: str) -> list[str]:
+def offline(home: Path, *models: str, autoencoder: bool = False) -> list[str]:
     """What loading the models prints, a line each, in a process of its own: the hub reads its settings at import."""
     script = f"""
+        from sana_model.autoencoder.family import find_autoencoder
         from sana_model.errors import UserError
-        from sana_model.weights import load_model
+        from sana_model.weights.models import load_model
         for model in {models!r}:
             try:
-                loaded = load_model(model, parts=("dit",), base="sana-tiny-random")
+                if {autoencoder}:
+                    loaded = load_model(find_autoencoder(model), parts=("autoencoder",))
+                else:
+                    loaded = load_model(model, parts=("dit",), base="sana-tiny-random")
                 print("loaded", loaded.config.name, loaded.source)
             except UserError as error:
                 print(error.exit_status, error)
@@ -334,6 +362,14 @@ def test_hub_from_the_cache(saved, tmp_path):
     folder, file = offline(tmp_path, "someone/small", f"hf://someone/small/{TRANSFORMER}")
     assert folder == "loaded small someone/small"
     assert file.startswith("loaded diffusion_pytorch_model ")
+
+
+@pytest.mark.parametrize("leave_out", ["", "model_index.json"])
+def test_the_autoencoder_of_a_whole_model_in_the_cache(saved, tmp_path, leave_out):
+    """All of the model, or what diffusers fetches of a subfolder."""
+    fake_cache(tmp_path, saved, leave_out)
+    (line,) = offline(tmp_path, "someone/small", autoencoder=True)
+    assert line.startswith("loaded vae ")
 
 
 def test_hub_without_cache_or_network(saved, tmp_path):

@@ -8,7 +8,7 @@
 //     epilogue    of each pixel: scales, bias, activation, RMSNorm over channels, residual or shortcut, rounding
 // An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row.
 //
-// Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums stay in a core's
+// Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of 512 KB) stay in a core's
 // second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at C = N = 512 in bf16)
 // come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and core. A tile's result
 // depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and any number of
@@ -38,6 +38,11 @@ constexpr const Conv2dKernels* kNarrow[kIsas] = {&conv2d_portable, SANA_AVX2(&co
 constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
                                                 SANA_AVX512(&conv2d_avx512), nullptr};
 
+// Nor do they stop within a step of 64 bytes: beyond a row of taps they multiply the next pixels by zero, which makes NaN
+// of an infinity there.
+constexpr const Conv2dKernels* kPartialSteps[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
+                                                       SANA_AVX512(&conv2d_avx512), nullptr};
+
 // A task is a tile, or some side by side where an epilogue runs beside the products of the next one.
 constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
 
@@ -53,7 +58,8 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (!valid(p)) return Status::bad_shape;
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
-  const Conv2dKernels& kernels = floats ? choose(kFloat) : choose(kNarrow);
+  const bool partial = p.weight_scale == nullptr && p.C % 32 != 0;  // steps, of bf16
+  const Conv2dKernels& kernels = floats ? choose(kFloat) : partial ? choose(kPartialSteps) : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;

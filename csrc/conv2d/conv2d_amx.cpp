@@ -2,7 +2,7 @@
 //
 // A row of taps is 3 C elements of consecutive pixels, so an operand tile is 16 rows of 64 bytes, a pixel apart: what
 // 32 pixels see of one row is 34 C elements, 35 KB at C = 512 in bf16. As many rows of taps at a time as the
-// first-level cache holds (three at C = 128, one from C = 256 on in bf16); the sums wait in the second-level cache for
+// first-level cache holds (in bf16 three at C = 128, two at 256, one from 512 on); the sums wait in the second-level cache for
 // the next. So do the weights of a chunk of columns, for all rows of the group: products take 32 bytes per cycle.
 //
 // Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a

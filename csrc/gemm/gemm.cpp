@@ -3,10 +3,10 @@
 // Algorithm (sana_kernels/gemm/reference.py): out = epilogue(x weight^T) with bf16 operands and float sums, or with int8
 // operands, int32 sums and one scale per row of x and per column of the result.
 //
-// Tiling: the columns are cut into blocks whose weights fill half of a core's second-level cache, as many as there are
-// threads or a multiple; a task is one such block times some of the rows. Tasks of one block follow each other, so a
-// thread that goes on to the next finds its weights where it left them, and x (a few MB) streams past. No sum is ever
-// split between tasks: the bytes of the result do not depend on the number of threads.
+// Tiling: the columns are cut into blocks whose weights fill half of a core's second-level cache, about as many as
+// there are threads or a multiple; a task is one such block times some of the rows. Tasks of one block follow each other,
+// so a thread that goes on to the next finds its weights where it left them, and x (a few MB) streams past. No sum is
+// ever split between tasks: the bytes of the result do not depend on the number of threads.
 //
 // FLOPs: 2 M N K. Bytes: x once per column block, the weights once per thread, the result once. At SANA's sizes
 // (M = 2048, K, N >= 1152) that is more than 400 FLOP per byte, so the bound is the multiply unit.
@@ -49,6 +49,19 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `total` in `parts` nearly equal parts, each a multiple of `unit`: the size of one.
 int64_t part_of(int64_t total, int64_t parts, int64_t unit) { return ceil_div(ceil_div(total, unit), parts) * unit; }
 
+// Rows of a task where `across` blocks of columns are to be shared out: of about kRowsPerTask, or fewer where otherwise
+// there were fewer than two tasks for a thread, such that the thread with most to do has least.
+int64_t rows_of_task(int64_t M, int64_t across, int64_t unit, int64_t threads) {
+  const int64_t fewest = std::max(M / kRowsPerTask, ceil_div(2 * threads, across));
+  int64_t best = 0, least = 0;
+  for (int64_t blocks = fewest; blocks <= fewest + threads; ++blocks) {
+    const int64_t rows = part_of(M, blocks, unit);
+    const int64_t most = ceil_div(across * ceil_div(M, rows), threads) * rows;  // of one thread, per block of columns
+    if (best == 0 || most < least) best = rows, least = most;
+  }
+  return best;
+}
+
 }  // namespace
 
 Status gemm_cpu(const Gemm& given, int threads) {
@@ -60,14 +73,13 @@ Status gemm_cpu(const Gemm& given, int threads) {
   const int64_t least = ceil_div(p.N * row_bytes(p), second_level_cache() / 2);
   const int64_t columns = part_of(p.N, ceil_div(least, threads) * threads, kernels.columns);
   const int64_t across = ceil_div(p.N, columns);
-  const int64_t row_blocks = std::max(p.M / kRowsPerTask, ceil_div(2 * threads, across));
-  const int64_t rows = threads == 1 ? p.M : part_of(p.M, row_blocks, kernels.rows);
+  const int64_t rows = threads == 1 ? p.M : rows_of_task(p.M, across, kernels.rows, threads);
   const int64_t down = ceil_div(p.M, rows);
   std::atomic<bool> failed{false};
   parallel_for(threads, across * down, [&](int64_t task) {
     const int64_t row = task % down * rows, column = task / down * columns;
     static thread_local Scratch scratch;
-    char* buffer = scratch.reserve(kernels.scratch * row_bytes(p) + 4 * rows);
+    char* buffer = scratch.reserve(kernels.scratch * (row_bytes(p) + kLine) + 4 * rows);
     if (buffer == nullptr) failed = true;
     else kernels.block(p, {row, std::min(row + rows, p.M), column, std::min(column + columns, p.N)}, buffer);
   });

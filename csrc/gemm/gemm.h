@@ -27,7 +27,7 @@ struct Gemm {
   int64_t M, N, K, image;
   DType dtype;  // of out and residual
   bool silu;
-  bool stream;  // out may go past the caches, if it is larger than they are: nobody reads its beginning before its end
+  bool stream;  // out may go past the caches, if it is larger than a second-level cache: nobody reads its beginning before its end
 };
 
 inline bool is_int8(const Gemm& p) { return p.x_scale != nullptr; }

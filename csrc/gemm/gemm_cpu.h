@@ -11,9 +11,11 @@ struct Block {
   int64_t first_column, last_column;  // multiples of GemmKernels::columns, but for N
 };
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 struct GemmKernels {
   int64_t rows, columns;  // of the register (or tile) block: what a task should be a multiple of
-  int64_t scratch;        // `buffer` has as many bytes for each byte of a row of x, and 4 for each row of the block
+  int64_t scratch;        // rows of x, and a line for each, that `buffer` has room for, and 4 bytes for each row of the block
   void (*block)(const Gemm& p, const Block& block, char* buffer);
 };
 

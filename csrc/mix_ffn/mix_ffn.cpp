@@ -11,7 +11,7 @@
 // buffers: when band k is there, all rows of u up to the last but one of band k can be computed.
 //
 // Every step is spread over all threads and ends before the next begins. The weights stream from the last cache once per
-// band, so a band has about 512 tokens: enough work per byte of weights.
+// band, so a band has about 512 tokens, enough work per byte of weights, or more where that is not enough for all threads.
 //
 // FLOPs: 2 N (C 2F + 18 F + F C). Bytes: x, residual, out, and the weights once per band. Bound: the multiply unit.
 #include "mix_ffn/mix_ffn.h"
@@ -28,7 +28,7 @@
 namespace sana {
 namespace {
 
-constexpr int64_t kTokens = 512;  // of a band, about
+constexpr int64_t kTokens = 512, kTokensPerThread = 32;  // of a band, about
 constexpr DType kMiddle = DType::bf16;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -37,7 +37,7 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 class Bands {
  public:
   Bands(const MixFfn& p, int threads) : p_(p), threads_(threads) {
-    rows_ = std::min(std::max<int64_t>(2, kTokens / p.width), std::max<int64_t>(2, p.height));
+    rows_ = std::min(std::max<int64_t>(2, std::max(kTokens, kTokensPerThread * threads) / p.width), std::max<int64_t>(2, p.height));
     const int64_t h_row = p.width * 2 * p.F * element_size(kMiddle);
     u_pitch_ = is_int8() ? quantized_pitch(p.F) : p.F * element_size(kMiddle);
     const int64_t filter = aligned(20 * p.F * sizeof(float)), h = aligned(rows_ * h_row);

@@ -6,7 +6,7 @@ from torch import Tensor
 from sana_kernels.backend import call, define, register
 from sana_kernels.conv2d import cpu, cuda, reference
 from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
-from sana_kernels.conv2d.weights import ConvWeight, as_weight, pack_conv2d, quantize_conv2d
+from sana_kernels.conv2d.weights import ConvWeight, as_weight, pack_conv2d, packed_shape, quantize_conv2d
 
 __all__ = [
     "TILE", "Band", "ConvWeight", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d", "quantize_conv2d", "rms_norm",
@@ -60,7 +60,7 @@ def conv2d(
     shape = (x.shape[0], band.last - band.first, -(-x.shape[2] // stride), N)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"conv2d takes a residual {shape}, like its result; got {tuple(residual.shape)}")
-    _check_weight("conv2d", x, weight)
+    _check_weight("conv2d", x, weight, 1)
     rest = (bias, *(norm or ()), *(input_norm or ()))
     _check("conv2d", x, *(() if residual is None else (residual,)), like=tuple(t for t in rest if t is not None))
     norm, input_norm = norm or (None, None), input_norm or (None, None)
@@ -95,7 +95,7 @@ def upsample(
             f"upsample takes a bias of (out,), of (4 · out,) beside 3 × 3 phases: ({biases},); got {tuple(bias.shape)}"
         )
     band = _check_band("upsample", x, band, 1, weight)
-    _check_weight("upsample", x, weight)
+    _check_weight("upsample", x, weight, 4)
     _check("upsample", x, like=(bias,))
     return call("upsample", backend, x, *weight[:2], list(shape), bias, list(band))
 
@@ -175,8 +175,14 @@ def _check_band(op: str, x: Tensor, band: Band | None, stride: int, weight: Conv
     return Band(*band)
 
 
-def _check_weight(op: str, x: Tensor, weight: ConvWeight) -> None:
+def _check_weight(op: str, x: Tensor, weight: ConvWeight, phases: int) -> None:
     values, scale, shape = weight
+    expected = shape if values.ndim == 4 else packed_shape(weight, phases)
+    if values.shape != expected or (values.ndim != 4 and not values.is_contiguous()):
+        raise ValueError(
+            f"{op} takes a weight {tuple(shape)} whose values have that shape, or what pack_conv2d(weight, phases={phases})"
+            f" makes of it, {packed_shape(weight, phases)}; got {tuple(values.shape)}"
+        )
     if values.dtype != (x.dtype if scale is None else torch.int8) or values.device != x.device:
         raise TypeError(
             f"{op} takes a weight in x's dtype and device, or from quantize_conv2d; got {x.dtype} on {x.device} and"

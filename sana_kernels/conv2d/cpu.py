@@ -69,7 +69,7 @@ def multi_scale(x: Tensor, depthwise: Tensor, grouped: Tensor, band: list[int]) 
     """As the reference."""
     C, D, k = x.shape[3], grouped.shape[1], depthwise.shape[2]
     out = torch.empty(x.shape[0], band[2] - band[1], x.shape[2], C, dtype=x.dtype)
-    weights = depthwise.view(C, k * k).t(), grouped.view(C // D, D, D).transpose(1, 2)
+    weights = depthwise.reshape(C, k * k).t(), grouped.reshape(C // D, D, D).transpose(1, 2)
     weights = [as_float(t) for t in weights]
     extension("_cpu")[0].multi_scale(
         [t.data_ptr() for t in (x, *weights, out)], (*x.shape, D, k), band, DTYPE_CODES[x.dtype],

@@ -49,5 +49,13 @@ def pack_conv2d(weight: Tensor | ConvWeight, phases: int = 1, backend: str = "cp
     return weight._replace(values=panels.permute(0, 1, 3, 4, 2, 5).flatten(4).contiguous())
 
 
+def packed_shape(weight: ConvWeight, phases: int) -> tuple[int, ...]:
+    """Of the values that `pack_conv2d` makes for "cpu"."""
+    out, channels, k, _ = weight.shape
+    n, size = PER_LANE.get(weight.values.dtype, 1), weight.values.element_size()
+    taps = -(-k * -(-channels // n) * n * size // STEP) * STEP // size
+    return phases, -(-out // phases // PANEL), k, taps // n, PANEL * n
+
+
 def as_weight(weight: Tensor | ConvWeight) -> ConvWeight:
     return ConvWeight(weight, None, tuple(weight.shape)) if isinstance(weight, Tensor) else weight

@@ -103,7 +103,7 @@ def _rows_only(x, x_scale, weight, *args) -> str | None:
 
 def _check(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> None:
     check_weight("gemm", weight)
-    if x.ndim != 3 or 0 in x.shape or x.shape[2] != inputs(weight):
+    if x.ndim != 3 or 0 in (*x.shape, *weight.shape) or x.shape[2] != inputs(weight):
         raise ValueError(
             f"gemm takes x (B, M, K) and weight (N, K), none of them 0; got {tuple(x.shape)} and {tuple(weight.shape)}"
         )

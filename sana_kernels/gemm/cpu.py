@@ -86,10 +86,9 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, M, K), copied unless one stride walks all rows, and that stride in bytes."""
-    if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
-        x = x.contiguous()
-    return x, x.stride(1) * x.element_size()
+    """The rows of x (B, M, K), copied unless one stride walks them all, and that stride in bytes."""
+    rows = x.reshape(-1, x.shape[2])
+    return rows, rows.stride(0) * x.element_size()
 
 
 def as_float(tensor: Tensor | None) -> Tensor | None:

@@ -82,14 +82,14 @@ def mix_ffn(
         u = depthwise_glu(h, height, width, depthwise_weight, depthwise_bias)
         return library_gemm(u, None, project_weight, None, None, False, gate, residual, dtype)
     expand_weight, project_weight = (w if w.ndim == 3 else gemm.pack(w) for w in (expand_weight, project_weight))
-    x, stride = gemm.rows(x)
+    rows, stride = gemm.rows(x)
     depthwise = [t.contiguous() for t in (depthwise_weight, depthwise_bias)]
     floats = [gemm.as_float(t) for t in (x_scale, expand_scale, project_scale, expand_bias, gate)]
     residual = None if residual is None else residual.contiguous()
     shape = (x.shape[0], height, width, outputs(project_weight), outputs(expand_weight) // 2)  # B, H, W, C, F
     out = torch.empty(*x.shape[:2], shape[3], dtype=dtype)
     extension("_cpu")[0].mix_ffn(
-        x.data_ptr(), stride, (expand_weight.data_ptr(), project_weight.data_ptr()),
+        rows.data_ptr(), stride, (expand_weight.data_ptr(), project_weight.data_ptr()),
         [t.data_ptr() for t in depthwise], [DTYPE_CODES[t.dtype] for t in depthwise],
         [gemm.address(t) for t in floats], gemm.address(residual), out.data_ptr(), DTYPE_CODES[dtype], shape,
         torch.get_num_threads(),

@@ -46,7 +46,7 @@ class Collector:
         largest = rows.abs().amax(0).float().cpu()
         self._absmax[name] = torch.maximum(self._absmax[name], largest) if name in self._absmax else largest
         call = self._calls[name] = self._calls.get(name, 0) + 1
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + call)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + call) % 2**63)  # torch takes no more
         chosen = torch.randperm(len(rows), generator=generator)[: self.per_call]
         kept = rows[chosen.to(rows.device)].cpu()
         if self.folder is None:
@@ -106,11 +106,12 @@ def calibrate(
         raise ValueError("calibration takes at least one prompt and one sample")
     asked = [prompts[i % len(prompts)] for i in range(samples)]
     collector = Collector(max(1, rows // (samples * steps)), folder, seed)
-    with torch.inference_mode(), observed(pipeline.dit, collector.observe):
+    with torch.inference_mode(), launch_by_launch(pipeline.plan), observed(pipeline.dit, collector.observe):
         if captions is None:
             captions = pipeline.encode(pipeline.settings(asked, steps=steps))
         for i, prompt in enumerate(asked):
             settings = pipeline.settings(prompt, steps=steps, seed=seed + i)
+            pipeline.plan.clock.reset()  # else the events of all steps pile up on a GPU
             one = tuple(None if c is None else _row(c, i) for c in captions)
             pipeline.denoise(settings, one, progress=lambda _, done, of, i=i: progress(i * of + done, samples * of))
     return collector.finish()
@@ -120,6 +121,16 @@ def _row(captions, i: int):
     """Caption i of a batch, without the pads."""
     length = int(captions.lengths[i])
     return replace(captions, states=captions.states[i : i + 1, :length], lengths=captions.lengths[i : i + 1])
+
+
+@contextmanager
+def launch_by_launch(plan) -> Iterator[None]:
+    """Within the block, no step of a `sana_model.plan.Plan` runs in a CUDA graph: a replay calls no Python to observe it."""
+    reason, plan.eager = plan.eager, "calibration watches every product"
+    try:
+        yield
+    finally:
+        plan.eager = reason
 
 
 @contextmanager

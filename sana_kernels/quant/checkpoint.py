@@ -21,7 +21,7 @@ The metadata of the file has "format": "pt" and, under "sana_quantization", this
     precision     what was asked for: "w8a8" | "w4a8" | "w4a4" | "w4a16"
     method        "rtn" | "gptq" | "smooth" | "smooth+gptq" | "svdquant" | "svdquant+gptq" | "awq" (of which readers
                   need to know that norms which absorbed a scale are fp32, and stay so)
-    source        sha256 of the weights it was made from (`sana_model.quantize.fingerprint`)
+    source        sha256 of the weights it was made from (`sana_model.quantize.model.fingerprint`)
     calibration   null, or {"prompts": sha256 of the list, "samples": int, "steps": int, "seed": int}
     layers        {<layer>: {"format", "activations", "shape": [N, K], "padded": Kp, "group": int, "rank": int,
                              "smooth": bool, "sqnr_db": float | null}}

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from sana_model import batch
 from sana_model.errors import MissingError, UserError
-from sana_model.quantize import Progress, quantize
-from sana_model.quantize_job import Job, Planned
+from sana_model.quantize.job import Job, Planned
+from sana_model.quantize.model import Progress, quantize
 
 PROMPTS = Path(__file__).parent.parent / "calibration_prompts.txt"
 

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
+from sana_model.autoencoder.family import find_autoencoder
 from sana_model.errors import UserError
-from sana_model.family import find_autoencoder
 from sana_model.files import atomic, check_writable
 from sana_model.plan import resolve
 from sana_model.settings import OF_DECODERS, PRECISIONS
-from sana_model.weights import load_model
+from sana_model.weights.models import load_model
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import ModelConfig
 from sana_model.dit import DiT
 from sana_model.text_encoder import TextEncoder

@@ -10,13 +10,13 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from sana_model import checkpoint_config as configs
-from sana_model.autoencoder import Autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
-from sana_model.keys import to_diffusers
 from sana_model.text_encoder import TextEncoder
 from sana_model.tokenizer import ByteTokenizer
+from sana_model.weights import checkpoint_config as configs
+from sana_model.weights.keys import to_diffusers
 
 
 def package(name: str):

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sana_model import checkpoint_config as configs
-from sana_model import defaults, keys
 from sana_model.errors import UserError
-from sana_model.files import atomic, check_writable
-from sana_model.loaded import LoadedModel
+from sana_model.files import atomic, check_replaceable, check_writable
 from sana_model.settings import DTYPES
+from sana_model.weights import checkpoint_config as configs
+from sana_model.weights import defaults, keys
+from sana_model.weights.loaded import LoadedModel
 
 
 def save_diffusers(
@@ -106,23 +106,28 @@ def write_weights(folder: Path, stem: str, state: dict[str, Tensor], variant: st
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Gives a new folder beside `folder` that takes its place when the block ends well, and vanishes when not."""
-    retired = None
-    with atomic(folder) as place:
-        try:
+    place = retired = None
+    try:
+        with atomic(folder) as place:
             place.mkdir()
             yield place
             if folder.exists():
                 retired = place.with_suffix(".old")
                 folder.rename(retired)
-        except BaseException:
+    except BaseException:
+        if retired is not None and retired.exists() and not folder.exists():
+            retired.rename(folder)
+        raise
+    finally:
+        if place is not None:
             shutil.rmtree(place, ignore_errors=True)
-            raise
-    if retired is not None:
-        shutil.rmtree(retired, ignore_errors=True)
+        if retired is not None and folder.exists():
+            shutil.rmtree(retired, ignore_errors=True)
 
 
 def refuse_to_destroy(folder: Path, force: bool) -> None:
-    """Raise UserError unless `folder` is free, empty, ours, or (with `force`) another model."""
+    """Raise UserError unless `folder` is free, empty, ours, or (with `force`) another model; and nobody works in it."""
+    check_replaceable(folder)
     if not folder.parent.is_dir():
         raise UserError(f"the folder {folder.parent} does not exist; make it first: mkdir -p '{folder.parent}'")
     if not folder.exists():
@@ -131,6 +136,10 @@ def refuse_to_destroy(folder: Path, force: bool) -> None:
         raise UserError(f"{folder} is a file; a diffusers model is a folder")
     if not any(folder.iterdir()):
         return
+    if (folder / "export.json").is_file():
+        raise UserError(
+            f"{folder} holds exported graphs or engines, which a model does not replace; name another folder"
+        )
     marker = folder / "sana.json"
     if marker.is_file() and configs.read_json(marker).get("written_by") == defaults.WRITTEN_BY:
         return

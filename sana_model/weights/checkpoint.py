@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_model.errors import UserError
-from sana_model.keys import Rule, join, split
+from sana_model.weights.keys import Rule, join, split
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

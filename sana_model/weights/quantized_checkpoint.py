@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sana_kernels.quant.checkpoint import FILE, Checkpoint, CheckpointError, Header, load, read_header
-from sana_model import awq
-from sana_model.checkpoint import Prepare, block_of
 from sana_model.errors import UserError
-from sana_model.quantized import QuantizedLinear, replace_layer
+from sana_model.quantize import awq
+from sana_model.quantize.layers import QuantizedLinear, replace_layer
+from sana_model.weights.checkpoint import Prepare, block_of
 
 
 def header_in(folder: Path) -> Header | None:
@@ -54,7 +54,7 @@ def open_quantized(
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, prepare: Prepare | None) -> nn.Module:
-    """As `sana_model.checkpoint.fill`: no more than one block is ever held twice."""
+    """As `sana_model.weights.checkpoint.fill`: no more than one block is ever held twice."""
     quantized = checkpoint.header.layers
     wide = awq.NORMS if checkpoint.header.method == "awq" else ()
     for block, group in itertools.groupby(list(module.state_dict()), key=block_of):

@@ -3,7 +3,7 @@
 Activations are NHWC: (B, H, W, C), contiguous, so norms and linear layers take the last dimension and nothing is
 transposed. Parameters have the names that diffusers' AutoencoderDC gives them.
 
-Layers that see only a neighbourhood also take an image on its way, row by row (`bands`); `sana_model.bands` explains. The
+Layers that see only a neighbourhood also take an image on its way, row by row (`bands`): bands.py explains. The
 attention, and with it the EfficientViTBlock, needs the whole image.
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_kernels.conv2d import Band, fold_upsample
-from sana_model.bands import Bands, Neighbourhood, Window, remember, sweep, whole
+from sana_model.autoencoder.bands import Bands, Neighbourhood, Window, remember, sweep, whole
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS, Ops

@@ -9,19 +9,22 @@ fNcM is one latent pixel of M channels for N × N pixels. A name stands for a co
 may be in diffusers' names or in those of efficientvit, the original.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from sana_model import checkpoint_config as configs
-from sana_model import hub, original_autoencoder
-from sana_model.autoencoder import Autoencoder
-from sana_model.checkpoint import Checkpoint, check, choose_weights, fill, open_pth, open_safetensors, same_names
-from sana_model.config import BUILT_IN, AutoencoderConfig
+from sana_model.autoencoder import original as original_autoencoder
+from sana_model.autoencoder.dc_ae import Autoencoder
+from sana_model.config import BUILT_IN, AutoencoderConfig, ModelConfig
 from sana_model.errors import UserError
-from sana_model.random_weights import random_autoencoder
-from sana_model.weights import FOLDERS, Source, find
+from sana_model.weights import checkpoint_config as configs
+from sana_model.weights import hub
+from sana_model.weights.checkpoint import Checkpoint, choose_weights, open_pth, open_safetensors
+from sana_model.weights.models import FOLDERS, Open, Source, find, reader
+from sana_model.weights.random_weights import random_autoencoder
 
 LITE_REPOSITORY = "mit-han-lab/dc-ae-lite-f32c32-sana-1.1-diffusers"
 
@@ -109,8 +112,7 @@ def find_autoencoder(name: str | Path) -> Source:
     file in diffusers' or efficientvit's names, whose configuration is the member of FAMILY with those tensors; or a hub id.
     """
     if str(name) in FAMILY:
-        config = FAMILY[str(name)]
-        return _source(config, f"{name} (random weights)", True, lambda dtype: random_autoencoder(config, dtype=dtype))
+        return _random(FAMILY[str(name)], str(name))
     path = Path(name)
     if path.is_file():
         return _file(path)
@@ -118,8 +120,9 @@ def find_autoencoder(name: str | Path) -> Source:
         return _folder(path)
     named = hub.parse(str(name))
     if str(name) not in BUILT_IN and not path.exists() and named and named[1] is None:
-        folder = hub.fetch_folder(named[0], lambda names: _needed(named[0], names), "config.json")
-        return _folder(folder if (folder / "config.json").is_file() else folder / FOLDERS["autoencoder"])
+        inside = FOLDERS["autoencoder"]  # of a whole model
+        folder = hub.fetch_folder(named[0], partial(_needed, named[0]), ("config.json", f"{inside}/config.json"))
+        return _folder(folder if (folder / "config.json").is_file() else folder / inside)
     return find(name)
 
 
@@ -130,8 +133,7 @@ def with_decoder(source: Source, decoder: str) -> Source:
     """
     ours = source.config.autoencoder
     if decoder == "lite" and source.random:
-        config = lite(ours)
-        other = _source(config, "", True, lambda dtype: random_autoencoder(config, dtype=dtype))
+        other = _random(lite(ours), decoder)
     elif decoder == "lite" and ours.widths != FAMILY["dc-ae-lite-f32c32-sana-1.1"].widths:
         raise UserError(f"the lite decoder knows SANA's latents, and {source.name} has an autoencoder of its own")
     else:
@@ -152,17 +154,19 @@ def with_decoder(source: Source, decoder: str) -> Source:
     )
 
 
-def _source(config: AutoencoderConfig, name: str, random: bool, read) -> Source:
-    """`read(dtype)` makes the autoencoder; without a dtype, in the one that it is stored in."""
-
-    def open_part(_config, dtype: torch.dtype | None):
-        return lambda _prepare=None: read(dtype or torch.float32) if random else read(dtype)
-
+def _source(config: AutoencoderConfig, name: str, random: bool, open_part: Open) -> Source:
     def open_nothing(_config, _dtype):
         raise UserError(f"{name} is an autoencoder; it has no other part of a model")
 
     model = replace(BUILT_IN["sana-0.6b"], autoencoder=config, name=Path(name).name)
     return Source(model, name, random, {"dit": open_nothing, "text": open_nothing, "autoencoder": open_part}, None)
+
+
+def _random(config: AutoencoderConfig, name: str) -> Source:
+    def open_part(_config: ModelConfig, dtype: torch.dtype | None) -> Callable[..., Autoencoder]:
+        return lambda _prepare=None: random_autoencoder(config, dtype=dtype or torch.float32)
+
+    return _source(config, f"{name} (random weights)", True, open_part)
 
 
 def _folder(folder: Path) -> Source:
@@ -171,12 +175,11 @@ def _folder(folder: Path) -> Source:
     config = configs.read_autoencoder(configs.read_json(file), file)
     names = [entry.name for entry in folder.iterdir()]
 
-    def read(dtype: torch.dtype | None) -> Autoencoder:
-        return _load(
-            config, open_safetensors([folder / name for name in choose_weights(names, dtype, str(folder))]), dtype
-        )
+    def open_part(model: ModelConfig, dtype: torch.dtype | None) -> Callable[..., Autoencoder]:
+        checkpoint = open_safetensors([folder / name for name in choose_weights(names, dtype, str(folder))])
+        return reader("autoencoder", model, checkpoint, dtype)
 
-    return _source(config, str(folder), False, read)
+    return _source(config, str(folder), False, open_part)
 
 
 def _file(file: Path) -> Source:
@@ -184,7 +187,7 @@ def _file(file: Path) -> Source:
     if original_autoencoder.is_original(checkpoint.shapes):
         checkpoint = original_autoencoder.as_diffusers(checkpoint)
     config = recognise(checkpoint, file.stem)
-    return _source(config, str(file), False, lambda dtype: _load(config, checkpoint, dtype))
+    return _source(config, str(file), False, lambda model, dtype: reader("autoencoder", model, checkpoint, dtype))
 
 
 def recognise(checkpoint: Checkpoint, hint: str) -> AutoencoderConfig:
@@ -199,18 +202,8 @@ def recognise(checkpoint: Checkpoint, hint: str) -> AutoencoderConfig:
 
 
 def _shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
-
-
-def _load(config: AutoencoderConfig, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Autoencoder:
-    module = _empty(config)
-    check(checkpoint, module, same_names(module), "diffusers")
-    return fill(module, checkpoint, same_names(module), "diffusers", dtype or checkpoint.dtype)
-
-
-def _empty(config: AutoencoderConfig) -> Autoencoder:
     with torch.device("meta"):
-        return Autoencoder(config)
+        return {name: tuple(tensor.shape) for name, tensor in Autoencoder(config).state_dict().items()}
 
 
 def _needed(repo: str, names: list[str]) -> list[str]:

@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_kernels.gemm import unpack
-from sana_model import keys
-from sana_model.checkpoint import open_safetensors
 from sana_model.config import DIALECTS, DiTConfig
 from sana_model.dit import DiT
 from sana_model.errors import UserError
-from sana_model.quantized import LowRank, QuantizedLinear
+from sana_model.quantize.layers import LowRank, QuantizedLinear
+from sana_model.weights import keys
+from sana_model.weights.checkpoint import open_safetensors
 
 _DOWN, _UP = ("lora_A", "lora_down", "lora.down"), ("lora_B", "lora_up", "lora.up")
 _KEY = re.compile(

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sana_export import engines, layout
 from sana_export.engines import Ranges
-from sana_model import tensorrt_library
 from sana_model.errors import UserError
+from sana_model.exported import tensorrt_library
+from sana_model.exported.tensorrt_library import Library
 from sana_model.files import atomic
-from sana_model.tensorrt_library import Library
 
 MOST_RUNS = 8  # of an engine; the least recently used one goes
 DTYPES = {

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d
-from sana_model.autoencoder import Autoencoder, Decoder, Encoder
-from sana_model.autoencoder_blocks import (
+from sana_model.autoencoder.blocks import (
     BatchNorm,
     Downsample,
     GLUMBConv,
@@ -22,6 +21,7 @@ from sana_model.autoencoder_blocks import (
     ResBlock,
     Upsample,
 )
+from sana_model.autoencoder.dc_ae import Autoencoder, Decoder, Encoder
 from sana_model.packed import PackedLinear, can_pack
 
 PACKING = ("cpu", "cuda")  # the backends with a layout of their own for convolutions

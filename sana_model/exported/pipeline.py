@@ -1,6 +1,6 @@
 """The pipeline over exported networks: what runs the graphs of `sana_export.layout` takes the place of the networks.
 
-    runner(graph, **inputs) → output        sana_model/onnxruntime.py, sana_model/tensorrt.py
+    runner(graph, **inputs) → output        onnxruntime.py, tensorrt.py
     load(folder, "onnxruntime") → Pipeline  prompt, noise, sampler and pictures are those of every other backend
 
 A graph takes the whole text and the whole caption at each call: neither the instruction's prefix nor the keys and values of
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sana_export import layout
 from sana_model.errors import UserError
-from sana_model.loaded import LoadedModel
 from sana_model.pipeline import Pipeline
 from sana_model.plan import OpClock, Plan, Row
 from sana_model.tokenizer import load_tokenizer
-from sana_model.weights import find
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.models import find
 
 BACKENDS = ("onnxruntime", "tensorrt")
 
@@ -42,9 +42,9 @@ def load(folder: str | Path, backend: str, *, device: torch.device, precisions: 
     package or the GPU that the backend needs.
     """
     if backend == "onnxruntime":
-        from sana_model.onnxruntime import Runner as Chosen
+        from sana_model.exported.onnxruntime import Runner as Chosen
     else:
-        from sana_model.tensorrt import Runner as Chosen
+        from sana_model.exported.tensorrt import Runner as Chosen
     if not Path(folder).is_dir():
         raise UserError(
             f"backend {backend!r} paints from a folder of exported graphs, and {folder} is none;"
@@ -186,7 +186,7 @@ class ExportedTransformer:
 
 
 class ExportedAutoencoder:
-    """As `sana_model.autoencoder.Autoencoder` to the pipeline."""
+    """As `sana_model.autoencoder.dc_ae.Autoencoder` to the pipeline."""
 
     def __init__(self, runner: Runner):
         self.runner = runner

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana_model import interop
-from sana_model.checkpoint import variant_of
 from sana_model.config import ModelConfig
 from sana_model.dit import FP16_MAX
-from sana_model.keys import to_diffusers
 from sana_model.pipeline import Pipeline, load
 from sana_model.scheduler import timesteps
-from sana_model.weights import FOLDERS, find
+from sana_model.weights import interop
+from sana_model.weights.checkpoint import variant_of
+from sana_model.weights.keys import to_diffusers
+from sana_model.weights.models import FOLDERS, find
 
 PROMPTS = ("a red fox in the snow, oil painting", 'Straße, "naïve" café; 東京 🦊')
 ERROR = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}

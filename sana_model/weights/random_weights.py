@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sana_model.autoencoder import Autoencoder
-from sana_model.autoencoder_blocks import BatchNorm
-from sana_model.checkpoint import Prepare
+from sana_model.autoencoder.blocks import BatchNorm
+from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import AutoencoderConfig, DiTConfig, ModelConfig, TextEncoderConfig
 from sana_model.dit import Block, DiT
-from sana_model.loaded import LoadedModel
 from sana_model.ops import REFERENCE_OPS
 from sana_model.text_encoder import TextEncoder
 from sana_model.tokenizer import ByteTokenizer
+from sana_model.weights.checkpoint import Prepare
+from sana_model.weights.loaded import LoadedModel
 
 OUTLIER = 30.0  # how much larger the values of an outlier channel are than those of the others
 OUTLIER_SHARE = 0.001

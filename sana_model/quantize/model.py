@@ -15,6 +15,7 @@ OUT.partial: the same job, started again after a kill, goes on from there and wr
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -31,19 +32,19 @@ from sana_kernels.quant.calibration import Collector, LayerInputs, observed_line
 from sana_kernels.quant.checkpoint import CheckpointError, Header, LayerInfo
 from sana_kernels.quant.layer import round_to_nearest
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
-from sana_model import awq
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import UserError
 from sana_model.files import atomic
-from sana_model.loaded import LoadedModel
 from sana_model.pipeline import Pipeline
 from sana_model.plan import resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
-from sana_model.quantize_job import Job, Planned
-from sana_model.saving import refuse_to_destroy, replacing, write_configs, write_json, write_weights
+from sana_model.quantize import awq
+from sana_model.quantize.job import Job, Planned
 from sana_model.settings import dtypes_of, precisions_for
 from sana_model.tokenizer import ByteTokenizer
-from sana_model.weights import FOLDERS, Source, find, load_model
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.models import FOLDERS, Source, find, load_model
+from sana_model.weights.saving import refuse_to_destroy, replacing, write_configs, write_json, write_weights
 
 TEXT_ROWS = 512  # tokens kept of each layer of the text encoder
 
@@ -275,7 +276,9 @@ def _layer(
             raise UserError(f"{source.name}: {name} holds NaN or infinite values; the model cannot be quantised")
         weight = weight.to(device)
         layer = quantize_layer(weight, recipe, inputs)
-        found = None if inputs is None else round(sqnr_db(layer, weight, inputs.rows), 2)
+        found = None if inputs is None else sqnr_db(layer, weight, inputs.rows)
+        if found is not None:  # an output of zeros has no signal, and JSON no infinity
+            found = round(found, 2) if math.isfinite(found) else None
         tensors = layer.tensors()
         shapes = {field: (tensor.dtype, tuple(tensor.shape)) for field, tensor in tensors.items()}
         with atomic(file) as temporary:

@@ -6,10 +6,10 @@
 SANA's has 6 stages: the three outer ones, of high resolution, are made of `ResBlock`s; the three inner ones of
 `EfficientViTBlock`s. Whatever changes the resolution carries a shortcut without parameters that only moves pixels into
 channels or back ("residual autoencoding", arXiv 2410.10733, section 3.2), so the convolution beside it learns a
-correction. The rest of the family is in `sana_model.family`.
+correction. The rest of the family is in family.py.
 
-The outer stages, 85 % of the work and all the large tensors, can run in bands (`band_bytes`, sana_model/bands.py): the
-same image in bounded memory.
+The outer stages, 85 % of the work and all the large tensors, can run in bands (`band_bytes`, bands.py): the same image in
+bounded memory.
 
 Activations are NHWC; parameters have the names that diffusers' AutoencoderDC gives them; its checkpoints load as they are.
 Run it in fp32 or bf16: the published weights are not safe in fp16, whose range their activations can leave.
@@ -18,8 +18,8 @@ Run it in fp32 or bf16: the published weights are not safe in fp16, whose range 
 import torch
 from torch import Tensor, nn
 
-from sana_model.autoencoder_blocks import Convolution, Downsample, EfficientViTBlock, ResBlock, RMSNorm, Upsample
-from sana_model.bands import run
+from sana_model.autoencoder.bands import run
+from sana_model.autoencoder.blocks import Convolution, Downsample, EfficientViTBlock, ResBlock, RMSNorm, Upsample
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS, Ops

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sana_model.checkpoint import Checkpoint
+from sana_model.weights.checkpoint import Checkpoint
 
 # One after the other, on every name. Where the first or the last convolution changes the resolution, theirs is a `conv`
 # inside of a `conv`, of which diffusers keeps one.

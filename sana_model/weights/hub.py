@@ -24,14 +24,18 @@ def parse(model: str) -> tuple[str, str | None] | None:
     return match["repo"], match["file"]
 
 
-def fetch_folder(repo: str, choose: Callable[[list[str]], list[str]], index: str = "model_index.json") -> Path:
+def fetch_folder(
+    repo: str, choose: Callable[[list[str]], list[str]], indices: tuple[str, ...] = ("model_index.json",)
+) -> Path:
     """The local folder of a diffusers model. `choose` picks what is needed from a list of file names.
 
-    `choose` raises UserError where something is missing from the list. `index`: the file that each such folder has.
+    `choose` raises UserError where something is missing from the list. `indices`: files of which each such folder has one.
     """
-    index = try_to_load_from_cache(repo, index)
-    if isinstance(index, str):
-        cached = Path(index).parent
+    for index in indices:
+        found = try_to_load_from_cache(repo, index)
+        if not isinstance(found, str):
+            continue
+        cached = Path(found).parents[index.count("/")]
         try:
             choose([file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file()])
             return cached

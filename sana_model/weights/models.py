@@ -16,10 +16,15 @@ from torch import nn
 
 from sana_kernels.quant.checkpoint import FILE as QUANTIZED_FILE
 from sana_kernels.quant.checkpoint import Header
-from sana_model import checkpoint_config as configs
-from sana_model import defaults, hub, keys
-from sana_model.autoencoder import Autoencoder
-from sana_model.checkpoint import (
+from sana_model.autoencoder.dc_ae import Autoencoder
+from sana_model.config import BUILT_IN, DIALECTS, ModelConfig
+from sana_model.dit import DiT
+from sana_model.errors import UserError
+from sana_model.text_encoder import TextEncoder
+from sana_model.tokenizer import ByteTokenizer, load_tokenizer
+from sana_model.weights import checkpoint_config as configs
+from sana_model.weights import defaults, hub, keys
+from sana_model.weights.checkpoint import (
     Checkpoint,
     Prepare,
     check,
@@ -29,17 +34,14 @@ from sana_model.checkpoint import (
     open_safetensors,
     same_names,
 )
-from sana_model.config import BUILT_IN, DIALECTS, ModelConfig
-from sana_model.dit import DiT
-from sana_model.errors import UserError
-from sana_model.loaded import LoadedModel
-from sana_model.quantized_checkpoint import header_in, open_quantized
-from sana_model.random_weights import random_autoencoder, random_dit, random_text_encoder
-from sana_model.saving import refuse_to_destroy, save_diffusers, save_original
-from sana_model.text_encoder import TextEncoder
-from sana_model.tokenizer import ByteTokenizer, load_tokenizer
+from sana_model.weights.loaded import LoadedModel
+from sana_model.weights.quantized_checkpoint import header_in, open_quantized
+from sana_model.weights.random_weights import random_autoencoder, random_dit, random_text_encoder
+from sana_model.weights.saving import refuse_to_destroy, save_diffusers, save_original
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"  # diffusers folders that come with the package, by built-in name
+CHECKPOINTS = (
+    Path(__file__).parents[1] / "checkpoints"
+)  # diffusers folders that come with the package, by built-in name
 PARTS = ("dit", "text", "autoencoder")
 FOLDERS = {"dit": "transformer", "text": "text_encoder", "autoencoder": "vae"}
 
@@ -204,7 +206,7 @@ def _folder(folder: Path, name: str, label: str) -> Source:
                 # A quantised random model: what was not quantised is as well drawn again as stored.
                 return _random(config).open[part](config, dtype)
             checkpoint = open_safetensors([place / name for name in choose_weights(names, dtype, str(place))])
-            return _reader(part, config, checkpoint, dtype)
+            return reader(part, config, checkpoint, dtype)
 
         return open_part
 
@@ -242,7 +244,7 @@ def _file(file: Path, base: str | Path | None) -> Source:
     config = defaults.with_dit(source and source.config, file.name, dit)
 
     def open_dit(config: ModelConfig, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
-        return _reader("dit", config, checkpoint, dtype, dialect)
+        return reader("dit", config, checkpoint, dtype, dialect)
 
     def open_nothing(_config: ModelConfig, _dtype: torch.dtype | None) -> Callable[[], nn.Module]:
         raise UserError(
@@ -269,7 +271,7 @@ def _needed(repo: str, names: list[str]) -> list[str]:
     return small + weights
 
 
-def _reader(
+def reader(
     part: str, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, dialect: str = "diffusers"
 ) -> Callable[[], nn.Module]:
     """Check an opened checkpoint against the network of `part`; what is returned builds that network and fills it."""

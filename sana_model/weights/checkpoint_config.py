@@ -335,6 +335,12 @@ _KINDS = {
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
     "SCMScheduler": "scm",
 }
+_OFF = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting",
+    "thresholding", "invert_sigmas", "shift_terminal", "stochastic_sampling",
+)  # fmt: skip
+"""What makes diffusers' flow schedulers take other steps than ours. The rest of what they store has no part in flows:
+betas, the spacing of timesteps, and `euler_at_final` where the last sigma is zero."""
 
 
 def read_scheduler(values: Mapping, file: str | Path) -> SchedulerConfig:
@@ -342,11 +348,13 @@ def read_scheduler(values: Mapping, file: str | Path) -> SchedulerConfig:
     f = Fields(values, file)
     f.require("_class_name", *_KINDS, default="absent")
     kind = _KINDS[values["_class_name"]]
+    for key in _OFF:
+        f.require(key, False, None)
+    f.require("num_train_timesteps", _FLOW_DPM["num_train_timesteps"])
     if kind == "scm":
         f.require("prediction_type", "trigflow")
         return SchedulerConfig(kind, sigma_data=f.get("sigma_data", 0.5))
     if kind == "flow_euler":
-        f.require("use_dynamic_shifting", False)
         return SchedulerConfig(kind, flow_shift=f.get("shift", 1.0))
     f.require("prediction_type", "flow_prediction", default="epsilon")
     f.require("use_flow_sigmas", True, default=False)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from sana_kernels.quant.svdquant import Recipe
 from sana_model.errors import UserError
+from sana_model.scheduler import MAX_STEPS
 
 _W8A8, _W4A8 = Recipe("int8", "int8"), Recipe("int4", "int8")
 _SVDQUANT = Recipe("int4", "int4", smooth=True, rank=32, grid=10)
@@ -48,8 +49,8 @@ class Job:
             raise UserError(f"text encoders are quantised to {', '.join(TEXT_LAYERS)}, not to {self.text_precision!r}")
         if self.rank is not None and self.rank < 0:
             raise UserError(f"the rank must be 0 (none) or positive, not {self.rank}")
-        if self.samples < 0 or (self.steps is not None and self.steps < 1):
-            raise UserError("calibration takes at least one step, and 0 (none) or more samples")
+        if self.samples < 0 or (self.steps is not None and not 1 <= self.steps <= MAX_STEPS):
+            raise UserError(f"calibration takes at least one step, {MAX_STEPS} at most, and 0 (none) or more samples")
         main = self.recipe("dit", "attention.qkv")
         if main.format != "int4" and (main.gptq or main.rank):
             raise UserError("GPTQ and low-rank branches are for 4-bit weights: --precision w4a8 or w4a4")
@@ -98,7 +99,7 @@ class Planned:
     rank: int
     weights: int  # how many
     bytes: int
-    sqnr_db: float | None  # of its output on the calibration's inputs
+    sqnr_db: float | None  # of its output on the calibration's inputs; None: there are none, or the output is zero
     kernel: str  # what runs it on this machine
 
     @property
@@ -108,7 +109,6 @@ class Planned:
 
     def __str__(self) -> str:
         beside = f", rank {self.rank}" if self.rank else ""
-        sqnr = "" if self.sqnr_db is None else f"  {self.sqnr_db:.1f} dB"
-        return (
-            f"{self.layer}  {self.format} × {self.activations}{beside}{sqnr}  {self.bytes / 1e6:.2f} MB  {self.kernel}"
-        )
+        sqnr = "-" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB"
+        size = f"{self.bytes / 1e6:.2f} MB"
+        return f"{self.layer}  {self.format} × {self.activations}{beside}  {sqnr}  {size}  {self.kernel}"
