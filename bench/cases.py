@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sana_kernels.conv2d.reference import quantize_weight
+from sana_kernels.conv2d.reference import quantize_weight, winograd_weight
 from sana_kernels.gemm import fake_quantize
 from sana_kernels.gemm.reference import quantize
 from sana_kernels.quant.formats import quantize_int4
@@ -59,11 +59,13 @@ class Inputs:
             return x, None
         return fake_quantize(x, self.quantized, "") if x.is_meta else quantize(x, self.quantized)
 
-    def kernel(self, out: int, channels: int, size: int) -> tuple[Tensor, Tensor | None]:
-        """A convolution's weight (out, channels, size, size), or quantised with its scales."""
+    def kernel(self, out: int, channels: int, size: int, winograd: bool = False) -> tuple[Tensor, Tensor | None]:
+        """A convolution's weight (out, channels, size, size), or quantised with its scales, perhaps Winograd's."""
         weight = self(out, channels, size, size, scale=channels**-0.5 / size)
         if self.quantized is None:
             return weight, None
+        if winograd:
+            weight = winograd_weight(weight)
         if weight.is_meta:
             return weight.to(self.quantized), weight.new_empty(out, dtype=torch.float32)
         return quantize_weight(weight)
@@ -241,12 +243,17 @@ def _upsample(name: str, side: int, channels: int, C: int) -> Case:
     return Case("upsample", name, shape, side**2 * 16 * C * channels, make, WITH_W8A8)
 
 
-def _conv2d(name: str, side: int, C: int, N: int, norm: bool = False, silu: bool = False) -> Case:
-    """64 rows, as of a band, of a decoder's block: its first convolution, with SiLU, or its second, with norm."""
-    rows = min(side, 64)
+def _conv2d(
+    name: str, side: int, C: int, N: int, *, norm: bool = False, silu: bool = False, winograd: bool = False
+) -> Case:
+    """64 rows, as of a band, of a decoder's block: its first convolution, with SiLU, or its second, with norm.
+
+    winograd: in int8 by Winograd's products, 4 for each result and channel.
+    """
+    rows, taps = min(side, 64), 4 if winograd else 9
 
     def make(inputs: Inputs) -> tuple:
-        weight, scale = inputs.kernel(N, C, 3)
+        weight, scale = inputs.kernel(N, C, 3, winograd)
         bias = None if norm else inputs(N, scale=0.1)
         after = (inputs(N), inputs(N, scale=0.1), inputs(1, rows, side, N)) if norm else (None, None, None)
         return (
@@ -255,7 +262,8 @@ def _conv2d(name: str, side: int, C: int, N: int, norm: bool = False, silu: bool
         )  # fmt: skip
 
     shape = {"H": rows, "W": side, "in": C, "out": N}
-    return Case("conv2d", name, shape, rows * side * 9 * C * N, make, WITH_W8A8)
+    precisions = ("w8a8",) if winograd else WITH_W8A8
+    return Case("conv2d", name, shape, rows * side * taps * C * N, make, precisions)
 
 
 def _multi_scale(name: str, side: int, C: int, D: int = 32) -> Case:
@@ -312,8 +320,10 @@ def _published() -> list[Case]:
     cases += [_rms_norm(f"decoder_stage{i}_1024", 1024 >> i, widths[i]) for i in (2, 5)]
     cases += [_upsample(f"decoder_stage{i}_1024", 512 >> i, widths[i + 1], widths[i]) for i in (2, 4)]
     for i in (0, 1, 2):  # 85 % of the decoder's work
-        cases.append(_conv2d(f"decoder_stage{i}_1024_silu", 1024 >> i, widths[i], widths[i], silu=True))
-        cases.append(_conv2d(f"decoder_stage{i}_1024_norm", 1024 >> i, widths[i], widths[i], norm=True))
+        for kind in ("silu", "norm"):
+            size, label = (1024 >> i, widths[i], widths[i]), f"decoder_stage{i}_1024_{kind}"
+            cases.append(_conv2d(label, *size, **{kind: True}))
+            cases.append(_conv2d(f"{label}_winograd", *size, winograd=True, **{kind: True}))
     cases += [_conv2d("decoder_out_1024", 1024, widths[0], 3), _multi_scale("decoder_stage3_1024", 128, widths[3])]
     cases += [_decoder_attention(f"decoder_stage{i}_1024", (1024 >> i) ** 2, widths[i]) for i in (3, 4, 5)]
     return cases

@@ -280,7 +280,7 @@ class DecodeBench:
         if not measured.samples:
             return None
         ms = statistics_ms(measured.samples)
-        macs = work.decoder_macs(self.config.autoencoder, size, size)
+        macs = work.decoder_macs(self.config.autoencoder, size, size, winograd=name.precision == "w8a8")
         percent = self.peaks.percent(2 * macs, ms["median"] / 1e3, name.precision)
         failures = [f"it runs at {percent:.0f} % of the measured peak"] if percent is not None and percent > 100 else []
         passed = measured.check["passed"] and not failures

@@ -250,8 +250,8 @@ class ImageBench:
             row["stages_ms"] = {stage: median[stage] for stage in (*STAGES, "per_step")}
         return row | {"work": self.work(median, name), "check": checked}
 
-    def macs(self) -> dict[str, int]:
-        """Multiply-adds of each stage that can't be avoided, for the whole batch."""
+    def macs(self, name: RunName) -> dict[str, int]:
+        """Multiply-adds of each stage that can't be avoided in a run's precision, for the whole batch."""
         w, config = self.workload, self.config
         scale = config.autoencoder.spatial_compression
         tokens = (w.height // scale) * (w.width // scale)
@@ -259,19 +259,22 @@ class ImageBench:
         lengths = (1, w.text_tokens) if guided else (w.text_tokens,)  # the empty negative prompt is one token
         return {
             "denoise": w.batch * work.denoise_macs(config.dit, tokens, w.steps, lengths),
-            "decode": w.batch * work.decoder_macs(config.autoencoder, w.height, w.width),
+            "decode": w.batch
+            * work.decoder_macs(
+                config.autoencoder, w.height, w.width, winograd=name.precisions["autoencoder"] == "w8a8"
+            ),
         }
 
     def work(self, stages: dict[str, float], name: RunName) -> dict:
         """GMAC of the stages, and what share of the measured peak that is."""
-        precisions = {"denoise": name.precision, "decode": name.precisions["autoencoder"]}
+        macs, precisions = self.macs(name), {"denoise": name.precision, "decode": name.precisions["autoencoder"]}
         percent = {
             stage: self.peaks.percent(2 * macs, stages[stage] / 1e3, precisions[stage])
-            for stage, macs in self.macs().items()
+            for stage, macs in macs.items()
             if stage in stages
         }
         return {
-            "gmac": {stage: macs / 1e9 for stage, macs in self.macs().items() if stage in stages},
+            "gmac": {stage: macs / 1e9 for stage, macs in macs.items() if stage in stages},
             "peak": {stage: self.peaks.kind(precisions[stage]) for stage in percent},
             "pct_of_peak": percent,
         }

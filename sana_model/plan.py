@@ -17,6 +17,7 @@ from torch import nn
 
 import sana_kernels
 from sana_kernels.backend import backend_status, extension, kernels, why_not
+from sana_kernels.conv2d import winograd_is_faster
 from sana_kernels.mix_ffn import taps_first
 from sana_model.autoencoder.bands import BAND_BYTES
 from sana_model.autoencoder.packed import pack_autoencoder
@@ -198,6 +199,12 @@ class Plan:
         chosen = [row for row in rows if row.precision in DTYPES] if wide else rows
         return next((row.backend for row in chosen), "reference")
 
+    @property
+    def winograd(self) -> bool:
+        """Do the autoencoder's int8 convolutions of 64 channels and more go by Winograd's transform?"""
+        rows = [row for row in self.rows if (row.part, row.op) == ("autoencoder", "conv2d")]
+        return any((row.backend, row.precision) == ("cpu", "w8a8") for row in rows) and winograd_is_faster(64)
+
     def outside_share(self, denoise_seconds: float) -> float:
         """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels.
 
@@ -216,6 +223,7 @@ class Plan:
             "executed": self.executed,
             "rows": [asdict(row) for row in self.rows],
             "eager": self.eager,
+            "winograd": self.winograd,
         }
 
     def __str__(self) -> str:
@@ -226,6 +234,8 @@ class Plan:
             lines.append(
                 f"  {row.part:<13} {row.op:<17} {row.backend:<10} {row.precision:<5}" + f"   ({why})" * bool(why)
             )
+        if self.winograd:
+            lines.append("  autoencoder   3 × 3 convolutions in int8: Winograd's F(2 × 2, 3 × 3)")
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))
         return "\n".join(lines)

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import emulated_tiles
 import pytest
 import torch
 from test_autoencoder import SMALL, randomise
+from variants import isa_cap
 
 from sana_model.autoencoder import bands, family
+from sana_model.autoencoder.blocks import ResBlock
 from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.plan import resolve
@@ -98,3 +101,29 @@ def test_memory_does_not_grow_with_the_image(monkeypatch):
         most = 0
         outputs(autoencoder, signed("decode", (rows, 1)), "decode", [1])
         assert most <= 5 * 8, f"{most} rows of an image of {32 * rows} are held at a time"
+
+
+def test_int8_blocks_are_winograds_where_that_is_faster():
+    """Of 64 channels and more; not on AMX, where products cost less than transforms."""
+
+    def kernels() -> dict[int, set[int]]:
+        """The size of the kernels by channels."""
+        found = {}
+        for block in packed(SANA, "w8a8").decoder.modules():
+            if isinstance(block, ResBlock):
+                for conv in (block.conv1, block.conv2):
+                    found.setdefault(conv.shape[1], set()).add(conv.shape[2])
+        return found
+
+    with isa_cap("avx512"):
+        assert kernels() == {16: {3}, 32: {3}, 64: {4}}
+    with emulated_tiles.cpu():
+        assert kernels() == {16: {3}, 32: {3}, 64: {3}}
+
+
+def test_the_plan_says_so():
+    model, parts = BUILT_IN["sana-0.6b"], dict.fromkeys(("dit", "text_encoder"), "bf16")
+    with isa_cap("avx512"):
+        plans = [resolve(model, "cpu", torch.device("cpu"), parts | {"autoencoder": p}) for p in ("bf16", "w8a8")]
+        assert ["Winograd" in str(plan) for plan in plans] == [False, True]
+        assert [plan.as_json()["winograd"] for plan in plans] == [False, True]

@@ -54,7 +54,8 @@ def test_rows(measure):
     for (name, size), row in found.items():
         assert row["kind"] == "decode" and row["status"] == "ok", name
         assert row["timing"]["n"] == 2 and row["stages_ms"]["decode"] == row["timing"]["ms"]["median"]
-        assert row["work"]["gmac"] == work.decoder_macs(bench.config.autoencoder, size, size) / 1e9
+        macs = work.decoder_macs(bench.config.autoencoder, size, size, winograd=name == "cpu:w8a8")
+        assert row["work"]["gmac"] == macs / 1e9
         assert set(row["speedup"]) == {"diffusers:bf16", "reference:bf16"} - {name}
         assert row["memory_mib"]["rss"] > row["memory_mib"]["added"] >= 0
     errors = {name: found[name, 64]["check"]["value"] for name in ("cpu:fp32", "cpu:bf16", "cpu:w8a8")}
@@ -109,10 +110,12 @@ def test_memory_of_large_images_is_estimated():
 def test_folding_spares_the_taps_that_are_the_same():
     """Of a decode of 1024 px, 889 GMAC are convolutions after nearest ×2, of which 4 / 9 remain."""
     sana = FAMILY["dc-ae-f32c32-sana-1.1"]
-    full, folded = (work.decoder_macs(sana, 1024, 1024, folded) / 1e9 for folded in (False, True))
+    full, folded = (work.decoder_macs(sana, 1024, 1024, folded=folded) / 1e9 for folded in (False, True))
     assert full == pytest.approx(4184, abs=1) and full - folded == pytest.approx(889 * 5 / 9, abs=1)
+    blocks = 2 * sum(1024**2 * C**2 * n >> 2 * i for i, (C, n) in enumerate(((128, 3), (256, 3), (512, 3)))) / 1e9
+    assert folded - work.decoder_macs(sana, 1024, 1024, winograd=True) / 1e9 == pytest.approx(5 * blocks)
     lite = FAMILY["dc-ae-lite-f32c32-sana-1.1"]
-    assert work.decoder_macs(lite, 1024, 1024, False) == work.decoder_macs(lite, 1024, 1024)
+    assert work.decoder_macs(lite, 1024, 1024, folded=False) == work.decoder_macs(lite, 1024, 1024)
     assert work.decoder_macs(lite, 512, 512) / 1e9 == pytest.approx(939, abs=1)
 
 

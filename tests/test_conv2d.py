@@ -23,7 +23,8 @@ VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
 CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
 GPU = [v for v in VARIANTS if not isinstance(v, str)]
 FLOATS = (torch.float32, torch.bfloat16)
-PRECISIONS = ("fp32", "bf16", "w8a8")  # of the products; W8A8 between activations of bf16
+PRECISIONS = ("fp32", "bf16", "w8a8", "winograd")  # of the products; W8A8, and Winograd's, between activations of bf16
+INTEGERS = ("w8a8", "winograd")
 
 
 def of_diffusers(module: str, name: str) -> type:
@@ -113,10 +114,10 @@ def test_upsample_against_diffusers_and_fp64(variant, dtype, shape):
 def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
     """W8A8; and 3 × 3 phases, a convolution before a pixel shuffle, which diffusers has too."""
     x, weight, bias = upsample_inputs(*shape, dtype)
-    quantized = quantize_conv2d(reference.fold_upsample(weight))
-    y = compute(variant, "upsample", x, quantized, bias)
-    same = sana_kernels.upsample(x, quantized, bias, backend="reference")
-    exact = ConvWeight(quantized.values, quantized.scale.double(), quantized.shape)
+    integers = quantize_conv2d(reference.fold_upsample(weight))
+    y = compute(variant, "upsample", x, integers, bias)
+    same = sana_kernels.upsample(x, integers, bias, backend="reference")
+    exact = ConvWeight(integers.values, integers.scale.double(), integers.shape)
     assert_kernel(y, same, sana_kernels.upsample(x.double(), exact, bias.double(), backend="reference"))
 
     C, channels = weight.shape[0], weight.shape[1]
@@ -201,33 +202,39 @@ CASES = [
 ]
 
 
+def quantized(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight:
+    return quantize_conv2d(weight, winograd=precision == "winograd") if precision in INTEGERS else weight
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", [*CPU, *GPU])
 def test_conv2d_against_fp64(variant, precision, case):
     """In W8A8, against the fp64 sums of what the integers stand for."""
-    if variant == "cuda" and precision == "w8a8":
+    if variant == "cuda" and precision in INTEGERS:
         pytest.skip("there is no kernel for W8A8 on GPUs")
+    if precision == "winograd" and case.stride == 2:
+        pytest.skip("Winograd's products are for a stride of 1")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     (x, weight), around = case.make(dtype, device_of(variant))
-    if precision == "w8a8":
-        weight = quantize_conv2d(weight)
+    weight = quantized(weight, precision)
     y = compute(variant, "conv2d", x, weight, **around)
     assert y.is_contiguous() and y.dtype == dtype
     same = sana_kernels.conv2d(x, weight, **around, backend="reference")
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
-    if precision == "w8a8" and "input" in case.around:  # values between two steps may go either way
-        assert relative_rms(y, oracle) < 1e-2
+    if precision in INTEGERS and "input" in case.around:  # values between two steps may go either way
+        assert relative_rms(y, oracle) < (1.5e-2 if precision == "winograd" else 1e-2)
     else:
         assert_kernel(y, same, oracle, f"{variant} {case}")
 
 
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("precision", INTEGERS)
 @pytest.mark.parametrize("variant", CPU)
-def test_w8a8_between_floats(variant, case):
+def test_w8a8_between_floats(variant, precision, case):
     (x, weight), around = case.make(torch.float32)
-    weight = quantize_conv2d(weight)
+    weight = quantized(weight, precision)
     same = sana_kernels.conv2d(x, weight, **around, backend="reference")
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
@@ -250,7 +257,7 @@ def test_the_scales_are_those_of_tiles():
     x[0, 7, 31] = 400  # seen by four tiles
     for stride in (1, 2):
         expected = torch.zeros(1, -(-19 // stride), -(-70 // stride), 5, dtype=torch.float64)
-        quantized = quantize_conv2d(weight)
+        integers = quantize_conv2d(weight)
         for row in range(0, expected.shape[1], 8):
             for pixel in range(0, expected.shape[2], 32):
                 last_row, last = min(row + 8, expected.shape[1]), min(pixel + 32, expected.shape[2])
@@ -259,13 +266,73 @@ def test_the_scales_are_those_of_tiles():
                 scale = seen.abs().max() / 127
                 steps = torch.zeros_like(x)
                 steps[:, top : top + seen.shape[1], left : left + seen.shape[2]] = (seen / scale).round()
-                kernel = quantized.values.double() * quantized.scale.double()[:, None, None, None]
+                kernel = integers.values.double() * integers.scale.double()[:, None, None, None]
                 y = F.conv2d(steps.double().permute(0, 3, 1, 2), kernel, stride=stride, padding=1).permute(0, 2, 3, 1)
                 expected[:, row:last_row, pixel:last] = scale.double() * y[:, row:last_row, pixel:last]
-        y = sana_kernels.conv2d(x, quantized, stride=stride, backend="reference")
+        y = sana_kernels.conv2d(x, integers, stride=stride, backend="reference")
         assert_close(y, expected, of_rms=1e-5)
         with pytest.raises(AssertionError):  # one scale for all
             assert_close(y, sana_kernels.conv2d(x.double(), weight.double(), stride=stride), of_rms=1e-5)
+
+
+# Winograd's matrices as the paper has them.
+B_T = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1.0]], dtype=torch.float64)
+G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1.0]], dtype=torch.float64)
+A_T = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1.0]], dtype=torch.float64)
+
+
+def test_winograd_is_the_convolution_where_nothing_is_rounded():
+    x, weight = torch.randn(3, 4, 4).double(), torch.randn(5, 3, 3, 3).double()
+    products = (G @ weight @ G.t()) * (B_T @ x @ B_T.t())
+    assert_close(A_T @ products.sum(1) @ A_T.t(), F.conv2d(x, weight), of_rms=1e-14)
+    assert_close(reference.winograd_weight(weight), G @ weight @ G.t(), of_rms=1e-6)
+
+
+def test_winograd_patch_by_patch():
+    """The specification in plain words: each position has a scale for the tile, of the patches that make its results."""
+    x, weight = signed(1, 20, 37, 8), torch.randn(5, 8, 3, 3)
+    x[0, 7, 31] = 400  # seen by four tiles
+    kernel = quantize_conv2d(weight, winograd=True)
+    integers, padded = kernel.values.double(), F.pad(x[0].permute(2, 0, 1).double(), (1, 4, 1, 4))
+    expected = torch.zeros(22, 38, 5, dtype=torch.float64)
+    for tops in (range(0, 8, 2), range(8, 16, 2), range(16, 20, 2)):
+        for lefts in (range(0, 32, 2), range(32, 37, 2)):
+            patches = {(i, j): B_T @ padded[:, i : i + 4, j : j + 4] @ B_T.t() for i in tops for j in lefts}
+            scale = torch.stack(list(patches.values())).abs().amax((0, 1)) / 127
+            for (i, j), values in patches.items():
+                products = torch.einsum("cij,ocij->oij", (values / scale).round(), integers) * scale
+                expected[i : i + 2, j : j + 2] = (A_T @ products @ A_T.t()).permute(1, 2, 0) * kernel.scale.double()
+    y = sana_kernels.conv2d(x, kernel, backend="reference")
+    assert_close(y, expected[None, :20, :37], of_rms=1e-5)
+    exact = sana_kernels.conv2d(x.double(), weight.double())
+    assert relative_rms(y, exact) < 0.05  # and close to the convolution, but not that close
+    with pytest.raises(AssertionError):
+        assert_close(y, exact, of_rms=1e-5)
+
+
+@pytest.mark.parametrize("variant", CPU)
+def test_winograd_at_the_extremes(variant):
+    """Sums of ±127² · 112, of every pair of signs."""
+    x = torch.full((1, 9, 33, 112), 3.0)
+    x[:, ::2, 1::2] *= -1
+    x[..., 3::7] *= -1
+    values = torch.full((20, 112, 4, 4), 127, dtype=torch.int8)
+    values[::2, ::3] = -127
+    values[1::4] = -127
+    kernel = ConvWeight(values, torch.ones(20), tuple(values.shape))
+    same = sana_kernels.conv2d(x, kernel, backend="reference")
+    oracle = sana_kernels.conv2d(x.double(), kernel._replace(scale=kernel.scale.double()), backend="reference")
+    assert_kernel(compute(variant, "conv2d", x, kernel), same, oracle)
+
+
+def test_winograd_weights_are_for_conv2d_with_a_stride_of_one():
+    x, kernel = torch.randn(1, 4, 4, 8), quantize_conv2d(torch.randn(16, 8, 3, 3), winograd=True)
+    with pytest.raises(ValueError, match="of Winograd weights; got 2"):
+        sana_kernels.conv2d(x, kernel, stride=2)
+    with pytest.raises(ValueError, match="upsample takes"):
+        sana_kernels.upsample(x, kernel, torch.randn(4))
+    with pytest.raises(ValueError, match="conv2d takes a weight"):  # floats of that shape
+        sana_kernels.conv2d(x, torch.randn(16, 8, 4, 4))
 
 
 @pytest.mark.parametrize("variant", CPU)
@@ -331,10 +398,10 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
         else:
             assert torch.equal(parts, whole)
 
-    ends = [0, 8, 24, 32, 35] if precision == "w8a8" else [0, 1, 2, 15, 34, 35]
-    for stride in (1, 2):
+    ends = [0, 8, 24, 32, 35] if precision in INTEGERS else [0, 1, 2, 15, 34, 35]
+    for stride in (1,) if precision == "winograd" else (1, 2):
         (x, weight), around = Case(1, 35 * stride - stride + 1, 37, 36, 40, stride, "silu", "norm residual").make(dtype)
-        weight = quantize_conv2d(weight) if precision == "w8a8" else weight
+        weight = quantized(weight, precision)
         residual = around.pop("residual")
         whole = compute(variant, "conv2d", x, weight, **around, residual=residual)
 
@@ -345,7 +412,7 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
         same_rows(banded(x, ends, stride, 1, part), whole)
     x, weight, bias = upsample_inputs(2, 35, 37, 32, 16, dtype)
     folded = reference.fold_upsample(weight)
-    folded = quantize_conv2d(folded) if precision == "w8a8" else folded
+    folded = quantize_conv2d(folded) if precision in INTEGERS else folded
     whole = compute(variant, "upsample", x, folded, bias)
     parts = banded(
         x, ends, 1, 1,
@@ -363,8 +430,8 @@ def test_packed_weights_and_threads_change_nothing(variant, precision):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     (x, weight), around = Case(2, 17, 65, 36, 48, around="norm residual").make(dtype)
     folded, bias = torch.randn(4 * 18, 36, 2, 2, dtype=dtype), torch.randn(18, dtype=dtype)
-    if precision == "w8a8":
-        weight, folded = quantize_conv2d(weight), quantize_conv2d(folded)
+    if precision in INTEGERS:
+        weight, folded = quantized(weight, precision), quantize_conv2d(folded)
     before, kept = torch.get_num_threads(), x.clone()
     results = []
     for threads, w, f in ((1, weight, folded), (2, pack_conv2d(weight), pack_conv2d(folded, 4)), (5, weight, folded)):
@@ -385,10 +452,10 @@ def test_a_nan_reaches_whatever_sees_it(variant, precision, channels):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     (x, weight), _ = Case(1, 20, 70, channels, 16).make(dtype)
     x[0, 10, 40, 2] = torch.nan
-    weight = quantize_conv2d(weight) if precision == "w8a8" else weight
+    weight = quantized(weight, precision)
     y = compute(variant, "conv2d", x, weight)
     touched = torch.zeros(20, 70, dtype=torch.bool)
-    if precision == "w8a8":
+    if precision in INTEGERS:
         touched[8:16, 32:64] = True  # the tile whose scale it is
     else:
         touched[9:12, 39:42] = True

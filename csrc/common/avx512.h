@@ -78,8 +78,8 @@ inline float largest_magnitude(Vec magnitudes) {
 }
 
 // To the nearest integer, ties to even, beyond int8 to its ends.
-inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
-  _mm512_mask_cvtsepi32_storeu_epi8(to, lanes, _mm512_cvtps_epi32(x));
+inline void store_int8(int8_t* to, Lanes lanes, Vec x) {  // vpmovsdb under a mask to memory is slow on Zen
+  _mm_mask_storeu_epi8(to, lanes, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
 inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

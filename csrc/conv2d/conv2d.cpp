@@ -49,7 +49,8 @@ constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
 bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
-  return (one || four) && p.B > 0 && p.rows > 0 && p.width > 0 && p.C > 0 && p.N > 0 && p.band.first < p.band.last;
+  const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr;
+  return (one || four || winograd) && p.B > 0 && p.rows > 0 && p.width > 0 && p.C > 0 && p.N > 0 && p.band.first < p.band.last;
 }
 
 }  // namespace
@@ -64,14 +65,17 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;
   const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
-  const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
+  const bool winograd = p.kernel == kWinograd;
+  const WinogradLayout patches = winograd_layout(p);
+  const int64_t bytes = winograd ? patches.memory + kernels.buffer * patches.products.packed : layout.memory;
+  const int64_t most = winograd || kernels.groups == 1 ? 1 : kMostTiles;
   const int64_t run = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most) * kTilePixels;
   const int64_t across = (pixels + run - 1) / run;
   std::atomic<bool> failed{false};
   parallel_for(threads, p.B * down * across, [&](int64_t task) {
     const int64_t row = task / across % down * kTileRows, pixel = task % across * run;
     static thread_local Scratch scratch;
-    char* memory = scratch.reserve(layout.memory);
+    char* memory = scratch.reserve(bytes);
     if (memory == nullptr) {
       failed = true;
       return;

@@ -23,10 +23,13 @@ struct Band {
 //     phases 4: the pixels 2h + dy, 2w + dx of out = conv_phase(x) + bias + shortcut of x, phase 2 dy + dx, of 2 x 2
 //               taps (a folded upsampling) or 3 x 3; first and last of the band are rows of x
 //
-// weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8.
+// weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8; a `kernel` of
+// kWinograd means that it holds the 4 x 4 int8 values of Winograd's transform (stride 1, phases 1).
+constexpr int kWinograd = 4;
+
 struct Conv2d {
   const void* x;              // (B, rows, width, C) of `dtype`
-  const void* weight;         // phases x N rounded up to 16 columns x kernel rows of taps of packed_taps() bytes
+  const void* weight;         // phases x N rounded up to 16 columns x kernel rows of taps
   const float* weight_scale;  // phases * N floats beside int8 weights; else null
   const float* bias;          // N floats, or phases * N, or null
   const void* residual;       // like out, or null

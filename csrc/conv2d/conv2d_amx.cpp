@@ -11,7 +11,7 @@
 // Pixels beyond the image's right end are computed too: the window and the sums have room for 32.
 #include "common/avx512.h"
 #include "common/tiles.h"
-#include "conv2d/conv2d_vector.h"
+#include "conv2d/tiles.h"
 #include "gemm/multiply_amx.h"
 
 namespace sana {

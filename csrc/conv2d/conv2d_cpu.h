@@ -58,6 +58,35 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   return l;
 }
 
+// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums.
+constexpr int64_t kPositions = 16, kWinogradRows = 4, kWinogradPanels = 8;
+
+struct WinogradLayout {
+  Layout seen;      // of x, and of the sums
+  Layout products;  // of a position, a patch in the place of a pixel
+  int64_t values;   // bytes, of all positions
+  int64_t memory;   // bytes, but for the products' buffer
+
+  int64_t position_sums() const { return kTilePixels * products.sums + 16; }
+};
+
+static inline WinogradLayout winograd_layout(const Conv2d& p) {
+  Conv2d as_is = p;
+  as_is.weight_scale = nullptr, as_is.kernel = 3;
+  WinogradLayout l = {};
+  l.seen = layout_of(as_is, {0, 1, 0, nullptr});
+  l.seen.group = kWinogradRows;
+  Layout& at = l.products;
+  at.pixel = at.taps = at.packed = round_up(p.C, 64);
+  at.row = kTilePixels * at.pixel + 64;  // a power of 2 would put all positions in the same lines of the first-level cache
+  at.panel = 16 * at.packed;
+  at.sums = 16 * kWinogradPanels;
+  l.values = kPositions * at.row;
+  const int64_t floats = kPositions * l.position_sums() + l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
+  l.memory = l.seen.window + l.values + floats * int64_t(sizeof(float));
+  return l;
+}
+
 // The products of a group of rows: sums of 16 `panels` columns of `rows` x `pixels` pixels.
 struct Products {
   const Layout& layout;

@@ -156,8 +156,10 @@ class Epilogue {
       E::store(out + n, lanes, residual == nullptr ? y : y + E::load(residual + n, lanes));
     };
     if (p_.norm.weight == nullptr)
-      return for_vectors(p_.N, [&](int64_t n, Lanes lanes) { store(n, lanes, result(n, lanes)); });
-    for_vectors(p_.N, [&](int64_t n, Lanes lanes) { F32::store(row_ + n, lanes, result(n, lanes)); });
+      return for_vectors(p_.N, [&](int64_t n, Lanes lanes)
+                                   __attribute__((always_inline)) { store(n, lanes, result(n, lanes)); });
+    for_vectors(p_.N, [&](int64_t n, Lanes lanes)
+                          __attribute__((always_inline)) { F32::store(row_ + n, lanes, result(n, lanes)); });
     normalize(p_.N, p_.norm, p_.eps, [&](int64_t n, Lanes lanes) { return F32::load(row_ + n, lanes); }, store);
   }
 
@@ -243,21 +245,6 @@ void tiles_of(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory)
     }
   }
   pending.finish();
-}
-
-// `Multiply` of an instruction set: for pairs of bf16 and for int8, and with floats.
-template <template <class> class Multiply, class BFloat16, class Int8>
-void tiles_narrow(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
-  if (p.weight_scale == nullptr) return tiles_of<BF16, Multiply<BFloat16>>(p, l, tiles, memory);
-  if (p.dtype == DType::f32) return tiles_of<F32, Multiply<Int8>>(p, l, tiles, memory);
-  tiles_of<BF16, Multiply<Int8>>(p, l, tiles, memory);
-}
-
-template <template <class> class Multiply, class Float, class BFloat16, class Int8>
-void tiles_any(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
-  const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
-  if (floats) return tiles_of<F32, Multiply<Float>>(p, l, tiles, memory);
-  tiles_narrow<Multiply, BFloat16, Int8>(p, l, tiles, memory);
 }
 
 }  // namespace

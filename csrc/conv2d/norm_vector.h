@@ -10,7 +10,7 @@ namespace {
 
 // For results in E's type: 16 bits need less of SiLU.
 template <class E>
-inline Vec activate(Activation activation, Vec y) {
+inline __attribute__((always_inline)) Vec activate(Activation activation, Vec y) {
   if (activation == Activation::none) return y;
   if (activation == Activation::relu) return max(set1(0), y);
   return sizeof(typename E::Type) == 4 ? silu(y) : silu_16(y);

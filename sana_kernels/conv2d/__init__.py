@@ -5,12 +5,13 @@ from torch import Tensor
 
 from sana_kernels.backend import call, define, register
 from sana_kernels.conv2d import cpu, cuda, reference
+from sana_kernels.conv2d.cpu import winograd_is_faster
 from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
-from sana_kernels.conv2d.weights import ConvWeight, as_weight, pack_conv2d, packed_shape, quantize_conv2d
+from sana_kernels.conv2d.weights import WINOGRAD, ConvWeight, as_weight, pack_conv2d, packed_shape, quantize_conv2d
 
 __all__ = [
     "TILE", "Band", "ConvWeight", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d", "quantize_conv2d", "rms_norm",
-    "upsample",
+    "upsample", "winograd_is_faster",
 ]  # fmt: skip
 
 
@@ -31,21 +32,23 @@ def conv2d(
 ) -> Tensor:
     """RMSNorm(activation(conv3×3(x) + bias)) + residual, zero-padded by one pixel; each part where asked for.
 
-    x: (B, H, W, in), contiguous. weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d` (W8A8), either perhaps
-    through `pack_conv2d`. bias: (out,). stride: 1 or 2. norm: weight and bias (out,) of an RMSNorm over channels.
-    residual: like the result. input_norm: weight and bias (in,); x becomes input_activation(RMSNorm(x)) first.
-    activation, input_activation: "none", "silu" or "relu". band: rows to compute of an image of which x holds some; in W8A8
-    it starts and ends at multiples of TILE[0] rows of the result, or at the image's end.
+    x: (B, H, W, in), contiguous. weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d` (W8A8, for a stride of 1
+    perhaps Winograd's), either perhaps through `pack_conv2d`. bias: (out,). stride: 1 or 2. norm: weight and bias (out,) of
+    an RMSNorm over channels. residual: like the result. input_norm: weight and bias (in,); x becomes
+    input_activation(RMSNorm(x)) first. activation, input_activation: "none", "silu" or "relu". band: rows to compute of an
+    image of which x holds some; in W8A8 it starts and ends at multiples of TILE[0] rows of the result, or with the image.
     Returns (B, ⌈H / stride⌉ or the band's rows, ⌈W / stride⌉, out), contiguous, in x's dtype. `reference.py` states the
     arithmetic. Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend`
     cannot run.
     """
     weight = as_weight(weight)
     _check_image("conv2d", x)
-    if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], 3, 3):
+    winograd = weight.scale is not None and weight.shape[-1] == WINOGRAD
+    k = WINOGRAD if winograd else 3
+    if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], k, k):
         raise ValueError(f"conv2d takes a weight (out, {x.shape[3]}, 3, 3) for x {tuple(x.shape)}; got {weight.shape}")
-    if stride not in (1, 2):
-        raise ValueError(f"conv2d takes a stride of 1 or 2; got {stride}")
+    if stride not in (1, 2) or (winograd and stride == 2):
+        raise ValueError(f"conv2d takes a stride of {'1, of Winograd weights' if winograd else '1 or 2'}; got {stride}")
     if input_norm is None and input_activation != "none":
         raise ValueError("conv2d takes an input activation only beside an input norm")
     for name in (activation, input_activation):

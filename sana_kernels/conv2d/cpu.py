@@ -12,6 +12,14 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 WITHOUT_HALF = (torch.float32, torch.bfloat16)
 
 
+def winograd_is_faster(channels: int) -> bool:
+    """Is Winograd's product faster here than the direct one, for int8 kernels of that many input channels?
+
+    Tiles of AMX multiply eight times as fast as vectors, which would have to transform for them.
+    """
+    return channels >= 64 and extension("_cpu")[0].isa() != "amx"
+
+
 def accepts(x: Tensor, *args) -> str | None:
     """For conv2d, upsample and multi_scale."""
     return None if x.dtype in WITHOUT_HALF else f"it computes in float32 and bfloat16, not {x.dtype}"
@@ -38,7 +46,7 @@ def conv2d(
     out = torch.empty(x.shape[0], band[2] - band[1], -(-x.shape[2] // stride), weight_shape[0], dtype=x.dtype)
     vectors = weight_scale, bias, norm_weight, norm_bias, input_weight, input_bias
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
-    _run(x, weight, residual, out, vectors, band, (stride, 3, 1), (activation, input_activation), eps)
+    _run(x, weight, residual, out, vectors, band, (stride, weight_shape[2], 1), (activation, input_activation), eps)
     return out
 
 

@@ -30,6 +30,12 @@ included, share one scale:
 with the special cases of gemm's rows. Products are summed as int32, exactly, and y = sum · (tile's scale · weight's scale).
 The tile is a function of the place in the image, so a band of whole tiles sees what the whole image sees.
 
+W8A8 by Winograd's F(2 × 2, 3 × 3) (arXiv 1509.09308) takes 16 products for 2 × 2 results, not 36. Its weights are
+quantised as above, but 4 × 4, G g Gᵀ of every 3 × 3 kernel g (`winograd_weight`). Of x, every patch d of 4 × 4 pixels,
+two pixels apart, becomes Bᵀ d B in fp32, rows first, and of a tile's 4 × 16 patches (of those that make a pixel of the
+result) the values at each of the 16 positions share one scale. With m the int32 sums over channels times their position's
+scale, 2 × 2 results are Aᵀ m A, rows first, times weight's scale.
+
 Precision: sums are fp32. PyTorch rounds to x's dtype after every operation, also the sum of folded taps; of W8A8 all that
 follows the integers is fp32, rounded once. A kernel may leave out any rounding but the last.
 """
@@ -44,6 +50,7 @@ from sana_kernels.gemm.reference import quantize
 
 ACTIVATIONS = {"none": lambda y: y, "silu": F.silu, "relu": F.relu}  # in the order of enum Activation in csrc/conv2d
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (dy, dx) of the pixels 2h + dy, 2w + dx that come of one
+WINOGRAD_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 TILE = (8, 32)  # rows and pixels that share the scale of their inputs
 
 
@@ -99,6 +106,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values[:, : weight[0].numel()].reshape(weight.shape), scale
 
 
+def winograd_weight(weight: Tensor) -> Tensor:
+    """(out, in, 3, 3) → (out, in, 4, 4), G g Gᵀ in fp32."""
+    G = torch.tensor(WINOGRAD_G, device=weight.device)
+    return G @ weight.float() @ G.t()
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -118,8 +131,9 @@ def conv2d(
 ) -> Tensor:
     """x (B, rows, W, in), weight (out, in, 3, 3) → (B, last − first, ⌈W / stride⌉, out), in x's dtype.
 
-    weight in x's dtype, or int8 with weight_scale (out,); bias, norm_weight, norm_bias (out,); residual like the result;
-    input_weight, input_bias (in,). band: as `Band`. weight_shape is that of weight, which kernels take packed.
+    weight in x's dtype, or int8 with weight_scale (out,), then perhaps (out, in, 4, 4), Winograd's; bias, norm_weight,
+    norm_bias (out,); residual like the result; input_weight, input_bias (in,). band: as `Band`. weight_shape is that of
+    weight, which kernels take packed.
     """
     band = Band(*band)
     if input_weight is not None:
@@ -128,8 +142,11 @@ def conv2d(
     if weight_scale is None:
         y = convolve(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
-        tiles = _tiles(window, stride)
-        y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
+        if weight.shape[-1] == 4:
+            y = _winograd(window, weight, weight_scale)
+        else:
+            tiles = _tiles(window, stride)
+            y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
         y = y if bias is None else y + bias.float()[:, None, None]
     y = ACTIVATIONS[activation](y.permute(0, 2, 3, 1).contiguous())
     if norm_weight is not None:
@@ -220,6 +237,39 @@ def _sums(tiles: _Tiles, weight: Tensor, weight_scale: Tensor, stride: int = 1) 
     sums = F.conv2d(tiles.values, weight.double(), stride=stride)  # fp64 holds every sum exactly
     wide = weight_scale.dtype  # fp32, or fp64 for an oracle
     return sums.to(wide) * (tiles.scale.to(wide)[:, None] * weight_scale)[..., None, None]
+
+
+def _winograd(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """What a window (B, C, H + 2, W + 2) gives by Winograd's products: (B, out, H, W)."""
+    wide = weight_scale.dtype  # fp32, or fp64 for an oracle
+    outputs = [size - 2 for size in window.shape[2:]]
+    counts = [-(-size // tile) for size, tile in zip(outputs, TILE, strict=True)]
+    spare = [count * tile - size for count, tile, size in zip(counts, TILE, outputs, strict=True)]
+    patches = F.pad(window.float(), (0, spare[1], 0, spare[0])).unfold(2, 4, 2).unfold(3, 4, 2)
+    values = _four(_four(patches, 4), 5)
+    used = [torch.arange(values.shape[2 + i], device=window.device) * 2 < outputs[i] for i in (0, 1)]
+    values = torch.where((used[0][:, None] & used[1])[:, :, None, None], values, 0)
+    per_tile = values.unflatten(3, (counts[1], -1)).unflatten(2, (counts[0], -1))  # (B, C, down, 4, across, 16, 4, 4)
+    rows = per_tile.permute(0, 2, 4, 6, 7, 1, 3, 5)
+    integers, scale = quantize(rows.flatten(5))
+    integers = integers[..., : rows[0, 0, 0, 0, 0].numel()].reshape(rows.shape).double()
+    sums = torch.einsum("bdaijcyx,ocij->bdaijoyx", integers, weight.double()).to(wide)  # exact in fp64
+    m = sums * scale.to(wide)[..., None, None, None]
+    y = _two(_two(m, 3), 4)  # (B, down, across, 2, 2, out, 4, 16)
+    y = y.permute(0, 5, 1, 6, 3, 2, 7, 4).flatten(5).flatten(2, 4)[:, :, : outputs[0], : outputs[1]]
+    return y * weight_scale[:, None, None]
+
+
+def _four(d: Tensor, dim: int) -> Tensor:
+    """Bᵀ d along a dimension of 4 pixels."""
+    a, b, c, d = d.unbind(dim)
+    return torch.stack([a - c, b + c, c - b, b - d], dim)
+
+
+def _two(m: Tensor, dim: int) -> Tensor:
+    """Aᵀ m along a dimension of 4 positions: 2 results."""
+    a, b, c, d = m.unbind(dim)
+    return torch.stack([a + b + c, b - c - d], dim)
 
 
 def _untile(y: Tensor, tiles: _Tiles, shape: torch.Size, stride: int = 1) -> Tensor:

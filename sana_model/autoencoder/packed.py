@@ -3,7 +3,8 @@
     pack_autoencoder(autoencoder, torch.int8, lambda op: "cpu")      replaces its convolutions and linear layers, in place
 
 In W8A8 the decoder's products and convolutions have int8 weights, one scale per output channel, and int8 activations; those
-that `kept` names stay in 16 bits. bench/notes/decoder.md has the measurement behind that choice.
+that `kept` names stay in 16 bits, and the 3 × 3 kernels of ResBlocks become Winograd's where that is faster.
+bench/notes/decoder.md has the measurements behind both choices.
 """
 
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d
+from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d, winograd_is_faster
 from sana_model.autoencoder.blocks import (
     BatchNorm,
     Downsample,
@@ -39,9 +40,9 @@ class PackedConv2d(nn.Module):
     Like those of `PackedLinear`, they are buffers that keep their dtypes and are not part of a state_dict.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eight_bit: bool, backend: str, phases: int = 1):
+    def __init__(self, weight: Tensor | ConvWeight, bias: Tensor | None, backend: str, phases: int = 1):
         super().__init__()
-        values, scale, self.shape = pack_conv2d(quantize_conv2d(weight) if eight_bit else weight, phases, backend)
+        values, scale, self.shape = pack_conv2d(weight, phases, backend)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -112,8 +113,13 @@ class _Packer:
         eight_bit = self.dtype(f"{name}.{layer}") is not None
         if isinstance(own, nn.Conv2d) and (backend in PACKING or eight_bit):
             weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
-            bias = None if bias is None else bias.detach()
-            setattr(block, layer, PackedConv2d(weight.detach(), bias, eight_bit, backend, phases))
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+            if eight_bit:
+                direct = (
+                    phases > 1 or own.stride != (1, 1) or backend != "cpu" or not winograd_is_faster(weight.shape[1])
+                )
+                weight = quantize_conv2d(weight, winograd=not direct)
+            setattr(block, layer, PackedConv2d(weight, bias, backend, phases))
 
     def linear(self, name: str, block: nn.Module, layer: str, weight: Tensor, bias: Tensor | None, op: str) -> bool:
         """Rows (N, K) as a packed layer; False where the backend reads them as they are."""

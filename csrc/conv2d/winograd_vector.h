@@ -1,0 +1,142 @@
+// 3 x 3 convolutions in int8 with 4/9 of the multiplications: F(2x2, 3x3) of Winograd (arXiv 1509.09308), on vectors.
+//
+// Algorithm (sana_kernels/conv2d/reference.py), for each tile of 8 rows x 32 pixels of the result, on one thread:
+//     gather      the 10 x 34 pixels of x that the tile sees, as they are
+//     forward     every patch of 4 x 4 pixels, of which there is one for 2 x 2 results, becomes 16 values per channel;
+//                 each of the 16 positions is quantised with one scale for the tile: once to know the largest values,
+//                 once more to write them
+//     products    at each position, patches x C times C x N: a 1 x 1 convolution of Conv2dKernels, panel by panel
+//     back        of 16 sums per patch and column, times their scales, 2 x 2 results
+//     epilogue    as ever
+//
+// Tiling: 32 patches, two rows of them, at a time: their values (16 x 32 x C bytes, 256 KB at C = 512) and the sums of 96
+// columns (192 KB) stay in the second-level cache.
+//
+// FLOPs: 8 C N per pixel, not 18. Besides, for each pixel and vector of channels or columns, about 50 vector instructions
+// for the way there and 20 for the way back. Bytes: x as conv2d.cpp; 16 C N of weights, not 9, for 128 pixels, so that at
+// C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply unit at 256 channels and more; at 128
+// the transforms take a fifth of the time. Where products run on AMX tiles, eight times as fast as vectors, transforms
+// would take longest: there the direct convolution is faster.
+// Measured: bench/notes/decoder.md.
+#pragma once
+
+#include "conv2d/conv2d_vector.h"
+
+namespace sana {
+namespace {
+
+// A transform in one dimension, of the 4 pixels that 2 results see, and back.
+struct Four {
+  Vec v[4];
+};
+inline Four forward(Vec a, Vec b, Vec c, Vec d) { return {{a - c, b + c, c - b, b - d}}; }
+inline void back(const Four& m, Vec& first, Vec& second) {
+  first = m.v[0] + m.v[1] + m.v[2];
+  second = m.v[1] - m.v[2] - m.v[3];
+}
+
+// f(patch, c, lanes, i, values of positions i ... i + 3) for the patches that make `rows` x `pixels` results, by rows, and
+// all vectors of channels.
+template <class E, class F>
+inline void for_patches(const Layout& seen, const char* window, int64_t rows, int64_t pixels, int64_t C, F f) {
+  using T = typename E::Type;
+  const int64_t across = (pixels + 1) / 2, below = seen.row, beside = seen.pixel;
+  for (int64_t down = 0; 2 * down < rows; ++down)
+    for_vectors(C, [=](int64_t c, Lanes lanes) __attribute__((always_inline)) {
+      const char* x = window + 2 * down * below + c * int64_t(sizeof(T));
+      const auto column = [=](const char* x) __attribute__((always_inline)) {
+        const auto load = [=](int i) __attribute__((always_inline)) {
+          return E::load(reinterpret_cast<const T*>(x + i * below), lanes);
+        };
+        return forward(load(0), load(1), load(2), load(3));
+      };
+      Four left = column(x), right = column(x + beside);  // of a patch; its neighbour's are the last two
+      for (int64_t patch = down * across; patch < (down + 1) * across; ++patch) {
+        x += 2 * beside;
+        const Four third = column(x), fourth = column(x + beside);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) f(patch, c, lanes, 4 * i, forward(left.v[i], right.v[i], third.v[i], fourth.v[i]));
+        left = third, right = fourth;
+      }
+    });
+}
+
+// What the epilogue reads.
+struct Sums {
+  static Vec load(const float* sums) { return F32::load(sums, kAllLanes); }
+};
+
+// E: the type of x and of the result; M: the products of an instruction set, of int8.
+template <class E, class M>
+void winograd_tile(const Conv2d& p, const WinogradLayout& l, const Tile& tile, char* memory) {
+  char* const window = memory;
+  int8_t* const values = reinterpret_cast<int8_t*>(memory + l.seen.window);
+  float* const products = reinterpret_cast<float*>(memory + l.seen.window + l.values);
+  float* const sums = products + kPositions * l.position_sums();
+  float* const row = sums + l.seen.group_sums();
+  float* const result = row + round_up(p.C, 16);
+  char* const buffer = reinterpret_cast<char*>(result + round_up(p.N, 16));
+  const int64_t panels = (p.N + 15) / 16, across = (tile.pixels + 1) / 2;
+  const int64_t K = l.products.pixel, position = l.products.row;  // of values, in bytes
+
+  Conv2d as_is = p;
+  as_is.weight_scale = nullptr;
+  Gather<E>(as_is, l.seen, tile, window, row)();
+
+  Vec largest[kPositions];
+  for (Vec& v : largest) v = set1(0);
+  for_patches<E>(l.seen, window, tile.rows, tile.pixels, p.C,
+                 [&](int64_t, int64_t, Lanes, int i, const Four& x) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                   for (int j = 0; j < 4; ++j) largest[i + j] = magnitude_max(largest[i + j], x.v[j]);
+                 });
+  float scale[kPositions], inverse[kPositions];
+  for (int i = 0; i < kPositions; ++i) {
+    const RowScale found = row_scale(largest_magnitude(largest[i]));
+    scale[i] = found.scale, inverse[i] = found.inverse;
+  }
+
+  if (p.C % 64 != 0) memset(values, 0, l.values);  // beyond C
+  Pending<E, Sums> pending(p, l.seen, result);
+  for (int64_t top = 0; top < tile.rows; top += kWinogradRows) {
+    const int64_t rows = top + kWinogradRows < tile.rows ? kWinogradRows : tile.rows - top;
+    const int64_t patches = (rows + 1) / 2 * across;
+    for_patches<E>(l.seen, window + top * l.seen.row, rows, tile.pixels, p.C,
+                   [=](int64_t patch, int64_t c, Lanes lanes, int i, const Four& x) __attribute__((always_inline)) {
+                     int8_t* to = values + i * position + patch * K + c;
+#pragma GCC unroll 4
+                     for (int j = 0; j < 4; ++j) store_int8(to + j * position, lanes, x.v[j] * set1(inverse[i + j]));
+                   });
+    for (int64_t panel = 0; panel < panels; panel += kWinogradPanels) {
+      const int64_t some = panel + kWinogradPanels < panels ? kWinogradPanels : panels - panel;
+      for (int i = 0; i < kPositions; ++i) {
+        const char* weight = static_cast<const char*>(p.weight) + (i * panels + panel) * l.products.panel;
+        const Products q = {l.products, reinterpret_cast<char*>(values) + i * l.products.row, weight, some, 1, patches,
+                            1, 1, l.products.packed, products + i * l.position_sums(), buffer};
+        M::multiply_all(q, pending);
+      }
+      for (int64_t patch = 0; patch < patches; ++patch)
+        for (int64_t n = 0; n < 16 * some; n += kLanes) {
+          const float* from = products + patch * l.products.sums + n;
+          float* to = sums + (patch / across * 2 * kTilePixels + patch % across * 2) * l.seen.sums + 16 * panel + n;
+          Four first, second;  // rows of the result
+          for (int j = 0; j < 4; ++j) {
+            Four m;
+            for (int i = 0; i < 4; ++i)
+              m.v[i] = M::load(from + (4 * i + j) * l.position_sums()) * set1(scale[4 * i + j]);
+            back(m, first.v[j], second.v[j]);
+          }
+          Vec y[4];
+          back(first, y[0], y[1]), back(second, y[2], y[3]);
+          F32::store(to, kAllLanes, y[0]), F32::store(to + l.seen.sums, kAllLanes, y[1]);
+          to += kTilePixels * l.seen.sums;
+          F32::store(to, kAllLanes, y[2]), F32::store(to + l.seen.sums, kAllLanes, y[3]);
+        }
+    }
+    pending.set({tile.image, tile.row + top, tile.pixel, rows, tile.pixels}, 0, 1, sums);
+    pending.finish();
+  }
+}
+
+}  // namespace
+}  // namespace sana
