@@ -144,7 +144,7 @@ class NinjaBuild(build_ext):
         compiler = (output_of(*CXX.split(), "--version") or CXX).splitlines()[0]
         info = {"cxx": compiler, "cxx_flags": CXX_FLAGS, "isa": isa, "cuda_off": self.cuda_off}
         files = [path for path in sources(".cpp") if path.name != "bind_cuda.cpp" and isa_of(path) in ("", *self.tiers)]
-        self.ninja(extension, files, info, link=f"{CXX} -shared -pthread -ldl {VARIANTS[VARIANT]}".strip())
+        self.ninja(extension, files, info, link=f"{CXX} -shared -pthread {VARIANTS[VARIANT]}".strip())
 
     def build_cuda(self, extension: Extension) -> str | None:
         """Builds _cuda; or says why not."""

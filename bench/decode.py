@@ -56,7 +56,8 @@ class OwnDecoder:
         """How it was computed, and of ours, how many ms each op took in the last image."""
         rows = [asdict(row) for row in self._plan.rows if row.part == "autoencoder"]
         spent = {op: 1e3 * seconds for (_, op), seconds in self._plan.clock.seconds().items()}
-        return {"backend": self.backend, "rows": rows, "op_ms": spent, "band_bytes": self.autoencoder.band_bytes}
+        how = {"band_bytes": self.autoencoder.band_bytes, "winograd": self._plan.winograd}
+        return {"backend": self.backend, "rows": rows, "op_ms": spent, **how}
 
     def needs(self, size: int) -> int:
         """Bytes for an image, beside the weights."""
@@ -280,7 +281,7 @@ class DecodeBench:
         if not measured.samples:
             return None
         ms = statistics_ms(measured.samples)
-        macs = work.decoder_macs(self.config.autoencoder, size, size, winograd=name.precision == "w8a8")
+        macs = work.decoder_macs(self.config.autoencoder, size, size, winograd=measured.plan.get("winograd", False))
         percent = self.peaks.percent(2 * macs, ms["median"] / 1e3, name.precision)
         failures = [f"it runs at {percent:.0f} % of the measured peak"] if percent is not None and percent > 100 else []
         passed = measured.check["passed"] and not failures

@@ -229,7 +229,7 @@ class ImageBench:
         rows = [self.row("first_image", common, name, [first], checks, warmup=0)]
         rows[0]["prepare_ms"] = first["prepare"]
         if measured.samples:
-            failures = self.failures(median_repetition(measured.samples), name)
+            failures = self.failures(median_repetition(measured.samples), name, common["plan"])
             timing = {"warmup": 1, "rejected": measured.rejected, "unsteady": measured.unsteady}
             rows.append(self.row("image", common, name, measured.samples, checks, failures, **timing))
             decodes = [{"decode": sample["decode"], "total": sample["decode"]} for sample in measured.samples]
@@ -248,10 +248,10 @@ class ImageBench:
         row["timing"] = method | timing | {"ms": statistics_ms(totals), "raw_ms": totals}
         if kind != "decode":
             row["stages_ms"] = {stage: median[stage] for stage in (*STAGES, "per_step")}
-        return row | {"work": self.work(median, name), "check": checked}
+        return row | {"work": self.work(median, name, common["plan"]), "check": checked}
 
-    def macs(self, name: RunName) -> dict[str, int]:
-        """Multiply-adds of each stage that can't be avoided in a run's precision, for the whole batch."""
+    def macs(self, winograd: bool) -> dict[str, int]:
+        """Multiply-adds of each stage that can't be avoided, for the whole batch. `winograd`: as `work.decoder_macs`."""
         w, config = self.workload, self.config
         scale = config.autoencoder.spatial_compression
         tokens = (w.height // scale) * (w.width // scale)
@@ -259,15 +259,15 @@ class ImageBench:
         lengths = (1, w.text_tokens) if guided else (w.text_tokens,)  # the empty negative prompt is one token
         return {
             "denoise": w.batch * work.denoise_macs(config.dit, tokens, w.steps, lengths),
-            "decode": w.batch
-            * work.decoder_macs(
-                config.autoencoder, w.height, w.width, winograd=name.precisions["autoencoder"] == "w8a8"
-            ),
+            "decode": w.batch * work.decoder_macs(config.autoencoder, w.height, w.width, winograd=winograd),
         }
 
-    def work(self, stages: dict[str, float], name: RunName) -> dict:
+    def work(self, stages: dict[str, float], name: RunName, plan: dict) -> dict:
         """GMAC of the stages, and what share of the measured peak that is."""
-        macs, precisions = self.macs(name), {"denoise": name.precision, "decode": name.precisions["autoencoder"]}
+        macs, precisions = (
+            self.macs(plan.get("winograd", False)),
+            {"denoise": name.precision, "decode": name.precisions["autoencoder"]},
+        )
         percent = {
             stage: self.peaks.percent(2 * macs, stages[stage] / 1e3, precisions[stage])
             for stage, macs in macs.items()
@@ -279,11 +279,11 @@ class ImageBench:
             "pct_of_peak": percent,
         }
 
-    def failures(self, stages: dict[str, float], name: RunName) -> list[str]:
+    def failures(self, stages: dict[str, float], name: RunName, plan: dict) -> list[str]:
         """What, besides parity, speaks against a measurement."""
         return [
             f"{stage} runs at {percent:.0f} % of the measured peak"
-            for stage, percent in self.work(stages, name)["pct_of_peak"].items()
+            for stage, percent in self.work(stages, name, plan)["pct_of_peak"].items()
             if percent is not None and percent > 100
         ]
 

@@ -235,7 +235,9 @@ class Plan:
                 f"  {row.part:<13} {row.op:<17} {row.backend:<10} {row.precision:<5}" + f"   ({why})" * bool(why)
             )
         if self.winograd:
-            lines.append("  autoencoder   3 × 3 convolutions in int8: Winograd's F(2 × 2, 3 × 3)")
+            lines.append(
+                "  autoencoder   int8 convolutions of blocks with 64 channels and more: Winograd's F(2 × 2, 3 × 3)"
+            )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))
         return "\n".join(lines)

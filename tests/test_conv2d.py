@@ -194,6 +194,7 @@ CASES = [
     Case(2, 7, 33, 3, 32, activation="silu", around="bias"),  # an image's channels; a tile of one pixel
     Case(1, 33, 7, 128, 128, activation="silu", around="bias"),
     Case(1, 9, 34, 132, 64, around="norm residual"),  # 4 channels beyond a vector
+    Case(2, 26, 98, 36, 20, around="bias"),  # a tile inside the image, of two images
     Case(2, 10, 5, 64, 272, around="norm residual"),  # 17 panels of columns
     Case(1, 33, 70, 16, 50, stride=2, around="bias residual"),
     Case(1, 8, 64, 256, 96, stride=2, activation="relu"),
@@ -312,7 +313,7 @@ def test_winograd_patch_by_patch():
 
 @pytest.mark.parametrize("variant", CPU)
 def test_winograd_at_the_extremes(variant):
-    """Sums of ±127² · 112, of every pair of signs."""
+    """Every pair of signs, sums up to 127² · 80."""
     x = torch.full((1, 9, 33, 112), 3.0)
     x[:, ::2, 1::2] *= -1
     x[..., 3::7] *= -1
@@ -399,8 +400,11 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
             assert torch.equal(parts, whole)
 
     ends = [0, 8, 24, 32, 35] if precision in INTEGERS else [0, 1, 2, 15, 34, 35]
+    width = 100 if precision == "winograd" else 37  # with a tile inside the image, whose pixels are read from x itself
     for stride in (1,) if precision == "winograd" else (1, 2):
-        (x, weight), around = Case(1, 35 * stride - stride + 1, 37, 36, 40, stride, "silu", "norm residual").make(dtype)
+        (x, weight), around = Case(1, 35 * stride - stride + 1, width, 36, 40, stride, "silu", "norm residual").make(
+            dtype
+        )
         weight = quantized(weight, precision)
         residual = around.pop("residual")
         whole = compute(variant, "conv2d", x, weight, **around, residual=residual)

@@ -12,7 +12,6 @@
 #include <immintrin.h>
 #endif
 #if !defined(_WIN32)
-#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -131,50 +130,10 @@ Pool& the_pool() {
   return *current;
 }
 
-// body(data) on that many threads, the caller's among them. The name is that of GNU's runtime; those of LLVM and Intel
-// have it, too.
-using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-
-Team find_team() {
-#if defined(_WIN32)
-  return nullptr;
-#else
-  return reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#endif
-}
-
-bool in_forked_child() {
-  static std::atomic<bool> forked{false};
-#if !defined(_WIN32)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  (void)registered;
-#endif
-  return forked;
-}
-
-struct Job {
-  void (*task)(void*, int64_t);
-  void* context;
-  int64_t tasks;
-  std::atomic<int64_t> next{0};
-
-  void work() {
-    for (int64_t index; (index = next.fetch_add(1)) < tasks;) task(context, index);
-  }
-};
-
 }  // namespace
 
 void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t), void* context) {
-  static const Team team = find_team();
-  if (threads > 1 && tasks > 1) {
-    if (!in_forked_child() && team != nullptr) {
-      Job job = {task, context, tasks};
-      // Always as many as PyTorch takes: a team that shrinks ends threads, one that grows starts them again.
-      return team([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(threads), 0);
-    }
-    if (the_pool().run(threads, tasks, task, context)) return;
-  }
+  if (threads > 1 && tasks > 1 && the_pool().run(threads, tasks, task, context)) return;
   for (int64_t index = 0; index < tasks; ++index) task(context, index);
 }
 

@@ -1,13 +1,8 @@
-// Runs numbered tasks on PyTorch's own threads, those of its OpenMP runtime.
-//
-// After each of PyTorch's operations they wait for the next one actively, for milliseconds: threads of ours would have to
-// share the cores with them (measured: a decode of 1.44 s beside 1.03 s on two cores). The kernels never link to the
-// runtime: its one function is looked up in the process. Where there is none (a PyTorch without OpenMP), and in a forked
-// child, which has none of its parent's threads, a pool of this module's does the work.
+// Runs numbered tasks on a pool of threads that belongs to this module.
 //
 // Which thread runs which task is not fixed, so a result must depend on the task's number only. Any number of Python
-// threads may call at once: OpenMP gives each its own team; of the pool, the first gets it and the others do their tasks
-// themselves.
+// threads may call at once: the first gets the pool, the others do their tasks themselves. After a fork the child makes
+// a new pool.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,8 @@
 //     products    sums of a few rows x all N columns; K is 9 C. In the window a row of taps is 3 C elements that follow
 //                 each other, and the next pixel's begin C elements further: operand rows of a matrix that never exists
 //     epilogue    of each pixel: scales, bias, activation, RMSNorm over channels, residual or shortcut, rounding
-// An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row.
+// An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row. In int8
+// there is another way for a stride of 1, with 4/9 of the multiplications: winograd_vector.h.
 //
 // Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of 512 KB) stay in a core's
 // second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at C = N = 512 in bf16)
@@ -50,7 +51,8 @@ bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
   const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr;
-  return (one || four || winograd) && p.B > 0 && p.rows > 0 && p.width > 0 && p.C > 0 && p.N > 0 && p.band.first < p.band.last;
+  return (one || four || winograd) && p.B > 0 && p.rows > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
+         p.band.first < p.band.last;
 }
 
 }  // namespace

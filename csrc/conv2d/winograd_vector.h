@@ -1,7 +1,7 @@
 // 3 x 3 convolutions in int8 with 4/9 of the multiplications: F(2x2, 3x3) of Winograd (arXiv 1509.09308), on vectors.
 //
 // Algorithm (sana_kernels/conv2d/reference.py), for each tile of 8 rows x 32 pixels of the result, on one thread:
-//     gather      the 10 x 34 pixels of x that the tile sees, as they are
+//     gather      the 10 x 34 pixels of x that the tile sees, as they are; not where they are all inside the image
 //     forward     every patch of 4 x 4 pixels, of which there is one for 2 x 2 results, becomes 16 values per channel;
 //                 each of the 16 positions is quantised with one scale for the tile: once to know the largest values,
 //                 once more to write them
@@ -9,14 +9,14 @@
 //     back        of 16 sums per patch and column, times their scales, 2 x 2 results
 //     epilogue    as ever
 //
-// Tiling: 32 patches, two rows of them, at a time: their values (16 x 32 x C bytes, 256 KB at C = 512) and the sums of 96
-// columns (192 KB) stay in the second-level cache.
+// Tiling: 32 patches, two rows of them, at a time: their values (16 x 32 x C bytes, 256 KB at C = 512) and the sums of 128
+// columns (256 KB) stay in the second-level cache.
 //
 // FLOPs: 8 C N per pixel, not 18. Besides, for each pixel and vector of channels or columns, about 50 vector instructions
 // for the way there and 20 for the way back. Bytes: x as conv2d.cpp; 16 C N of weights, not 9, for 128 pixels, so that at
-// C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply unit at 256 channels and more; at 128
-// the transforms take a fifth of the time. Where products run on AMX tiles, eight times as fast as vectors, transforms
-// would take longest: there the direct convolution is faster.
+// C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply unit; of the time, products are 55 %
+// at 128 channels, 68 % at 256, 82 % at 512. Where they run on AMX tiles, eight times as fast as on vectors, transforms would
+// take longest: there the direct convolution is faster.
 // Measured: bench/notes/decoder.md.
 #pragma once
 
@@ -35,11 +35,18 @@ inline void back(const Four& m, Vec& first, Vec& second) {
   second = m.v[1] - m.v[2] - m.v[3];
 }
 
+// Pixels in rows, and how many bytes lie from one to the next.
+struct Pixels {
+  const char* first;
+  int64_t row, pixel;
+};
+
 // f(patch, c, lanes, i, values of positions i ... i + 3) for the patches that make `rows` x `pixels` results, by rows, and
 // all vectors of channels.
 template <class E, class F>
-inline void for_patches(const Layout& seen, const char* window, int64_t rows, int64_t pixels, int64_t C, F f) {
+inline void for_patches(const Pixels& seen, int64_t rows, int64_t pixels, int64_t C, F f) {
   using T = typename E::Type;
+  const char* const window = seen.first;
   const int64_t across = (pixels + 1) / 2, below = seen.row, beside = seen.pixel;
   for (int64_t down = 0; 2 * down < rows; ++down)
     for_vectors(C, [=](int64_t c, Lanes lanes) __attribute__((always_inline)) {
@@ -61,6 +68,23 @@ inline void for_patches(const Layout& seen, const char* window, int64_t rows, in
     });
 }
 
+// What a tile sees: pixels of x, or brought together in a window, with zeros around the image.
+template <class E>
+Pixels seen_by(const Conv2d& p, const Layout& l, const Tile& tile, char* window, float* row) {
+  using T = typename E::Type;
+  const bool inside = tile.row > 0 && tile.row + kTileRows < p.band.height && tile.rows == kTileRows && tile.pixel > 0 &&
+                      tile.pixel + kTilePixels < p.width && tile.pixels == kTilePixels;
+  if (inside && p.input_norm.weight == nullptr) {
+    const int64_t first = (tile.image * p.rows + tile.row - 1 - p.band.start) * p.width + tile.pixel - 1;
+    const int64_t pixel = p.C * int64_t(sizeof(T));
+    return {static_cast<const char*>(p.x) + first * pixel, p.width * pixel, pixel};
+  }
+  Conv2d as_is = p;
+  as_is.weight_scale = nullptr;
+  Gather<E>(as_is, l, tile, window, row)();
+  return {window, l.row, l.pixel};
+}
+
 // What the epilogue reads.
 struct Sums {
   static Vec load(const float* sums) { return F32::load(sums, kAllLanes); }
@@ -79,13 +103,11 @@ void winograd_tile(const Conv2d& p, const WinogradLayout& l, const Tile& tile, c
   const int64_t panels = (p.N + 15) / 16, across = (tile.pixels + 1) / 2;
   const int64_t K = l.products.pixel, position = l.products.row;  // of values, in bytes
 
-  Conv2d as_is = p;
-  as_is.weight_scale = nullptr;
-  Gather<E>(as_is, l.seen, tile, window, row)();
+  const Pixels seen = seen_by<E>(p, l.seen, tile, window, row);
 
   Vec largest[kPositions];
   for (Vec& v : largest) v = set1(0);
-  for_patches<E>(l.seen, window, tile.rows, tile.pixels, p.C,
+  for_patches<E>(seen, tile.rows, tile.pixels, p.C,
                  [&](int64_t, int64_t, Lanes, int i, const Four& x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
                    for (int j = 0; j < 4; ++j) largest[i + j] = magnitude_max(largest[i + j], x.v[j]);
@@ -101,7 +123,8 @@ void winograd_tile(const Conv2d& p, const WinogradLayout& l, const Tile& tile, c
   for (int64_t top = 0; top < tile.rows; top += kWinogradRows) {
     const int64_t rows = top + kWinogradRows < tile.rows ? kWinogradRows : tile.rows - top;
     const int64_t patches = (rows + 1) / 2 * across;
-    for_patches<E>(l.seen, window + top * l.seen.row, rows, tile.pixels, p.C,
+    // By value: int8_t* may point to anything, so that whatever is in reach would be loaded again after every store.
+    for_patches<E>({seen.first + top * seen.row, seen.row, seen.pixel}, rows, tile.pixels, p.C,
                    [=](int64_t patch, int64_t c, Lanes lanes, int i, const Four& x) __attribute__((always_inline)) {
                      int8_t* to = values + i * position + patch * K + c;
 #pragma GCC unroll 4

@@ -31,7 +31,7 @@ with the special cases of gemm's rows. Products are summed as int32, exactly, an
 The tile is a function of the place in the image, so a band of whole tiles sees what the whole image sees.
 
 W8A8 by Winograd's F(2 × 2, 3 × 3) (arXiv 1509.09308) takes 16 products for 2 × 2 results, not 36. Its weights are
-quantised as above, but 4 × 4, G g Gᵀ of every 3 × 3 kernel g (`winograd_weight`). Of x, every patch d of 4 × 4 pixels,
+quantised as above, but 4 × 4, G g Gᵀ of every 3 × 3 kernel g in fp32, rows first (`winograd_weight`). Of x, every patch d of 4 × 4 pixels,
 two pixels apart, becomes Bᵀ d B in fp32, rows first, and of a tile's 4 × 16 patches (of those that make a pixel of the
 result) the values at each of the 16 positions share one scale. With m the int32 sums over channels times their position's
 scale, 2 × 2 results are Aᵀ m A, rows first, times weight's scale.
@@ -50,7 +50,6 @@ from sana_kernels.gemm.reference import quantize
 
 ACTIVATIONS = {"none": lambda y: y, "silu": F.silu, "relu": F.relu}  # in the order of enum Activation in csrc/conv2d
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (dy, dx) of the pixels 2h + dy, 2w + dx that come of one
-WINOGRAD_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 TILE = (8, 32)  # rows and pixels that share the scale of their inputs
 
 
@@ -108,8 +107,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def winograd_weight(weight: Tensor) -> Tensor:
     """(out, in, 3, 3) → (out, in, 4, 4), G g Gᵀ in fp32."""
-    G = torch.tensor(WINOGRAD_G, device=weight.device)
-    return G @ weight.float() @ G.t()
+    rows = _three(weight.float(), 2)
+    return _three(rows, 3)
 
 
 def conv2d(
@@ -258,6 +257,12 @@ def _winograd(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     y = _two(_two(m, 3), 4)  # (B, down, across, 2, 2, out, 4, 16)
     y = y.permute(0, 5, 1, 6, 3, 2, 7, 4).flatten(5).flatten(2, 4)[:, :, : outputs[0], : outputs[1]]
     return y * weight_scale[:, None, None]
+
+
+def _three(g: Tensor, dim: int) -> Tensor:
+    """G g along a dimension of 3 taps: 4 positions."""
+    a, b, c = g.unbind(dim)
+    return torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], dim)
 
 
 def _four(d: Tensor, dim: int) -> Tensor:
