@@ -20,7 +20,7 @@ with their outliers, and fail; SVDQuant's keep 18.9."""
 IMAGE_LIMITS = {"fp32": 80, "fp16": 30, "bf16": 30, "w8a8": 22, "fp8": 22}
 """dB that the decoded image must keep, by the decoder's precision."""
 
-TEXT_LIMITS = {"fp32": 80, "fp16": 25, "bf16": 25, "w8a8": 9, "fp8": 9, "w4a16": 3}
+TEXT_LIMITS = {"fp32": 80, "fp16": 25, "bf16": 25, "w8a8": 9, "fp8": 9, "w4a16": 3, "w4a8": 3, "w4a4": 3}
 """dB that the states of a caption must keep, by the text encoder's precision. 26 layers of random weights amplify whatever
 is rounded: Gemma-2-2B's shape keeps 31 dB in bf16 and 12 in W8A8, where the trained one of sana-tiny keeps 45 and 36. States
 of another caption are at -3."""

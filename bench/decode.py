@@ -222,13 +222,15 @@ class DecodeBench:
         if size <= LARGEST_WHOLE:
             decoder = OwnDecoder("reference", "fp32", self.weights)
         else:
-            z, loaded = z.cpu(), self.weights.loaded
-            on_cpu = replace(loaded, autoencoder=copy.deepcopy(loaded.autoencoder).cpu())
-            decoder = OwnDecoder("cpu", "fp32", Weights(on_cpu, z.device))
+            z, weights = z.cpu(), self.weights
+            if self.device.type != "cpu":
+                there = copy.deepcopy(weights.loaded.autoencoder).cpu()
+                weights = Weights(replace(weights.loaded, autoencoder=there), z.device)
+            decoder = OwnDecoder("cpu", "fp32", weights)
         if decoder.needs(size) + self.copies("fp32") > memory.available(torch.device("cpu")):
             return None
         decoder.prepare(size)
-        image = decoder.decode(z).float()
+        image = decoder.decode(z).float().cpu()
         decoder.close()
         return image
 
@@ -244,11 +246,13 @@ class DecodeBench:
         needed, free = decoder.needs(measured.size) + self.copies(precision), memory.available(self.device)
         if needed > free:
             raise MemoryError(f"{needed / 1e9:.1f} GB more are needed, and {free / 1e9:.1f} GB are free")
-        clock = Clock(self.device)
+        clock, shared = Clock(self.device), self.weights.shared_bytes
         with PeakMemory(self.device) as peak:
             decoder.prepare(measured.size)
             clock.lap("prepare")
             image = decoder.decode(z).float()
+        image = image.cpu()
+        peak.added -= self.weights.shared_bytes - shared  # whoever came first
         measured.prepare_ms, measured.memory, measured.plan = clock.ms["prepare"], peak, decoder.plan()
         if oracle is None:
             measured.check = {"against": "nothing: fp32 does not fit", "metric": "image_sqnr_db"}

@@ -1,6 +1,7 @@
 """What became of a run, whatever it is that runs: measured, given up, and how much faster than which baseline."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sana_bench.harness import free_memory, out_of_memory
@@ -30,12 +31,13 @@ class Outcome:
         except MissingError as error:
             self.status, self.reason = missing, str(error)
         except UserError as error:  # such as latents that overflow in fp16
-            self.status, self.reason = "error", str(error)
+            self.status, self.reason = "not measured", str(error)
         except Exception as error:
             self.status = "out of memory" if out_of_memory(error) else "error"
             self.reason = f"{type(error).__name__}: {error}"
-        close()
-        free_memory()
+        with suppress(Exception):  # after a kernel's crash a GPU refuses everything
+            close()
+            free_memory()
         say(f"{name}: {self.status}: {self.reason.splitlines()[0]}")
         return None
 

@@ -119,6 +119,15 @@ class Weights:
         """The whole model in these dtypes."""
         return replace(self.loaded, **{part: self.part(part, dtype) for part, dtype in dtypes.items()})
 
+    @property
+    def shared_bytes(self) -> int:
+        """What the copies take that were made so far, in dtypes other than the stored ones, for whichever runs come."""
+        return sum(
+            count(module) * dtype.itemsize
+            for (part, dtype), module in self._parts.items()
+            if dtype != self.stored[part]
+        )
+
     def missing_bytes(self, dtypes: dict[str, torch.dtype]) -> int:
         """Memory that the copies for a run in these dtypes will take."""
         missing = {part: dtype for part, dtype in dtypes.items() if (part, dtype) not in self._parts}

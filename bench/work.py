@@ -1,8 +1,8 @@
 """How much arithmetic a picture takes: multiply-adds (MAC), counted from the formulas of the networks.
 
-Only work that no implementation can avoid is counted: text keys and values once per prompt, text tokens without pads.
-So a percentage of peak never flatters code that computes a thing twice. Notation: N latent tokens, L text tokens, C
-hidden channels, F Mix-FFN channels, D head dim.
+Only work that no implementation can avoid is counted: text keys and values once per prompt, text tokens without pads;
+where an algorithm with fewer products ran (Winograd's), its own. So a percentage of peak never flatters code that computes
+a thing twice. Notation: N latent tokens, L text tokens, C hidden channels, F Mix-FFN channels, D head dim.
 """
 
 from sana_model.config import AutoencoderConfig, DiTConfig

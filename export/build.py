@@ -57,10 +57,10 @@ def build_engines(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    engines.copy_model(graphs, manifest, folder)
     # Of what is built now, the files as they are: somebody may have worked on them after the export.
     found = {graph: replace(manifest.graphs[graph], file_sha256=layout.file_sha256(graphs, graph)) for graph in only}
     manifest = replace(manifest, graphs=manifest.graphs | found)
-    engines.copy_model(graphs, manifest, folder)
     return [
         _engine(_Job(graphs, folder, manifest, config, library, target, attention, refit, say), graph) for graph in only
     ]
@@ -90,10 +90,12 @@ def _engine(job: _Job, graph: str) -> Engine:
     there = next((other for other in engines.built(job.folder, graph) if other.stem == engine.stem), None)
     if there is not None:
         job.say(f"{engines.engine_file(job.folder, there)}: already there")
+        engines.finished(job.folder, graph, made)
         return there
     job.say(f"{graph} ({made.precision}) for {job.target} with {job.library}")
     engine, content = build(engine, layout.graph_file(job.graphs, graph), job.library, _timing_cache(job), job.say)
     path = engines.write(job.folder, engine, content)
+    engines.finished(job.folder, graph, made)
     job.say(f"{engine.summary()}\n{path}")
     return engine
 

@@ -12,7 +12,7 @@ export, for as many GPUs as wanted.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sana_export import layout
@@ -124,15 +124,20 @@ def choose(folder: Path, manifest: Manifest, graph: str, library: str, target: s
 
 
 def copy_model(graphs: Path, manifest: Manifest, engines: Path) -> None:
-    """Make `engines` a model: everything of `graphs` but the graphs themselves. Raises UserError where another one is."""
+    """Make `engines` a model: everything of `graphs` but the graphs themselves. Raises UserError where another one is.
+
+    Engines that are there still belong to the graphs that its manifest tells of, until others are `finished`.
+    """
     if engines.resolve() == graphs.resolve():
-        layout.write(engines, manifest)
         return
-    if layout.is_export(engines) and _identity(there := layout.read(engines)) != _identity(manifest):
-        raise UserError(
-            f"{engines} holds engines of another export ({_name(there)}) than {graphs} ({_name(manifest)}); choose another"
-            " folder with -o"
-        )
+    if layout.is_export(engines):
+        there = layout.read(engines)
+        if _identity(there) != _identity(manifest):
+            raise UserError(
+                f"{engines} holds engines of another export ({_name(there)}) than {graphs} ({_name(manifest)}); choose"
+                " another folder with -o"
+            )
+        manifest = there
     for source in sorted(path for path in graphs.rglob("*") if path.is_file() and ".onnx" not in path.suffixes):
         if source.name == layout.MANIFEST or source.suffix == ".engine":
             continue
@@ -141,6 +146,12 @@ def copy_model(graphs: Path, manifest: Manifest, engines: Path) -> None:
         with atomic(target) as temporary:
             shutil.copyfile(source, temporary)
     layout.write(engines, manifest)
+
+
+def finished(folder: Path, name: str, graph: layout.Graph) -> None:
+    """Note in the manifest of a folder that its engine is there of this graph."""
+    manifest = layout.read(folder)
+    layout.write(folder, replace(manifest, graphs=manifest.graphs | {name: graph}))
 
 
 def _identity(manifest: Manifest) -> tuple:

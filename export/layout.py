@@ -202,8 +202,13 @@ def read(folder: str | Path, graphs: Iterable[str] = ()) -> Manifest:
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
+            way = (
+                "remove the folder and build it again, from a new export"
+                if any(folder.glob("*.engine"))
+                else f"again: {again}"
+            )
             raise UserError(
-                f"{folder / MANIFEST} has format {values['format']}, and this program reads {FORMAT}; again: {again}"
+                f"{folder / MANIFEST} has format {values['format']}, and this program reads {FORMAT}; {way}"
             )
         shapes = values["profile"] | {"sizes": tuple(map(tuple, values["profile"]["sizes"]))}
         parts = {name: Graph(**graph) for name, graph in values["graphs"].items()}

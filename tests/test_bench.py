@@ -10,6 +10,7 @@ from sana_bench import check, cli, compare, harness, image, kernels, report, sch
 from sana_bench.cases import CASES
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
+from sana_model.settings import PRECISIONS
 from sana_model.weights import checkpoint_config
 
 RATES = {"fp32_fake": 1e13, "bf16_fake": 1e14, "copy": 1e13}
@@ -479,3 +480,8 @@ def test_the_report_writes_tables_between_markers(tmp_path, capsys):
     readme.write_text("<!-- table:nonsense -->\n<!-- /table -->")
     assert report.main([str(readme)]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_every_precision_has_limits():
+    """4-bit text encoders, too (`cpu:w4a8+`)."""
+    assert check.DIT_LIMITS.keys() == check.TEXT_LIMITS.keys() == PRECISIONS.keys()

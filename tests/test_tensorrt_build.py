@@ -212,7 +212,7 @@ def test_engines_of_two_exports_do_not_share_a_folder(graphs, tmp_path, installe
         build.build_engines(other, engines_folder, "current", only=("decoder",), say=lambda text: None)
 
 
-def test_of_two_calibrations_the_engine_of_the_last_export_runs(graphs, tmp_path, installed):
+def test_of_two_calibrations_the_engine_of_the_last_export_runs(graphs, tmp_path, installed, monkeypatch):
     """The same weights exported with other scales, and back again: what is there already is not the engine built last."""
     first = shutil.copytree(graphs, tmp_path / "first", copy_function=os.symlink)
     second = shutil.copytree(graphs, tmp_path / "second")
@@ -226,6 +226,17 @@ def test_of_two_calibrations_the_engine_of_the_last_export_runs(graphs, tmp_path
         assert chosen.stem == engine.stem
         made.append(engine.stem)
     assert made[0] == made[2] != made[1]
+
+    def fails(*args):
+        raise KeyboardInterrupt
+
+    other = (engines_folder / f"{made[1]}.engine").rename(tmp_path / "other")
+    monkeypatch.setattr(build, "build", fails)
+    with pytest.raises(KeyboardInterrupt):  # the engine that is there stays the one that runs
+        build.build_engines(second, engines_folder, "current", only=("decoder",), say=lambda text: None)
+    chosen = engines.choose(engines_folder, layout.read(engines_folder), "decoder", str(LIBRARY), "sm90", "an H200")
+    assert chosen.stem == made[2]
+    other.rename(engines_folder / f"{made[1]}.engine")
     engines.engine_file(engines_folder, engine).unlink()
     with pytest.raises(UserError, match="was built from another graph of these weights"):
         engines.choose(engines_folder, layout.read(engines_folder), "decoder", str(LIBRARY), "sm90", "an H200")

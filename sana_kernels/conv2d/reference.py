@@ -31,10 +31,10 @@ with the special cases of gemm's rows. Products are summed as int32, exactly, an
 The tile is a function of the place in the image, so a band of whole tiles sees what the whole image sees.
 
 W8A8 by Winograd's F(2 × 2, 3 × 3) (arXiv 1509.09308) takes 16 products for 2 × 2 results, not 36. Its weights are
-quantised as above, but 4 × 4, G g Gᵀ of every 3 × 3 kernel g in fp32, rows first (`winograd_weight`). Of x, every patch d of 4 × 4 pixels,
-two pixels apart, becomes Bᵀ d B in fp32, rows first, and of a tile's 4 × 16 patches (of those that make a pixel of the
-result) the values at each of the 16 positions share one scale. With m the int32 sums over channels times their position's
-scale, 2 × 2 results are Aᵀ m A, rows first, times weight's scale.
+quantised as above, but 4 × 4: G g Gᵀ of every 3 × 3 kernel g, in fp32, rows first (`winograd_weight`). Of x, every patch d
+of 4 × 4 pixels, two pixels apart, becomes Bᵀ d B, likewise, and of a tile's 4 × 16 patches (of those that make a pixel of
+the result) the values at each of the 16 positions share one scale. With m the int32 sums over channels times their
+position's scale, 2 × 2 results are Aᵀ m A, rows first, times weight's scale.
 
 Precision: sums are fp32. PyTorch rounds to x's dtype after every operation, also the sum of folded taps; of W8A8 all that
 follows the integers is fp32, rounded once. A kernel may leave out any rounding but the last.
