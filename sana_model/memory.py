@@ -36,7 +36,7 @@ DIT_UNITS = 20  # × rows · N · C values: in a block 13 to 15 are alive (2F = 
 DECODER_UNITS = 8  # × width · height · outermost channels (128) values: 4 are alive in the last stage, plus workspace
 ATTENTION_UNITS = 16  # × tokens · C values of the decoder's largest stage of attention, which stays whole
 BANDS_UNITS = 48  # × a band: those that are in flight between all layers
-DECODER_CPU_BYTES = 26  # × the same, whatever the dtype: the CPU's convolutions keep a wide copy of what they reorder
+DECODER_CPU_BYTES = 22  # × the same, whatever the dtype: the CPU's convolutions keep a wide copy of what they reorder
 TILE = 512  # pixels, `Autoencoder.tiled_decode`
 
 
