@@ -5,6 +5,7 @@ where an algorithm with fewer products ran (Winograd's), its own. So a percentag
 a thing twice. Notation: N latent tokens, L text tokens, C hidden channels, F Mix-FFN channels, D head dim.
 """
 
+from sana_kernels.conv2d import WINOGRAD_CHANNELS
 from sana_model.config import AutoencoderConfig, DiTConfig
 
 
@@ -47,7 +48,7 @@ def decoder_macs(
     """One decode of an image of height × width pixels.
 
     `folded`: of a convolution after nearest ×2, only the 4 taps of each pixel that are different ones, not all 9.
-    `winograd`: of a ResBlock's from 64 channels on, only the 4 products of each pixel that Winograd's F(2×2, 3×3) takes.
+    `winograd`: of a ResBlock's, from WINOGRAD_CHANNELS on, only the 4 products of each pixel that F(2×2, 3×3) takes.
     """
     widths, last = config.widths, len(config.widths) - 1
     pixels = [(height >> i) * (width >> i) for i in range(len(widths))]
@@ -59,7 +60,7 @@ def decoder_macs(
             taps = 4 if folded and config.upsample == "interpolate" else 9  # a shuffle's 4C channels are as many pixels
             total += pixels[i] * widths[i + 1] * C * taps
         scales = len(config.decoder_qkv_multiscales[i])
-        taps = 4 if winograd and C >= 64 else 9
+        taps = 4 if winograd and C >= WINOGRAD_CHANNELS else 9
         total += pixels[i] * count * (2 * C * C * taps if residual else _efficientvit_macs(config, C, scales))
     return total
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import sana_kernels
 from sana_kernels.backend import backend_status, extension, kernels, why_not
-from sana_kernels.conv2d import winograd_is_faster
+from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_is_faster
 from sana_kernels.mix_ffn import taps_first
 from sana_model.autoencoder.bands import BAND_BYTES
 from sana_model.autoencoder.packed import pack_autoencoder
@@ -203,7 +203,7 @@ class Plan:
     def winograd(self) -> bool:
         """Do the autoencoder's int8 convolutions of 64 channels and more go by Winograd's transform?"""
         rows = [row for row in self.rows if (row.part, row.op) == ("autoencoder", "conv2d")]
-        return any((row.backend, row.precision) == ("cpu", "w8a8") for row in rows) and winograd_is_faster(64)
+        return any((row.backend, row.precision) == ("cpu", "w8a8") for row in rows) and winograd_is_faster()
 
     def outside_share(self, denoise_seconds: float) -> float:
         """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels.
@@ -236,7 +236,7 @@ class Plan:
             )
         if self.winograd:
             lines.append(
-                "  autoencoder   int8 convolutions of blocks with 64 channels and more: Winograd's F(2 × 2, 3 × 3)"
+                f"  autoencoder   int8 blocks from {WINOGRAD_CHANNELS} channels on: Winograd's F(2 × 2, 3 × 3)"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

@@ -2,8 +2,8 @@
 //
 // A row of taps is 3 C elements of consecutive pixels, so an operand tile is 16 rows of 64 bytes, a pixel apart: what
 // 32 pixels see of one row is 34 C elements, 35 KB at C = 512 in bf16. As many rows of taps at a time as the
-// first-level cache holds (in bf16 three at C = 128, two at 256, one from 512 on); the sums wait in the second-level cache for
-// the next. So do the weights of a chunk of columns, for all rows of the group: products take 32 bytes per cycle.
+// first-level cache holds (in bf16 three at C = 128, two at 256, one from 512 on); the sums wait in the second-level
+// cache for the next. So do the weights of a chunk of columns, for all rows of the group: products take 32 bytes per cycle.
 //
 // Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a
 // pixel at a time. Gathering is not.
@@ -11,7 +11,7 @@
 // Pixels beyond the image's right end are computed too: the window and the sums have room for 32.
 #include "common/avx512.h"
 #include "common/tiles.h"
-#include "conv2d/tiles.h"
+#include "conv2d/conv2d_tiles.h"
 #include "gemm/multiply_amx.h"
 
 namespace sana {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/avx2.h"
-#include "conv2d/tiles.h"
+#include "conv2d/conv2d_tiles.h"
 #include "gemm/multiply_avx2.h"
 
 namespace sana {

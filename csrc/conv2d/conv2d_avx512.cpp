@@ -3,7 +3,7 @@
 // What 8 pixels see of 3 rows (30 KB at C = 512 in bf16) comes from the first-level cache; the weights of 48 columns
 // (442 KB there) stream from the second, where they stay for all pixels of the group.
 #include "common/avx512.h"
-#include "conv2d/tiles.h"
+#include "conv2d/conv2d_tiles.h"
 #include "gemm/multiply_avx512.h"
 
 namespace sana {

@@ -1,6 +1,6 @@
 // The DC-AE's convolutions in plain C++, for any processor: one pixel by 16 columns at a time.
 #include "common/portable.h"
-#include "conv2d/tiles.h"
+#include "conv2d/conv2d_tiles.h"
 #include "gemm/multiply_portable.h"
 
 namespace sana {

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from sana_kernels.backend import call, define, register
 from sana_kernels.conv2d import cpu, cuda, reference
-from sana_kernels.conv2d.cpu import winograd_is_faster
+from sana_kernels.conv2d.cpu import WINOGRAD_CHANNELS, winograd_is_faster
 from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
 from sana_kernels.conv2d.weights import WINOGRAD, ConvWeight, as_weight, pack_conv2d, packed_shape, quantize_conv2d
 
 __all__ = [
-    "TILE", "Band", "ConvWeight", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d", "quantize_conv2d", "rms_norm",
-    "upsample", "winograd_is_faster",
+    "TILE", "WINOGRAD_CHANNELS", "Band", "ConvWeight", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d",
+    "quantize_conv2d", "rms_norm", "upsample", "winograd_is_faster",
 ]  # fmt: skip
 
 

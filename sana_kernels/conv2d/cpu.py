@@ -10,14 +10,15 @@ from sana_kernels.gemm.cpu import address, as_float
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 WITHOUT_HALF = (torch.float32, torch.bfloat16)
+WINOGRAD_CHANNELS = 64  # that a kernel needs for Winograd's products: int8 rows are padded to as many
 
 
-def winograd_is_faster(channels: int) -> bool:
+def winograd_is_faster(channels: int = WINOGRAD_CHANNELS) -> bool:
     """Is Winograd's product faster here than the direct one, for int8 kernels of that many input channels?
 
     Tiles of AMX multiply eight times as fast as vectors, which would have to transform for them.
     """
-    return channels >= 64 and extension("_cpu")[0].isa() != "amx"
+    return channels >= WINOGRAD_CHANNELS and extension("_cpu")[0].isa() != "amx"
 
 
 def accepts(x: Tensor, *args) -> str | None:

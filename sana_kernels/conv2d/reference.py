@@ -141,7 +141,7 @@ def conv2d(
     if weight_scale is None:
         y = convolve(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
-        if weight.shape[-1] == 4:
+        if weight.shape[-1] == 4:  # Winograd's
             y = _winograd(window, weight, weight_scale)
         else:
             tiles = _tiles(window, stride)

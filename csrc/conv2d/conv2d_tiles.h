@@ -1,5 +1,5 @@
-// A tile of the DC-AE's convolutions, by the algorithm and the products that its weights ask for; include common/avx512.h,
-// avx2.h or portable.h first.
+// A tile of the DC-AE's convolutions, by the algorithm and the products that its weights ask for; include
+// common/avx512.h, avx2.h or portable.h first.
 #pragma once
 
 #include "conv2d/conv2d_vector.h"
@@ -11,7 +11,8 @@ namespace {
 // E: the type of x.
 template <class E, class M>
 void tiles_of_int8(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
-  p.kernel == kWinograd ? winograd_tile<E, M>(p, winograd_layout(p), tiles, memory) : tiles_of<E, M>(p, l, tiles, memory);
+  if (p.kernel == kWinograd) return winograd_tile<E, M>(p, winograd_layout(p), tiles, memory);
+  tiles_of<E, M>(p, l, tiles, memory);
 }
 
 // `Multiply` of an instruction set: for pairs of bf16 and for int8, and with floats.
