@@ -237,7 +237,7 @@ def _upsample(name: str, side: int, channels: int, C: int) -> Case:
 
     def make(inputs: Inputs) -> tuple:
         weight, scale = inputs.kernel(4 * C, channels, 2)
-        return inputs(1, side, side, channels), weight, scale, list(weight.shape), inputs(C), [0, 0, side, side]
+        return inputs(1, side, side, channels), weight, scale, list(weight.shape), inputs(C), [0, 0, side, side], None
 
     shape = {"H": side, "W": side, "in": channels, "out": C}
     return Case("upsample", name, shape, side**2 * 16 * C * channels, make, WITH_W8A8)
@@ -258,7 +258,7 @@ def _conv2d(
         after = (inputs(N), inputs(N, scale=0.1), inputs(1, rows, side, N)) if norm else (None, None, None)
         return (
             inputs(1, rows, side, C), weight, scale, list(weight.shape), bias, 1, "silu" if silu else "none", *after, None,
-            None, "none", 1e-5, [0, 0, rows, rows],
+            None, "none", 1e-5, [0, 0, rows, rows], None, None,
         )  # fmt: skip
 
     shape = {"H": rows, "W": side, "in": C, "out": N}

@@ -65,7 +65,7 @@ EAGER_OPS = {
     "conv2d": lambda x, weight, scale, shape, bias, stride, activation, *rest, **kw: sana_kernels.conv2d(
         x, ConvWeight(weight, scale, tuple(shape)), bias, stride=stride, activation=activation, **kw
     ),
-    "upsample": lambda x, weight, scale, shape, bias, band, **kw: sana_kernels.upsample(
+    "upsample": lambda x, weight, scale, shape, bias, band, above, **kw: sana_kernels.upsample(
         x, ConvWeight(weight, scale, tuple(shape)), bias, band=band, **kw
     ),
     "multi_scale": lambda x, depthwise, grouped, band, **kw: sana_kernels.multi_scale(

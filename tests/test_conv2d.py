@@ -428,6 +428,32 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
     assert not torch.equal(wrong, whole[:, 16:32])
 
 
+@pytest.mark.parametrize("variant", ["reference", *CPU])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_in_two_pieces_are_the_same_image(variant, precision):
+    """Cut anywhere: between tiles, in a tile, in the halo; a band of the second piece alone, and the whole image."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    (x, weight), around = Case(1, 41, 100, 36, 40, around="norm residual").make(dtype)
+    weight, residual = quantized(weight, precision), around.pop("residual")
+    folded, bias = reference.fold_upsample(torch.randn(36, 36, 3, 3, dtype=dtype)), torch.randn(36, dtype=dtype)
+    folded = quantize_conv2d(folded) if precision in INTEGERS else folded
+
+    def pieces(rows: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows[:, :cut].clone(), rows[:, cut:].clone()
+
+    for band in (Band(0, 0, 41, 41), Band(0, 16, 41, 41)):
+        here = residual[:, band.first :]
+        whole = compute(variant, "conv2d", x, weight, **around, residual=here, band=band)
+        larger = compute(variant, "upsample", x, folded, bias, band=band)
+        for cut in (1, 7, 16, 17, 40):
+            in_two = {"residual": pieces(here, min(cut, 24)), "band": band}
+            assert torch.equal(compute(variant, "conv2d", pieces(x, cut), weight, **around, **in_two), whole)
+            assert torch.equal(compute(variant, "upsample", pieces(x, cut), folded, bias, band=band), larger)
+    rest = x[:, 16:].clone()
+    swapped = compute(variant, "conv2d", (rest[:, :16].clone(), rest), weight, **around, residual=residual)
+    assert not torch.equal(swapped, compute(variant, "conv2d", x, weight, **around, residual=residual))
+
+
 @pytest.mark.parametrize("variant", CPU)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_packed_weights_and_threads_change_nothing(variant, precision):
@@ -494,6 +520,7 @@ def test_multi_scale_against_fp64_and_diffusers(variant, dtype):
 
 
 IMAGE, C, FOLDED, KERNEL = (2, 3, 4, 8), (8,), (32, 8, 2, 2), (8, 8, 3, 3)
+PIECE = torch.zeros(1, 3, 4, 8)
 W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
 
 
@@ -516,6 +543,21 @@ W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
         ("conv2d", [IMAGE, KERNEL], {"residual": torch.zeros(2, 3, 4, 9)}, r"residual \(2, 3, 4, 8\)"),
         ("conv2d", [IMAGE, KERNEL], {"band": Band(2, 0, 3, 9)}, "needs rows 0 to 3 of the image"),
         ("conv2d", [IMAGE, KERNEL], {"weight": W8A8, "band": Band(0, 0, 2, 9)}, "whole tiles of 8 rows"),
+        ("conv2d", [IMAGE, KERNEL], {"x": (torch.zeros(IMAGE), torch.zeros(IMAGE))}, "two pieces of one image"),
+        (
+            "conv2d",
+            [IMAGE, KERNEL],
+            {"x": (PIECE, torch.zeros(1, 3, 5, 8))},
+            r"pieces .* got \(1, 3, 4, 8\) and \(1, 3, 5, 8\)",
+        ),
+        ("conv2d", [IMAGE, KERNEL], {"x": (PIECE.half(), PIECE)}, "one floating dtype and device"),
+        (
+            "conv2d",
+            [IMAGE, KERNEL],
+            {"x": (PIECE, PIECE), "residual": (PIECE, PIECE[:, 1:])},
+            r"residual \(1, 6, 4, 8\)",
+        ),
+        ("upsample", [IMAGE, FOLDED, C], {"x": (PIECE[:, :0], PIECE)}, "none of them 0"),
         ("conv2d", [IMAGE, KERNEL], {"weight": torch.zeros(KERNEL).half()}, "a weight in x's dtype"),
         ("conv2d", [IMAGE, KERNEL], {"weight": W8A8._replace(scale=torch.ones(9))}, r"\(8,\); got \(9,\)"),
         ("multi_scale", [IMAGE, (8, 1, 4, 4), (8, 4, 1, 1)], {}, "k odd"),

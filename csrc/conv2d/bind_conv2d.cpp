@@ -1,5 +1,6 @@
 // The DC-AE's convolutions and what stands around them for Python. Shapes, dtypes and strides were checked there.
 #include <array>
+#include <tuple>
 
 #include "common/bind.h"
 #include "conv2d/conv2d.h"
@@ -10,18 +11,26 @@ namespace {
 
 Band band_of(const std::array<int64_t, 4>& band) { return {band[0], band[1], band[2], band[3]}; }
 
-// x, weight, residual, out; weight scale, bias, weight and bias of the norm and of the input norm (float32); B, rows,
-// width, C, N; stride, kernel, phases; activation, input activation.
-void py_conv2d(const std::array<Optional, 4>& tensors, const std::array<Optional, 6>& floats,
-               const std::array<int64_t, 5>& shape, const std::array<int64_t, 4>& band, const std::array<int, 3>& kind,
-               const std::array<int, 2>& activations, bool bias_by_phase, float eps, int dtype, int threads) {
+// Address and rows, those of the rows above.
+using TwoPieces = std::tuple<Optional, int64_t, Optional, int64_t>;
+
+Rows rows_of(const TwoPieces& rows) {
+  return {pointer(std::get<0>(rows)), std::get<1>(rows), pointer(std::get<2>(rows)), std::get<3>(rows)};
+}
+
+// x, residual; weight, out; weight scale, bias, weight and bias of the norm and of the input norm (float32); B, width, C,
+// N; stride, kernel, phases; activation, input activation.
+void py_conv2d(const TwoPieces& x, const TwoPieces& residual, const std::array<Address, 2>& tensors,
+               const std::array<Optional, 6>& floats, const std::array<int64_t, 4>& shape,
+               const std::array<int64_t, 4>& band, const std::array<int, 3>& kind, const std::array<int, 2>& activations,
+               bool bias_by_phase, float eps, int dtype, int threads) {
   Conv2d p{};
-  p.x = pointer(tensors[0]), p.weight = pointer(tensors[1]);
-  p.residual = pointer(tensors[2]), p.out = pointer(tensors[3]);
+  p.x = rows_of(x), p.residual = rows_of(residual);
+  p.weight = pointer(tensors[0]), p.out = pointer(tensors[1]);
   p.weight_scale = pointer<float>(floats[0]), p.bias = pointer<float>(floats[1]);
   p.norm = {pointer<float>(floats[2]), pointer<float>(floats[3])};
   p.input_norm = {pointer<float>(floats[4]), pointer<float>(floats[5])};
-  p.B = shape[0], p.rows = shape[1], p.width = shape[2], p.C = shape[3], p.N = shape[4];
+  p.B = shape[0], p.width = shape[1], p.C = shape[2], p.N = shape[3];
   p.band = band_of(band);
   p.stride = kind[0], p.kernel = kind[1], p.phases = kind[2];
   p.activation = Activation(activations[0]), p.input_activation = Activation(activations[1]);

@@ -52,7 +52,7 @@ bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
   const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr;
-  return (one || four || winograd) && p.B > 0 && p.rows > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
+  return (one || four || winograd) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
          p.band.first < p.band.last;
 }
 

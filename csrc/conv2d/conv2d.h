@@ -12,6 +12,21 @@ struct NormWeights {
   const float *weight, *bias;  // null: no norm
 };
 
+// Consecutive rows of images, in one piece (B, count, width, C) or in two: of a single image the first rows may lie
+// elsewhere, where its last band left them.
+struct Rows {
+  const void* rest;
+  int64_t count;
+  const void* above;  // (1, above_count, width, C), or null
+  int64_t above_count;
+
+  // The row `row` of an image, of `bytes`, counted from the first that is held.
+  const char* at(int64_t image, int64_t row, int64_t bytes) const {
+    if (row < above_count) return static_cast<const char*>(above) + row * bytes;
+    return static_cast<const char*>(rest) + (image * count + row - above_count) * bytes;
+  }
+};
+
 // Rows of an image: x holds rows start ... start + rows - 1 of `height`; the result has rows first ... last - 1.
 struct Band {
   int64_t start, first, last, height;
@@ -28,13 +43,13 @@ struct Band {
 constexpr int kWinograd = 4;
 
 struct Conv2d {
-  const void* x;              // (B, rows, width, C) of `dtype`
+  Rows x;                     // of `dtype`
   const void* weight;         // phases x N rounded up to 16 columns x kernel rows of taps
   const float* weight_scale;  // phases * N floats beside int8 weights; else null
   const float* bias;          // N floats, or phases * N, or null
-  const void* residual;       // like out, or null
+  Rows residual;              // like out, or null
   void* out;                  // phases 1: (B, last - first, width / stride, N), rounded up; 4: twice as many, each way
-  int64_t B, rows, width, C, N;
+  int64_t B, width, C, N;
   Band band;
   int stride, kernel, phases;
   bool bias_by_phase;

@@ -42,6 +42,12 @@ struct Corrections {
   }
 };
 
+// The first pixel of a row of x's image.
+template <class T>
+const T* pixels_of(const Conv2d& p, int64_t image, int64_t row) {
+  return reinterpret_cast<const T*>(p.x.at(image, row - p.band.start, p.width * p.C * sizeof(T)));
+}
+
 // Brings what a tile sees into the window: normalised, quantised where the weights are (then it returns the tile's
 // scale, else 1), with zeros around the image. E: the type of x.
 template <class E>
@@ -55,7 +61,7 @@ class Gather {
     const int64_t bottom = top_ + p.stride * (tile.rows - 1) + 3, right = left_ + p.stride * (tile.pixels - 1) + 3;
     first_row_ = top_ < 0 ? 0 : top_, last_row_ = bottom < p.band.height ? bottom : p.band.height;
     first_pixel_ = left_ < 0 ? 0 : left_, last_pixel_ = right < p.width ? right : p.width;
-    image_ = static_cast<const T*>(p.x) + tile.image * p.rows * p.width * p.C;
+    image_ = tile.image;
     // Pixels may follow each other without a gap: then a row of them is a single run of elements.
     const int64_t element = p.weight_scale == nullptr ? sizeof(T) : 1;
     whole_rows_ = p.input_norm.weight == nullptr && layout.pixel == p.C * element;
@@ -86,10 +92,11 @@ class Gather {
   template <class F>
   void for_runs(F f) {
     const int64_t pixels = last_pixel_ - first_pixel_, step = whole_rows_ ? pixels : 1;
-    for (int64_t row = first_row_; row < last_row_; ++row)
+    for (int64_t row = first_row_; row < last_row_; ++row) {
+      const T* x = pixels_of<T>(p_, image_, row);
       for (int64_t pixel = first_pixel_; pixel < last_pixel_; pixel += step)
-        f(image_ + ((row - p_.band.start) * p_.width + pixel) * p_.C, step * p_.C,
-          window_ + (row - top_) * layout_.row + (pixel - left_) * layout_.pixel);
+        f(x + pixel * p_.C, step * p_.C, window_ + (row - top_) * layout_.row + (pixel - left_) * layout_.pixel);
+    }
   }
 
   template <class F>
@@ -115,8 +122,7 @@ class Gather {
   const Layout& layout_;
   char* window_;
   float* row_;
-  const T* image_;
-  int64_t top_, left_, first_row_, last_row_, first_pixel_, last_pixel_;
+  int64_t image_, top_, left_, first_row_, last_row_, first_pixel_, last_pixel_;
   bool whole_rows_;
 };
 
@@ -142,16 +148,17 @@ class Epilogue {
     if (p_.phases == 4) {
       const int64_t index = (image * 2 * (band.last - band.first) + 2 * (row - band.first) + phase / 2) * 2 * p_.width;
       T* out = static_cast<T*>(p_.out) + (index + 2 * pixel + phase % 2) * p_.N;
-      const int64_t x = ((image * p_.rows + row - band.start) * p_.width + pixel) * p_.C;
-      shortcut(static_cast<const T*>(p_.x) + x, phase);
+      shortcut(pixels_of<T>(p_, image, row) + pixel * p_.C, phase);
       return for_vectors(p_.N, [&](int64_t n, Lanes lanes) {
         E::store(out + n, lanes, result(n, lanes) + F32::load(row_ + n, lanes));
       });
     }
     const int64_t width = (p_.width + p_.stride - 1) / p_.stride;
-    const int64_t index = ((image * (band.last - band.first) + row - band.first) * width + pixel) * p_.N;
-    T* out = static_cast<T*>(p_.out) + index;
-    const T* residual = p_.residual == nullptr ? nullptr : static_cast<const T*>(p_.residual) + index;
+    const int64_t rows = band.last - band.first, of_row = width * p_.N;
+    T* out = static_cast<T*>(p_.out) + (image * rows + row - band.first) * of_row + pixel * p_.N;
+    const T* residual = nullptr;
+    if (p_.residual.rest != nullptr)
+      residual = reinterpret_cast<const T*>(p_.residual.at(image, row - band.first, of_row * sizeof(T))) + pixel * p_.N;
     const auto store = [&](int64_t n, Lanes lanes, Vec y) __attribute__((always_inline)) {
       E::store(out + n, lanes, residual == nullptr ? y : y + E::load(residual + n, lanes));
     };

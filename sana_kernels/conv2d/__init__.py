@@ -10,20 +10,24 @@ from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
 from sana_kernels.conv2d.weights import WINOGRAD, ConvWeight, as_weight, pack_conv2d, packed_shape, quantize_conv2d
 
 __all__ = [
-    "TILE", "WINOGRAD_CHANNELS", "Band", "ConvWeight", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d",
+    "TILE", "WINOGRAD_CHANNELS", "Band", "ConvWeight", "Rows", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d",
     "quantize_conv2d", "rms_norm", "upsample", "winograd_is_faster",
 ]  # fmt: skip
 
 
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows of images (B, rows, W, C), or in two pieces those of one: (1, rows above, W, C) and (1, rows, W, C)."""
+
+
 def conv2d(
-    x: Tensor,
+    x: Rows,
     weight: Tensor | ConvWeight,
     bias: Tensor | None = None,
     *,
     stride: int = 1,
     activation: str = "none",
     norm: tuple[Tensor, Tensor] | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     input_norm: tuple[Tensor, Tensor] | None = None,
     input_activation: str = "none",
     eps: float = 1e-5,
@@ -32,17 +36,18 @@ def conv2d(
 ) -> Tensor:
     """RMSNorm(activation(conv3×3(x) + bias)) + residual, zero-padded by one pixel; each part where asked for.
 
-    x: (B, H, W, in), contiguous. weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d` (W8A8, for a stride of 1
-    perhaps Winograd's), either perhaps through `pack_conv2d`. bias: (out,). stride: 1 or 2. norm: weight and bias (out,) of
-    an RMSNorm over channels. residual: like the result. input_norm: weight and bias (in,); x becomes
-    input_activation(RMSNorm(x)) first. activation, input_activation: "none", "silu" or "relu". band: rows to compute of an
-    image of which x holds some; in W8A8 it starts and ends at multiples of TILE[0] rows of the result, or with the image.
+    x: (B, H, W, in), contiguous, or two pieces (`Rows`). weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d`
+    (W8A8, for a stride of 1 perhaps Winograd's), either perhaps through `pack_conv2d`. bias: (out,). stride: 1 or 2. norm:
+    weight and bias (out,) of an RMSNorm over channels. residual: like the result, or two pieces. input_norm: weight and bias
+    (in,); x becomes input_activation(RMSNorm(x)) first. activation, input_activation: "none", "silu" or "relu". band: rows
+    to compute of an image of which x holds some; in W8A8 it starts and ends at multiples of TILE[0] rows of the result, or
+    with the image.
     Returns (B, ⌈H / stride⌉ or the band's rows, ⌈W / stride⌉, out), contiguous, in x's dtype. `reference.py` states the
     arithmetic. Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend`
     cannot run.
     """
-    weight = as_weight(weight)
-    _check_image("conv2d", x)
+    weight, (above, x) = as_weight(weight), _pieces("conv2d", x)
+    residual_above, residual = (None, None) if residual is None else _pieces("conv2d", residual)
     winograd = weight.scale is not None and weight.shape[-1] == WINOGRAD
     k = WINOGRAD if winograd else 3
     if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], k, k):
@@ -59,33 +64,35 @@ def conv2d(
         for tensor in given if isinstance(given, tuple) else () if given is None else (given,):
             if tensor.shape != (size,) or not tensor.is_floating_point():
                 raise ValueError(f"conv2d takes {name} as floating ({size},); got {tensor.dtype} {tuple(tensor.shape)}")
-    band = _check_band("conv2d", x, band, stride, weight)
+    band = _check_band("conv2d", x, above, band, stride, weight)
     shape = (x.shape[0], band.last - band.first, -(-x.shape[2] // stride), N)
-    if residual is not None and residual.shape != shape:
-        raise ValueError(f"conv2d takes a residual {shape}, like its result; got {tuple(residual.shape)}")
+    if residual is not None and _whole_shape(residual, residual_above) != shape:
+        raise ValueError(
+            f"conv2d takes a residual {shape}, like its result; got {_whole_shape(residual, residual_above)}"
+        )
     _check_weight("conv2d", x, weight, 1)
     rest = (bias, *(norm or ()), *(input_norm or ()))
-    _check("conv2d", x, *(() if residual is None else (residual,)), like=tuple(t for t in rest if t is not None))
+    _check("conv2d", x, *_given(above, residual, residual_above), like=_given(*rest))
     norm, input_norm = norm or (None, None), input_norm or (None, None)
     return call(
         "conv2d", backend, x, *weight[:2], list(weight.shape), bias, stride, activation, *norm, residual, *input_norm,
-        input_activation, eps, list(band),
+        input_activation, eps, list(band), above, residual_above,
     )  # fmt: skip
 
 
 def upsample(
-    x: Tensor, weight: Tensor | ConvWeight, bias: Tensor, *, band: Band | None = None, backend: str = "auto"
+    x: Rows, weight: Tensor | ConvWeight, bias: Tensor, *, band: Band | None = None, backend: str = "auto"
 ) -> Tensor:
     """conv3×3(nearest ×2 of x) + bias + the shortcut that moves channels into pixels (arXiv 2410.10733, section 3.2).
 
-    x: (B, H, W, in), contiguous; weight: (4 · out, in, 2, 2), what `fold_upsample` makes of a kernel, in x's dtype, or from
-    `quantize_conv2d` (W8A8), either perhaps through `pack_conv2d(weight, phases=4)`; bias: (out,); `in` divides 4 · out.
+    x: (B, H, W, in), contiguous, or two pieces (`Rows`); weight: (4 · out, in, 2, 2), what `fold_upsample` makes of a
+    kernel, in x's dtype, or from `quantize_conv2d` (W8A8), either perhaps through `pack_conv2d(weight, phases=4)`; bias:
+    (out,); `in` divides 4 · out.
     A weight (4 · out, in, 3, 3) and bias (4 · out,), phase by phase, are conv3×3 and then a pixel shuffle.
     band: as `conv2d`, in rows of x, each of which makes two of the result.
     Returns (B, 2H, 2W, out), contiguous, in x's dtype. Errors as `conv2d`.
     """
-    weight = as_weight(weight)
-    _check_image("upsample", x)
+    weight, (above, x) = as_weight(weight), _pieces("upsample", x)
     shape, kernels = weight.shape, ((x.shape[3], 2, 2), (x.shape[3], 3, 3))
     if len(shape) != 4 or shape[1:] not in kernels or shape[0] % 4 or shape[0] % x.shape[3]:
         raise ValueError(
@@ -97,10 +104,10 @@ def upsample(
         raise ValueError(
             f"upsample takes a bias of (out,), of (4 · out,) beside 3 × 3 phases: ({biases},); got {tuple(bias.shape)}"
         )
-    band = _check_band("upsample", x, band, 1, weight)
+    band = _check_band("upsample", x, above, band, 1, weight)
     _check_weight("upsample", x, weight, 4)
-    _check("upsample", x, like=(bias,))
-    return call("upsample", backend, x, *weight[:2], list(shape), bias, list(band))
+    _check("upsample", x, *_given(above), like=(bias,))
+    return call("upsample", backend, x, *weight[:2], list(shape), bias, list(band), above)
 
 
 def multi_scale(
@@ -117,7 +124,7 @@ def multi_scale(
         raise ValueError(f"multi_scale takes a depthwise kernel ({C}, 1, k, k), k odd; got {tuple(depthwise.shape)}")
     if grouped.ndim != 4 or grouped.shape != (C, D := grouped.shape[1], 1, 1) or C % D:
         raise ValueError(f"multi_scale takes grouped as ({C}, D, 1, 1), D a divisor; got {tuple(grouped.shape)}")
-    band = _check_band("multi_scale", x, band, 1, None, reach=k // 2)
+    band = _check_band("multi_scale", x, None, band, 1, None, reach=k // 2)
     _check("multi_scale", x, like=(depthwise, grouped))
     return call("multi_scale", backend, x, depthwise, grouped, list(band))
 
@@ -146,7 +153,7 @@ def rms_norm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"rms_norm takes a residual of x's shape {tuple(x.shape)}; got {tuple(residual.shape)}")
     _check_activation("rms_norm", activation)
-    _check("rms_norm", *(t for t in (x, weight, bias, residual) if t is not None))
+    _check("rms_norm", *_given(x, weight, bias, residual))
     return call("rms_norm", backend, x, weight, bias, residual, activation, eps)
 
 
@@ -155,14 +162,38 @@ def _check_image(op: str, x: Tensor) -> None:
         raise ValueError(f"{op} takes x (B, H, W, in), none of them 0; got {tuple(x.shape)}")
 
 
+def _pieces(op: str, x: Rows) -> tuple[Tensor | None, Tensor]:
+    """The rows above, and the others."""
+    above, x = x if isinstance(x, tuple) else (None, x)
+    for image in _given(above, x):
+        _check_image(op, image)
+    if above is not None and not (x.shape[0] == above.shape[0] == 1 and x.shape[2:] == above.shape[2:]):
+        raise ValueError(
+            f"{op} takes two pieces of one image, (1, rows above, W, C) and (1, rows, W, C); got {tuple(above.shape)} and"
+            f" {tuple(x.shape)}"
+        )
+    return above, x
+
+
+def _whole_shape(rows: Tensor, above: Tensor | None) -> tuple[int, ...]:
+    B, count, *pixels = rows.shape
+    return (B, count + (0 if above is None else above.shape[1]), *pixels)
+
+
+def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(t for t in tensors if t is not None)
+
+
 def _check_activation(op: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op} knows the activations {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
-def _check_band(op: str, x: Tensor, band: Band | None, stride: int, weight: ConvWeight | None, reach: int = 1) -> Band:
+def _check_band(
+    op: str, x: Tensor, above: Tensor | None, band: Band | None, stride: int, weight: ConvWeight | None, reach: int = 1
+) -> Band:
     """The band, or the whole of x: inside its image, inside of what x holds, and in W8A8 of whole tiles."""
-    rows = x.shape[1]
+    rows = _whole_shape(x, above)[1]
     if band is None:
         return Band(0, 0, -(-rows // stride), rows)
     start, first, last, height = band
@@ -212,11 +243,11 @@ def _plain_weight(x, weight, *args) -> str | None:
 
 
 def _fake_conv2d(x, weight, weight_scale, weight_shape, bias, stride, *rest):
-    _, first, last, _ = rest[-2]
+    _, first, last, _ = rest[8]
     return x.new_empty(x.shape[0], last - first, -(-x.shape[2] // stride), weight_shape[0])
 
 
-def _fake_upsample(x, weight, weight_scale, weight_shape, bias, band, backend):
+def _fake_upsample(x, weight, weight_scale, weight_shape, bias, band, above, backend):
     return x.new_empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4)
 
 
@@ -231,7 +262,7 @@ define(
     "conv2d",
     "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor? bias, int stride, str activation,"
     " Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? input_weight, Tensor? input_bias,"
-    " str input_activation, float eps, int[] band",
+    " str input_activation, float eps, int[] band, Tensor? above, Tensor? residual_above",
     _fake_conv2d,
 )
 
@@ -240,7 +271,7 @@ register("upsample", "cuda", cuda.upsample, device="cuda", accepts=cuda.accepts_
 register("upsample", "cpu", cpu.upsample, device="cpu", accepts=cpu.accepts)
 define(
     "upsample",
-    "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor bias, int[] band",
+    "Tensor x, Tensor weight, Tensor? weight_scale, int[] weight_shape, Tensor bias, int[] band, Tensor? above",
     _fake_upsample,
 )
 

@@ -42,35 +42,52 @@ def conv2d(
     input_activation: str,
     eps: float,
     band: list[int],
+    above: Tensor | None = None,
+    residual_above: Tensor | None = None,
 ) -> Tensor:
     """As the reference, of a weight that may be packed; arguments as this package lets them through."""
     out = torch.empty(x.shape[0], band[2] - band[1], -(-x.shape[2] // stride), weight_shape[0], dtype=x.dtype)
     vectors = weight_scale, bias, norm_weight, norm_bias, input_weight, input_bias
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
-    _run(x, weight, residual, out, vectors, band, (stride, weight_shape[2], 1), (activation, input_activation), eps)
+    pieces, residuals = _pieces(x, above), _pieces(residual, residual_above)
+    kind, activations = (stride, weight_shape[2], 1), (activation, input_activation)
+    _run(x, weight, out, pieces, residuals, vectors, band, kind, activations, eps)
     return out
 
 
 def upsample(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None, weight_shape: list[int], bias: Tensor, band: list[int]
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_shape: list[int],
+    bias: Tensor,
+    band: list[int],
+    above: Tensor | None = None,
 ) -> Tensor:
     """As the reference, of a weight that may be packed."""
     out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4, dtype=x.dtype)
     vectors = weight_scale, bias, None, None, None, None
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
-    _run(x, weight, None, out, vectors, band, (1, weight_shape[2], 4), ("none", "none"), 0.0)
+    pieces, kind = _pieces(x, above), (1, weight_shape[2], 4)
+    _run(x, weight, out, pieces, _pieces(None, None), vectors, band, kind, ("none", "none"), 0.0)
     return out
 
 
+def _pieces(rows: Tensor | None, above: Tensor | None) -> tuple:
+    """Address and rows of both."""
+    return sum(((None, 0) if t is None else (t.data_ptr(), t.shape[1]) for t in (rows, above)), ())
+
+
 def _run(
-    x: Tensor, weight: ConvWeight, residual: Tensor | None, out: Tensor, vectors: tuple, band: list[int],
+    x: Tensor, weight: ConvWeight, out: Tensor, pieces: tuple, residuals: tuple, vectors: tuple, band: list[int],
     kind: tuple[int, int, int], activations: tuple[str, str], eps: float,
 ) -> None:  # fmt: skip
     packed, floats = pack_conv2d(weight, kind[2]).values, [as_float(t) for t in vectors]
+    N = out.shape[3]
     extension("_cpu")[0].conv2d(
-        [address(t) for t in (x, packed, residual, out)], [address(t) for t in floats], (*x.shape, out.shape[3]), band,
-        kind, [ACTIVATION_CODES[name] for name in activations], floats[1] is not None and len(floats[1]) > out.shape[3],
-        eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        pieces, residuals, [packed.data_ptr(), out.data_ptr()], [address(t) for t in floats],
+        (x.shape[0], *x.shape[2:], N), band, kind, [ACTIVATION_CODES[name] for name in activations],
+        floats[1] is not None and len(floats[1]) > N, eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

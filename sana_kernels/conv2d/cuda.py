@@ -37,7 +37,7 @@ def _finish(
 
 
 def accepts_conv2d(x, weight, weight_scale, weight_shape, bias, stride, *rest) -> str | None:
-    return _accepts(x, weight, weight_scale, 3, [0, 0, -(-x.shape[1] // stride), x.shape[1]], rest[-1])
+    return _accepts(x, weight, weight_scale, 3, [0, 0, -(-x.shape[1] // stride), x.shape[1]], rest[8])
 
 
 def _accepts(
@@ -67,6 +67,8 @@ def conv2d(
     input_activation: str,
     eps: float,
     _band: list[int],
+    _above: None = None,
+    _residual_above: None = None,
 ) -> Tensor:
     """As the reference; arguments as `conv2d` of this package and `accepts_conv2d` let them through."""
     if input_weight is not None:
@@ -81,7 +83,7 @@ def conv2d(
     return y
 
 
-def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band) -> str | None:
+def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band, above=None) -> str | None:
     if reason := _accepts(x, weight, weight_scale, 2, [0, 0, x.shape[1], x.shape[1]], band):
         return reason
     if weight.shape[0] % 32 or weight.shape[0] // x.shape[3] not in (2, 4):
@@ -92,7 +94,9 @@ def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band) -> str |
     return None
 
 
-def upsample(x: Tensor, weight: Tensor, _scale: None, _shape: list[int], bias: Tensor, _band: list[int]) -> Tensor:
+def upsample(
+    x: Tensor, weight: Tensor, _scale: None, _shape: list[int], bias: Tensor, _band: list[int], _above: None = None
+) -> Tensor:
     """As the reference: the library convolves, the kernel adds bias and shortcut on the way to the pixels' places."""
     B, H, W, channels = x.shape
     C = weight.shape[0] // 4

@@ -16,7 +16,8 @@ the enlarged image never exists. Zero padding stays exact: what lies beyond the 
 The shortcut repeats each channel of x and moves them into pixels: out[2h + dy, 2w + dx, c] gets
 x[h, w, ⌊(4c + 2dy + dx) / repeats⌋], with repeats = 4 · out channels / in channels.
 
-Bands: `Band` says which rows of an image x holds and which rows of the result are wanted. A row of a band has the bytes of
+Bands: `Band` says which rows of an image x holds and which rows of the result are wanted. The rows may come in two pieces:
+those that the last band left, `above`, and new ones. A row of a band has the bytes of
 the same row of the whole image, in every kernel. (PyTorch's own convolution may sum floats in another order for another
 number of rows.)
 
@@ -127,14 +128,16 @@ def conv2d(
     input_activation: str,
     eps: float,
     band: list[int],
+    above: Tensor | None = None,
+    residual_above: Tensor | None = None,
 ) -> Tensor:
     """x (B, rows, W, in), weight (out, in, 3, 3) → (B, last − first, ⌈W / stride⌉, out), in x's dtype.
 
     weight in x's dtype, or int8 with weight_scale (out,), then perhaps (out, in, 4, 4), Winograd's; bias, norm_weight,
-    norm_bias (out,); residual like the result; input_weight, input_bias (in,). band: as `Band`. weight_shape is that of
-    weight, which kernels take packed.
+    norm_bias (out,); residual like the result; input_weight, input_bias (in,). band: as `Band`. above, residual_above: the
+    rows that come before those of x and of the residual. weight_shape is that of weight, which kernels take packed.
     """
-    band = Band(*band)
+    band, x, residual = Band(*band), joined(x, above), joined(residual, residual_above)
     if input_weight is not None:
         x = rms_norm(x, input_weight, input_bias, None, input_activation, eps)
     window = _window(x, band, stride)
@@ -155,14 +158,20 @@ def conv2d(
 
 
 def upsample(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None, weight_shape: list[int], bias: Tensor, band: list[int]
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_shape: list[int],
+    bias: Tensor,
+    band: list[int],
+    above: Tensor | None = None,
 ) -> Tensor:
     """x (B, rows, W, in), weight (4 · out, in, k, k) → (B, 2 (last − first), 2W, out), in x's dtype.
 
     The four phases stand one after the other in weight and weight_scale (4 · out,), of k = 2 (folded) or 3 (each phase a
-    whole kernel, which makes a convolution before a pixel shuffle); bias (out,), or (4 · out,). band: as `Band`.
+    whole kernel, which makes a convolution before a pixel shuffle); bias (out,), or (4 · out,). band, above: as `conv2d`.
     """
-    band = Band(*band)
+    band, x = Band(*band), joined(x, above)
     window = _window(x, band, 1)
     if weight_scale is None:
         phases = split_phases(convolve(window, weight), weight.shape[2])
@@ -171,6 +180,11 @@ def upsample(
         sums = split_phases(_sums(tiles, weight, weight_scale), weight.shape[2])
         phases, bias = [_untile(y, tiles, window.shape) for y in sums], bias.float()
     return shuffle(phases, x[:, band.first - band.start : band.last - band.start], bias)
+
+
+def joined(rows: Tensor | None, above: Tensor | None) -> Tensor | None:
+    """Rows of an image in one piece."""
+    return rows if above is None else torch.cat([above, rows], dim=1)
 
 
 def shuffle(phases: list[Tensor], x: Tensor, bias: Tensor) -> Tensor:

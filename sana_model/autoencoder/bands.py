@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sana_kernels.conv2d import TILE, Band
+from sana_kernels.conv2d import TILE, Band, Rows
 
 BAND_BYTES = 8 * 2**20
 """Of each layer's argument: with what else a layer holds, less than the last cache of current processors."""
@@ -43,33 +43,55 @@ class Layer(Protocol):
 
 
 class Window:
-    """The rows of an image that have come in and are still needed: rows `start` to `end` − 1."""
+    """The rows of an image that have come in and that one of its readers still needs: rows `start` to `end` − 1.
 
-    def __init__(self):
+    They stay where they came in, the last ones and, in a second piece, what is left of those before.
+    """
+
+    def __init__(self, readers: int = 1):
         self.start = self.end = 0
+        self._above: Tensor | None = None
         self._rows: Tensor | None = None
+        self._needed = [0] * readers
 
     def add(self, rows: Tensor) -> None:
-        self._rows = rows if self.start == self.end else _joined(self._rows, rows)
+        self._above = self._rows if self._above is None else in_one_piece((self._above, self._rows))
+        self._rows = rows
         self.end += rows.shape[1]
 
-    def drop(self, first: int) -> None:
-        """Rows before `first` are no longer needed."""
-        if first > self.start:
-            self._rows = _joined(self._rows[:, first - self.start :])  # not a view: the rest shall leave memory
-            self.start = first
+    def drop(self, first: int, reader: int = 0) -> None:
+        """A reader does not need rows before `first` any more."""
+        self._needed[reader] = first
+        start, edge = min(self._needed), self.end - self._rows.shape[1]
+        if start < edge:
+            self._above = self._above[:, start - self.start :]
+        else:
+            rest = self._rows[:, start - edge :]
+            self._above, self._rows = (
+                None,
+                None if start == self.end else _copied(rest),
+            )  # the others shall leave memory
+        self.start = start
 
-    def rows(self, first: int | None = None, last: int | None = None) -> Tensor:
-        """Rows `first` to `last` − 1, a view; by default, all."""
-        return self._rows if first is None else self._rows[:, first - self.start : last - self.start]
+    def rows(self, first: int | None = None, last: int | None = None) -> Rows:
+        """Rows `first` to `last` − 1, views; by default, all."""
+        first, last = self.start if first is None else first, self.end if last is None else last
+        edge = self.end - self._rows.shape[1]
+        above = None if first >= edge else self._above[:, first - self.start : last - self.start]
+        rows = None if last <= edge else self._rows[:, max(first - edge, 0) : last - edge]
+        return rows if above is None else above if rows is None else (above, rows)
 
 
-def _joined(*pieces: Tensor) -> Tensor:
-    """torch.cat(pieces, dim=1) of images (1, rows, W, C) in the CPU's memory, on this thread alone.
+def in_one_piece(rows: Rows) -> Tensor:
+    """Rows of an image in the CPU's memory, brought together on this thread alone.
 
     PyTorch would copy with all of its threads, which then wait actively for milliseconds, beside those of the kernels: a
     decode of 512 px took 1.5 s on two cores, and takes 1.2.
     """
+    return _copied(*rows) if isinstance(rows, tuple) else rows
+
+
+def _copied(*pieces: Tensor) -> Tensor:
     result = pieces[0].new_empty(1, sum(piece.shape[1] for piece in pieces), *pieces[0].shape[2:])
     to = result.data_ptr()
     for piece in map(Tensor.contiguous, pieces):
@@ -83,12 +105,15 @@ def whole(x: Tensor) -> Band:
     return Band(0, 0, x.shape[1], x.shape[1])
 
 
-def sweep(compute: Callable[[Tensor, Band], Tensor], x: Bands, step: int = 1, below: int = 1) -> Iterator[Tensor]:
+def sweep(
+    compute: Callable[[Rows, Band], Tensor], x: Bands, step: int = 1, below: int = 1, window: Window | None = None
+) -> Iterator[Tensor]:
     """compute(rows, band) for band after band, as soon as `rows` holds what `band` of the result sees.
 
-    Row r of the result (2 of `upsample`'s) sees rows step · r − 1 to step · (r + 1) − 1 + below of the image.
+    Row r of the result (2 of `upsample`'s) sees rows step · r − 1 to step · (r + 1) − 1 + below of the image. `window`: for
+    rows of x, where they have another reader, too.
     """
-    window, done, count = Window(), 0, x.height // step
+    window, done, count = window or Window(), 0, x.height // step
     for rows in x.rows:
         window.add(rows)
         ready = count if window.end == x.height else (window.end - below) // step // TILE[0] * TILE[0]
@@ -104,24 +129,13 @@ class Neighbourhood:
     step = 1  # each row of the image counts, or each pair of rows
     growth = 1  # rows of the result for each of these
     below = 1  # rows that the result sees below its own; above, it is always one
-    compute: Callable[[Tensor, Band], Tensor]
+    compute: Callable[[Rows, Band], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, Band(0, 0, x.shape[1] // self.step, x.shape[1]))
 
     def bands(self, x: Bands) -> Bands:
         return Bands(x.height // self.step * self.growth, sweep(self.compute, x, self.step, self.below))
-
-
-def remember(x: Bands, window: Window) -> Bands:
-    """The same image, whose rows also go into a window, for whoever needs them later."""
-
-    def rows() -> Iterator[Tensor]:
-        for piece in x.rows:
-            window.add(piece)
-            yield piece
-
-    return Bands(x.height, rows())
 
 
 def run(layers: list[Layer], x: Tensor, band_bytes: int | None = None) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_kernels.conv2d import Band, fold_upsample
-from sana_model.autoencoder.bands import Bands, Neighbourhood, Window, remember, sweep, whole
+from sana_kernels.conv2d import Band, Rows, fold_upsample
+from sana_model.autoencoder.bands import Bands, Neighbourhood, Window, in_one_piece, sweep, whole
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS, Ops
@@ -67,13 +67,13 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = norm(norm_kind, channels, config.norm_eps)
 
-    def first(self, x: Tensor, band: Band) -> Tensor:
+    def first(self, x: Rows, band: Band) -> Tensor:
         return self.ops.conv2d(x, self.conv1.weight, self.conv1.bias, activation=self.activation, band=band)
 
-    def second(self, y: Tensor, band: Band, residual: Tensor) -> Tensor:
+    def second(self, y: Rows, band: Band, residual: Rows) -> Tensor:
         conv, norm = self.conv2, self.norm
         if isinstance(norm, BatchNorm):
-            return norm(self.ops.conv2d(y, conv.weight, conv.bias, band=band), residual)
+            return norm(self.ops.conv2d(y, conv.weight, conv.bias, band=band), in_one_piece(residual))
         fused = {} if norm is None else {"norm": (norm.weight, norm.bias), "eps": norm.eps}  # None: in the convolution
         return self.ops.conv2d(y, conv.weight, conv.bias, residual=residual, band=band, **fused)
 
@@ -81,14 +81,14 @@ class ResBlock(nn.Module):
         return self.second(self.first(x, whole(x)), whole(x), x)
 
     def bands(self, x: Bands) -> Bands:
-        residual = Window()
+        window = Window(readers=2)  # the first convolution, and the second for its residual
 
-        def second(y: Tensor, band: Band) -> Tensor:
-            result = self.second(y, band, residual.rows(band.first, band.last))
-            residual.drop(band.last)
+        def second(y: Rows, band: Band) -> Tensor:
+            result = self.second(y, band, window.rows(band.first, band.last))
+            window.drop(band.last, reader=1)
             return result
 
-        return Bands(x.height, sweep(second, Bands(x.height, sweep(self.first, remember(x, residual)))))
+        return Bands(x.height, sweep(second, Bands(x.height, sweep(self.first, x, window=window))))
 
 
 class MultiScaleProjection(nn.Module):
@@ -198,7 +198,8 @@ class Downsample(Neighbourhood, nn.Module):
         own, stride = (out_channels // 4, 1) if unshuffle else (out_channels, 2)
         self.conv = nn.Conv2d(in_channels, own, 3, stride=stride, padding=1)
 
-    def compute(self, x: Tensor, band: Band) -> Tensor:
+    def compute(self, x: Rows, band: Band) -> Tensor:
+        x = in_one_piece(x)  # for the shortcut
         fine = band._replace(first=2 * band.first, last=2 * band.last)
         if self.unshuffle:
             y = _pixels_into_channels(self.ops.conv2d(x, self.conv.weight, self.conv.bias, band=fine))
@@ -231,7 +232,7 @@ class Upsample(Neighbourhood, nn.Module):
             return fold_upsample(weight), bias
         return tuple(t.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1) for t in (weight, bias))
 
-    def compute(self, x: Tensor, band: Band) -> Tensor:
+    def compute(self, x: Rows, band: Band) -> Tensor:
         plain = isinstance(self.conv, nn.Conv2d)
         weight, bias = self.phases() if plain else (self.conv.weight, self.conv.bias)
         return self.ops.upsample(x, weight, bias, band=band)
@@ -251,7 +252,7 @@ class Convolution(Neighbourhood):
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
-    def compute(self, x: Tensor, band: Band) -> Tensor:
+    def compute(self, x: Rows, band: Band) -> Tensor:
         conv, norm, before = self.conv, self.norm, {}
         if norm is not None:
             before = {"input_norm": (norm.weight, norm.bias), "input_activation": self.activation, "eps": norm.eps}
