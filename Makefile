@@ -46,7 +46,7 @@ test: $(VENV)/dev
 # The CPU kernels with bounds checks in every load and store. CPython and torch leak by design; libstdc++, for which Python
 # has no use, must be there when the checks start, or the first exception that torch throws ends the process.
 OP_TESTS := $(addprefix tests/test_,gemm.py int4.py quantize.py modulate.py mix_ffn.py depthwise_glu.py linear_attention.py \
-  cross_attention.py conv2d.py)
+  cross_attention.py conv2d.py winograd.py upsample.py multi_scale.py rms_norm.py)
 asan: $(VENV)/dev
 	SANA_BUILD=asan SANA_CUDA=0 $(BIN)/python setup.py build_ext --build-lib build/asan
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \

@@ -70,12 +70,23 @@ def autoencoder_examples(config: ModelConfig, precision: str) -> dict[str, tuple
 
     def conv2d(precision: str) -> tuple:
         norms = channels, channels, x, None, None, "none"
-        return x, *convolution(precision, outer, outer, 3, 3), channels, 1, "silu", *norms, ae.norm_eps, band
+        return (
+            x,
+            *convolution(precision, outer, outer, 3, 3),
+            channels,
+            1,
+            "silu",
+            *norms,
+            ae.norm_eps,
+            band,
+            None,
+            None,
+        )
 
     size, bias = (3, like(4 * outer)) if ae.upsample == "pixel_shuffle" else (2, channels)
     examples = {
         "conv2d": conv2d(precision),
-        "upsample": (x, *convolution(precision, 4 * outer, outer, size, size), bias, band),
+        "upsample": (x, *convolution(precision, 4 * outer, outer, size, size), bias, band, None),
         "rms_norm": (x, channels, channels, x, "none", ae.norm_eps),
     }
     if precision in QUANTIZED:

@@ -1,193 +1,28 @@
-"""conv2d, upsample, multi_scale and rms_norm on every backend and instruction set, AMX on emulated tiles included, against
-fp64; their references against diffusers' AutoencoderDC; and bands against whole images."""
+"""conv2d on every backend and instruction set, AMX on emulated tiles included, against fp64; its
+reference against diffusers' ResBlock; bands, rows in two pieces, and what the ops of conv2d refuse."""
 
-import importlib.util
-from dataclasses import dataclass
-from itertools import pairwise
-
-import emulated_tiles
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, assert_kernel, relative_rms
-from torch.utils._pytree import tree_map
-from variants import DTYPES, device_of, double, isas, run, signed, variants
+from convolutions import (
+    CPU,
+    GPU,
+    INTEGERS,
+    PRECISIONS,
+    Case,
+    banded,
+    compute,
+    in_double,
+    of_diffusers,
+    quantized,
+    upsample_inputs,
+)  # fmt: skip
+from variants import device_of, signed
 
 import sana_kernels
 from sana_kernels.conv2d import Band, ConvWeight, reference
 from sana_kernels.conv2d.weights import pack_conv2d, quantize_conv2d
-
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-EMULATED = "cpu:amx (emulated)"
-VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
-CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
-GPU = [v for v in VARIANTS if not isinstance(v, str)]
-FLOATS = (torch.float32, torch.bfloat16)
-PRECISIONS = ("fp32", "bf16", "w8a8", "winograd")  # of the products; W8A8, and Winograd's, between activations of bf16
-INTEGERS = ("w8a8", "winograd")
-
-
-def of_diffusers(module: str, name: str) -> type:
-    """A class of diffusers' models. Skips the test where diffusers is not installed."""
-    return getattr(pytest.importorskip(f"diffusers.models.{module}"), name)
-
-
-def compute(variant: str, op: str, *args, **kwargs) -> torch.Tensor:
-    if variant == EMULATED:
-        with emulated_tiles.cpu():
-            return getattr(sana_kernels, op)(*args, **kwargs, backend="cpu")
-    return run(variant, op, *args, **kwargs)
-
-
-def norm_inputs(shape: tuple, dtype: torch.dtype, residual: bool, device: str = "cpu") -> tuple:
-    x, weight, bias = signed(*shape), signed(shape[-1]), torch.randn(shape[-1])
-    x[:, 0, 0] = 0
-    x[:, -1, -1] = -x[:, -1, -1].abs()
-    tensors = x, weight, bias, torch.randn(shape) if residual else None
-    return tuple(None if t is None else t.to(device, dtype) for t in tensors)
-
-
-# Enough pixels that chance, one rounding shared by all channels of a pixel, does not decide about fp32's RMSE.
-NORM_SHAPES = [(1, 1, 33, 1024), (2, 25, 13, 128), (1, 19, 17, 256), (3, 11, 15, 50), (1, 3, 13, 2240)]
-
-
-@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", variants("rms_norm"))
-def test_rms_norm_against_fp64(variant, dtype, shape):
-    for activation in ACTIVATIONS:
-        x, weight, bias, residual = norm_inputs(shape, dtype, activation == "none", device_of(variant))
-        y = run(variant, "rms_norm", x, weight, bias, residual=residual, activation=activation)
-        args = x, weight, bias, residual, activation, 1e-5
-        assert_kernel(y, reference.rms_norm(*args), reference.rms_norm(*double(*args)), f"{variant} {activation}")
-
-
-def test_rms_norm_is_that_of_diffusers():
-    x, weight, bias, _ = norm_inputs((2, 5, 3, 128), torch.float32, False)
-    theirs = of_diffusers("normalization", "RMSNorm")(128, eps=1e-5, elementwise_affine=True, bias=True)
-    theirs.load_state_dict({"weight": weight, "bias": bias})
-    assert_close(sana_kernels.rms_norm(x, weight, bias, backend="reference"), theirs(x), of_rms=1e-5)
-
-
-def upsample_inputs(B: int, H: int, W: int, channels: int, C: int, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x, the 3 × 3 kernel, bias."""
-    tensors = signed(B, H, W, channels), torch.randn(C, channels, 3, 3) * channels**-0.5, torch.randn(C)
-    return tuple(t.to(device, dtype) for t in tensors)
-
-
-def diffusers_upsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    cls = of_diffusers("autoencoders.autoencoder_dc", "DCUpBlock2d")
-    block = cls(x.shape[3], weight.shape[0], interpolate=True, shortcut=True).to(x.dtype)
-    block.load_state_dict({"conv.weight": weight, "conv.bias": bias})
-    return block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach()
-
-
-UPSAMPLE_SHAPES = [(1, 1, 1, 64, 32), (2, 3, 5, 32, 32), (1, 7, 2, 128, 64), (1, 9, 33, 16, 12)]
-
-
-@pytest.mark.parametrize("shape", UPSAMPLE_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", [*variants("upsample"), *CPU[-1:]])
-def test_upsample_against_diffusers_and_fp64(variant, dtype, shape):
-    name = str(variant)
-    if dtype == torch.float16 and name.startswith("cpu"):
-        pytest.skip("the CPU kernels compute in float32 and bfloat16")
-    if name == "cuda" and shape[-1] % 8:
-        pytest.skip("the CUDA kernel takes multiples of 8 channels")
-    x, weight, bias = upsample_inputs(*shape, dtype, device_of(variant))
-    folded = reference.fold_upsample(weight)
-    y = compute(variant, "upsample", x, folded, bias)
-    exact = double(x.cpu(), weight.cpu(), bias.cpu())
-    if importlib.util.find_spec("diffusers") is not None:
-        oracle = diffusers_upsample(*exact)
-    else:  # such as on a GPU machine; that this is the same, `test_folding_is_exact` shows
-        oracle = sana_kernels.upsample(exact[0], reference.fold_upsample(exact[1]), exact[2], backend="reference")
-    # Folding sums taps before they are rounded to 16 bits: another rounding than that of the unfolded kernel.
-    assert_close(y, oracle, of_rms={torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}[dtype])
-    same = sana_kernels.upsample(x, folded, bias, backend="reference")
-    assert_kernel(y, same, sana_kernels.upsample(*double(x, folded, bias), backend="reference"))
-
-
-@pytest.mark.parametrize("shape", UPSAMPLE_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("variant", CPU)
-def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
-    """W8A8; and 3 × 3 phases, a convolution before a pixel shuffle, which diffusers has too."""
-    x, weight, bias = upsample_inputs(*shape, dtype)
-    integers = quantize_conv2d(reference.fold_upsample(weight))
-    y = compute(variant, "upsample", x, integers, bias)
-    same = sana_kernels.upsample(x, integers, bias, backend="reference")
-    exact = ConvWeight(integers.values, integers.scale.double(), integers.shape)
-    assert_kernel(y, same, sana_kernels.upsample(x.double(), exact, bias.double(), backend="reference"))
-
-    C, channels = weight.shape[0], weight.shape[1]
-    phases, biases = torch.randn(4 * C, channels, 3, 3) * channels**-0.5 / 3, torch.randn(4 * C)
-    phases, biases = phases.to(dtype), biases.to(dtype)
-    y = compute(variant, "upsample", x, phases, biases)
-    same = sana_kernels.upsample(x, phases, biases, backend="reference")
-    cls = of_diffusers("autoencoders.autoencoder_dc", "DCUpBlock2d")
-    block = cls(channels, C, interpolate=False, shortcut=True).double()
-    order = torch.arange(4 * C).view(4, C).t().flatten()  # PyTorch's pixel shuffle has the phases innermost
-    block.load_state_dict({"conv.weight": phases[order].double(), "conv.bias": biases[order].double()})
-    assert_kernel(y, same, block(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach())
-
-
-def test_folding_is_exact():
-    x, weight, bias = double(*upsample_inputs(2, 3, 5, 32, 16, torch.float32))
-    y = sana_kernels.upsample(x, reference.fold_upsample(weight), bias, backend="reference")
-    assert_close(y, diffusers_upsample(x, weight, bias), of_rms=1e-14)
-
-
-FOLDING_MISTAKES = {
-    "phases transposed": lambda folded: folded.unflatten(0, (2, 2, -1)).transpose(0, 1).flatten(0, 2),
-    "taps mirrored": lambda folded: folded.flip(2),
-    "channels before phases": lambda folded: folded.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1),
-}
-
-
-@pytest.mark.parametrize("mistake", FOLDING_MISTAKES)
-def test_the_comparison_of_upsample_notices(mistake):
-    x, weight, bias = upsample_inputs(2, 3, 5, 32, 16, torch.float32)
-    y = sana_kernels.upsample(x, FOLDING_MISTAKES[mistake](reference.fold_upsample(weight)), bias)
-    with pytest.raises(AssertionError):
-        assert_close(y, diffusers_upsample(x, weight, bias), of_rms=6e-2)
-
-
-@dataclass(frozen=True)
-class Case:
-    B: int
-    H: int
-    W: int
-    C: int
-    N: int
-    stride: int = 1
-    activation: str = "none"
-    around: str = ""  # of "bias", "norm", "residual", "input"
-
-    def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:
-        """x and the kernel, and what stands around the convolution."""
-        weight = torch.randn(self.N, self.C, 3, 3) * self.C**-0.5 / 3
-        out = self.B, -(-self.H // self.stride), -(-self.W // self.stride), self.N
-        made = {
-            "bias": torch.randn(self.N).to(dtype),
-            "norm": (signed(self.N, dtype=dtype), torch.randn(self.N).to(dtype)),
-            "residual": signed(*out, dtype=dtype),
-            "input": (torch.rand(self.C).to(dtype) + 0.5, torch.randn(self.C).to(dtype)),
-        }
-        around = {"input_norm" if name == "input" else name: made[name] for name in self.around.split()}
-        around = tree_map(lambda t: t.to(device), around)
-        if "input" in self.around:
-            around["input_activation"] = "relu"
-        x = signed(self.B, self.H, self.W, self.C, dtype=dtype).to(device)
-        return (x, weight.to(device, dtype)), {"stride": self.stride, "activation": self.activation} | around
-
-
-def in_double(weight: torch.Tensor | ConvWeight, around: dict) -> tuple:
-    """For the oracle."""
-    exact = weight._replace(scale=weight.scale.double()) if isinstance(weight, ConvWeight) else weight.double()
-    wide = {k: tuple(double(*v)) if isinstance(v, tuple) else double(v)[0] for k, v in around.items()}
-    return exact, wide
-
 
 CASES = [
     Case(50, 1, 1, 32, 16),  # so many that chance does not decide about fp32's RMSE
@@ -201,10 +36,6 @@ CASES = [
     Case(1, 9, 11, 512, 512, activation="silu", around="bias"),  # groups of four rows
     Case(1, 17, 33, 128, 3, around="bias input"),  # the decoder's last
 ]
-
-
-def quantized(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight:
-    return quantize_conv2d(weight, winograd=precision == "winograd") if precision in INTEGERS else weight
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -276,66 +107,6 @@ def test_the_scales_are_those_of_tiles():
             assert_close(y, sana_kernels.conv2d(x.double(), weight.double(), stride=stride), of_rms=1e-5)
 
 
-# Winograd's matrices as the paper has them.
-B_T = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1.0]], dtype=torch.float64)
-G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1.0]], dtype=torch.float64)
-A_T = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1.0]], dtype=torch.float64)
-
-
-def test_winograd_is_the_convolution_where_nothing_is_rounded():
-    x, weight = torch.randn(3, 4, 4).double(), torch.randn(5, 3, 3, 3).double()
-    products = (G @ weight @ G.t()) * (B_T @ x @ B_T.t())
-    assert_close(A_T @ products.sum(1) @ A_T.t(), F.conv2d(x, weight), of_rms=1e-14)
-    assert_close(reference.winograd_weight(weight), G @ weight @ G.t(), of_rms=1e-6)
-
-
-def test_winograd_patch_by_patch():
-    """The specification in plain words: each position has a scale for the tile, of the patches that make its results."""
-    x, weight = signed(1, 20, 37, 8), torch.randn(5, 8, 3, 3)
-    x[0, 7, 31] = 400  # seen by four tiles
-    kernel = quantize_conv2d(weight, winograd=True)
-    integers, padded = kernel.values.double(), F.pad(x[0].permute(2, 0, 1).double(), (1, 4, 1, 4))
-    expected = torch.zeros(22, 38, 5, dtype=torch.float64)
-    for tops in (range(0, 8, 2), range(8, 16, 2), range(16, 20, 2)):
-        for lefts in (range(0, 32, 2), range(32, 37, 2)):
-            patches = {(i, j): B_T @ padded[:, i : i + 4, j : j + 4] @ B_T.t() for i in tops for j in lefts}
-            scale = torch.stack(list(patches.values())).abs().amax((0, 1)) / 127
-            for (i, j), values in patches.items():
-                products = torch.einsum("cij,ocij->oij", (values / scale).round(), integers) * scale
-                expected[i : i + 2, j : j + 2] = (A_T @ products @ A_T.t()).permute(1, 2, 0) * kernel.scale.double()
-    y = sana_kernels.conv2d(x, kernel, backend="reference")
-    assert_close(y, expected[None, :20, :37], of_rms=1e-5)
-    exact = sana_kernels.conv2d(x.double(), weight.double())
-    assert relative_rms(y, exact) < 0.05  # and close to the convolution, but not that close
-    with pytest.raises(AssertionError):
-        assert_close(y, exact, of_rms=1e-5)
-
-
-@pytest.mark.parametrize("variant", CPU)
-def test_winograd_at_the_extremes(variant):
-    """Every pair of signs, sums up to 127² · 80."""
-    x = torch.full((1, 9, 33, 112), 3.0)
-    x[:, ::2, 1::2] *= -1
-    x[..., 3::7] *= -1
-    values = torch.full((20, 112, 4, 4), 127, dtype=torch.int8)
-    values[::2, ::3] = -127
-    values[1::4] = -127
-    kernel = ConvWeight(values, torch.ones(20), tuple(values.shape))
-    same = sana_kernels.conv2d(x, kernel, backend="reference")
-    oracle = sana_kernels.conv2d(x.double(), kernel._replace(scale=kernel.scale.double()), backend="reference")
-    assert_kernel(compute(variant, "conv2d", x, kernel), same, oracle)
-
-
-def test_winograd_weights_are_for_conv2d_with_a_stride_of_one():
-    x, kernel = torch.randn(1, 4, 4, 8), quantize_conv2d(torch.randn(16, 8, 3, 3), winograd=True)
-    with pytest.raises(ValueError, match="of Winograd weights; got 2"):
-        sana_kernels.conv2d(x, kernel, stride=2)
-    with pytest.raises(ValueError, match="upsample takes"):
-        sana_kernels.upsample(x, kernel, torch.randn(4))
-    with pytest.raises(ValueError, match="conv2d takes a weight"):  # floats of that shape
-        sana_kernels.conv2d(x, torch.randn(16, 8, 4, 4))
-
-
 @pytest.mark.parametrize("variant", CPU)
 def test_int32_sums_are_exact_at_the_extremes(variant):
     """Every pair of signs, sums up to 127² · 9 · 112, which fp32 still holds exactly."""
@@ -376,15 +147,6 @@ def test_the_comparison_of_conv2d_notices(mistake):
     assert_kernel(same, same, oracle)
     with pytest.raises(AssertionError):
         assert_kernel(MISTAKES[mistake](x, weight, around), same, oracle)
-
-
-def banded(x: torch.Tensor, ends: list[int], stride: int, reach: int, call) -> torch.Tensor:
-    """The rows between consecutive `ends`, each computed from the rows of x that it needs."""
-    H, parts = x.shape[1], []
-    for first, last in pairwise(ends):
-        start, end = max(0, stride * first - reach), min(H, stride * (last - 1) + reach + 1)
-        parts.append(call(x[:, start:end].contiguous(), Band(start, first, last, H), first, last))
-    return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -428,30 +190,51 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
     assert not torch.equal(wrong, whole[:, 16:32])
 
 
+def pieces(rows: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows[:, :cut].clone(), rows[:, cut:].clone()
+
+
 @pytest.mark.parametrize("variant", ["reference", *CPU])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_in_two_pieces_are_the_same_image(variant, precision):
-    """Cut anywhere: between tiles, in a tile, in the halo; a band of the second piece alone, and the whole image."""
+    """Cut anywhere: between tiles, in a tile, in the halo; of an image, and of some rows of one."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    (x, weight), around = Case(1, 41, 100, 36, 40, around="norm residual").make(dtype)
-    weight, residual = quantized(weight, precision), around.pop("residual")
-    folded, bias = reference.fold_upsample(torch.randn(36, 36, 3, 3, dtype=dtype)), torch.randn(36, dtype=dtype)
-    folded = quantize_conv2d(folded) if precision in INTEGERS else folded
+    bands = [Band(0, 0, 41, 41), Band(0, 16, 41, 41), Band(7, 8, 32, 49)]
+    for stride, around in ((1, "norm residual"), (1, "input bias"), (2, "bias residual")):
+        if precision == "winograd" and stride == 2:
+            continue
+        (x, weight), around = Case(1, 41, 100, 36, 40, stride, around=around).make(dtype)
+        weight, residual = quantized(weight, precision), around.pop("residual", None)
+        for band in bands if stride == 1 else [Band(0, 0, 21, 41), Band(15, 8, 16, 64)]:
+            here = {} if residual is None else {"residual": residual[:, : band.last - band.first].clone()}
+            whole = compute(variant, "conv2d", x, weight, **around, **here, band=band)
+            for cut in (1, 9, 16, 17, 40):
+                in_two = {name: pieces(rows, min(cut, rows.shape[1] - 1)) for name, rows in here.items()}
+                y = compute(variant, "conv2d", pieces(x, cut), weight, **around, **in_two, band=band)
+                assert torch.equal(y, whole), f"{around}, {band}, {cut}"
 
-    def pieces(rows: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return rows[:, :cut].clone(), rows[:, cut:].clone()
+    bias = torch.randn(36, dtype=dtype)
+    for kernel in (reference.fold_upsample(torch.randn(36, 36, 3, 3)), torch.randn(4 * 36, 36, 3, 3)):
+        kernel = quantize_conv2d(kernel) if precision in INTEGERS else kernel.to(dtype)
+        biases = bias if kernel.shape[2] == 2 else bias.repeat(4)
+        for band in bands:
+            whole = compute(variant, "upsample", x, kernel, biases, band=band)
+            for cut in (1, 9, 40):
+                assert torch.equal(compute(variant, "upsample", pieces(x, cut), kernel, biases, band=band), whole)
 
-    for band in (Band(0, 0, 41, 41), Band(0, 16, 41, 41)):
-        here = residual[:, band.first :]
-        whole = compute(variant, "conv2d", x, weight, **around, residual=here, band=band)
-        larger = compute(variant, "upsample", x, folded, bias, band=band)
-        for cut in (1, 7, 16, 17, 40):
-            in_two = {"residual": pieces(here, min(cut, 24)), "band": band}
-            assert torch.equal(compute(variant, "conv2d", pieces(x, cut), weight, **around, **in_two), whole)
-            assert torch.equal(compute(variant, "upsample", pieces(x, cut), folded, bias, band=band), larger)
-    rest = x[:, 16:].clone()
-    swapped = compute(variant, "conv2d", (rest[:, :16].clone(), rest), weight, **around, residual=residual)
-    assert not torch.equal(swapped, compute(variant, "conv2d", x, weight, **around, residual=residual))
+
+def test_a_compiler_sees_both_pieces():
+    (x, weight), around = Case(1, 20, 33, 16, 24, around="residual").make(torch.float32)
+    folded, bias = reference.fold_upsample(torch.randn(16, 16, 3, 3)), torch.randn(16)
+
+    def both(x, residual):
+        return sana_kernels.conv2d(x, weight, residual=residual), sana_kernels.upsample(x, folded, bias)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        whole, in_two = both(x, around["residual"]), compiled(pieces(x, 7), pieces(around["residual"], 12))
+    for a, b in zip(whole, in_two, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("variant", CPU)
@@ -492,33 +275,6 @@ def test_a_nan_reaches_whatever_sees_it(variant, precision, channels):
     assert torch.equal(y[0].isnan().any(-1), touched)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("variant", CPU)
-def test_multi_scale_against_fp64_and_diffusers(variant, dtype):
-    projection = of_diffusers("attention_processor", "SanaMultiscaleAttentionProjection")
-    for B, H, W, C, kernel in ((1, 1, 1, 32, 5), (2, 7, 33, 96, 5), (1, 33, 7, 64, 3)):
-        theirs = projection(C // 3, C // 96, kernel) if C % 96 == 0 else None
-        x, taps = signed(B, H, W, C, dtype=dtype), torch.randn(C, 1, kernel + 2, kernel + 2).to(dtype) / kernel
-        depthwise = taps[:, :, 1:-1, 1:-1]  # in no order that a view could flatten
-        grouped = torch.randn(C, 32, 1, 1).to(dtype) / 6
-        y = compute(variant, "multi_scale", x, depthwise, grouped)
-        same = sana_kernels.multi_scale(x, depthwise, grouped, backend="reference")
-        oracle = sana_kernels.multi_scale(*double(x, depthwise, grouped), backend="reference")
-        assert_kernel(y, same, oracle, f"{variant} {C}")
-        if theirs is not None:
-            theirs = theirs.double()
-            theirs.load_state_dict({"proj_in.weight": depthwise.double(), "proj_out.weight": grouped.double()})
-            assert_close(oracle, theirs(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1), of_rms=1e-12)
-        with pytest.raises(AssertionError):  # the groups' matrices transposed
-            wrong = grouped.view(-1, 32, 32).mT.reshape(C, 32, 1, 1)
-            assert_kernel(compute(variant, "multi_scale", x, depthwise, wrong), same, oracle)
-        parts = banded(
-            x, sorted({0, 1, H // 2, H}), 1, kernel // 2,
-            lambda rows, band, *_, w=(depthwise, grouped): compute(variant, "multi_scale", rows, *w, band=band),
-        )  # fmt: skip
-        assert torch.equal(parts, y)
-
-
 IMAGE, C, FOLDED, KERNEL = (2, 3, 4, 8), (8,), (32, 8, 2, 2), (8, 8, 3, 3)
 PIECE = torch.zeros(1, 3, 4, 8)
 W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
@@ -534,7 +290,7 @@ W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
         ("upsample", [IMAGE, (32, 8, 4, 4), C], {}, r"a folded weight .*got .*\(32, 8, 4, 4\)"),
         ("upsample", [IMAGE, FOLDED, (9,)], {}, r"bias of \(out,\).*got \(9,\)"),
         ("upsample", [IMAGE, FOLDED, C], {"band": Band(0, 0, 4, 3)}, "band inside its image"),
-        ("conv2d", [(3, 4, 8), KERNEL], {}, r"takes x \(B, H, W, in\)"),
+        ("conv2d", [(3, 4, 8), KERNEL], {}, r"takes x \(B, H, W, C\)"),
         ("conv2d", [IMAGE, (8, 9, 3, 3)], {}, r"a weight \(out, 8, 3, 3\)"),
         ("conv2d", [IMAGE, KERNEL, (9,)], {}, r"bias as floating \(8,\); got torch.float32 \(9,\)"),
         ("conv2d", [IMAGE, KERNEL], {"stride": 3}, "stride of 1 or 2; got 3"),
@@ -543,12 +299,20 @@ W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
         ("conv2d", [IMAGE, KERNEL], {"residual": torch.zeros(2, 3, 4, 9)}, r"residual \(2, 3, 4, 8\)"),
         ("conv2d", [IMAGE, KERNEL], {"band": Band(2, 0, 3, 9)}, "needs rows 0 to 3 of the image"),
         ("conv2d", [IMAGE, KERNEL], {"weight": W8A8, "band": Band(0, 0, 2, 9)}, "whole tiles of 8 rows"),
-        ("conv2d", [IMAGE, KERNEL], {"x": (torch.zeros(IMAGE), torch.zeros(IMAGE))}, "two pieces of one image"),
+        (
+            "conv2d",
+            [IMAGE, KERNEL],
+            {"x": (torch.zeros(IMAGE), torch.zeros(IMAGE))},
+            "takes x in one piece .* or in two",
+        ),
+        ("conv2d", [IMAGE, KERNEL], {"x": (PIECE, None)}, r"got \(1, 3, 4, 8\) and None"),
+        ("conv2d", [IMAGE, KERNEL], {"x": [PIECE] * 3}, r"in two of one image"),
+        ("conv2d", [IMAGE, KERNEL], {"residual": torch.zeros(3, 4, 8)}, r"takes residual \(B, H, W, C\)"),
         (
             "conv2d",
             [IMAGE, KERNEL],
             {"x": (PIECE, torch.zeros(1, 3, 5, 8))},
-            r"pieces .* got \(1, 3, 4, 8\) and \(1, 3, 5, 8\)",
+            r"in two .* got \(1, 3, 4, 8\) and \(1, 3, 5, 8\)",
         ),
         ("conv2d", [IMAGE, KERNEL], {"x": (PIECE.half(), PIECE)}, "one floating dtype and device"),
         (

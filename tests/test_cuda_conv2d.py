@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_close, assert_kernel
+from convolutions import ACTIVATIONS, Case, upsample_inputs
 from models import SMALL
-from test_conv2d import ACTIVATIONS, CASES, NORM_SHAPES, Case, norm_inputs, upsample_inputs
+from test_conv2d import CASES
+from test_rms_norm import NORM_SHAPES, norm_inputs
 from variants import DTYPES, double
 
 from sana_kernels import backend
@@ -39,7 +41,7 @@ def check_upsample(module, shape, dtype, orders=emulated.ORDERS):
     """Against the library's phases and fp64 additions."""
     x, weight, bias = upsample_inputs(*shape, dtype)
     folded = reference.fold_upsample(weight)
-    args = x, folded, None, list(folded.shape), bias, [0, 0, x.shape[1], x.shape[1]]
+    args = x, folded, None, list(folded.shape), bias, [0, 0, x.shape[1], x.shape[1]], None
     assert cuda.accepts_upsample(*args) is None
     (out,) = emulated.run(module, cuda.upsample, *args, orders=orders)
     phases = reference.split_phases(reference.convolve_phases(x, folded).permute(0, 3, 1, 2).double(), 2)
@@ -61,16 +63,18 @@ def conv2d_args(case: Case, dtype: torch.dtype) -> tuple:
     band = [0, 0, -(-case.H // case.stride), case.H]
     return (
         x, weight, None, list(weight.shape), around.get("bias"), case.stride, case.activation, *norm,
-        around.get("residual"), *before, around.get("input_activation", "none"), 1e-5, band,
+        around.get("residual"), *before, around.get("input_activation", "none"), 1e-5, band, None, None,
     )  # fmt: skip
 
 
 def by_parts(
-    x, weight, scale, shape, bias, stride, activation, norm_weight, norm_bias, residual, *before_and_band
+    x, weight, scale, shape, bias, stride, activation, norm_weight, norm_bias, residual, *rest
 ):  # fmt: skip
     """The reference, the convolution rounded before the bias is added: so NVIDIA's library does it, and CPUs do not."""
-    *before, eps, band = before_and_band
-    y = reference.conv2d(x, weight, None, shape, None, stride, "none", None, None, None, *before, eps, band)
+    *before, eps, band, above, residual_above = rest
+    y = reference.conv2d(
+        x, weight, None, shape, None, stride, "none", None, None, None, *before, eps, band, above, residual_above
+    )
     y = reference.ACTIVATIONS[activation](y if bias is None else y + bias)
     if norm_weight is not None:
         return reference.rms_norm(y, norm_weight, norm_bias, residual, "none", eps)
@@ -98,7 +102,9 @@ def test_conv2d(module, case, dtype):
 def test_what_conv2d_does_not_take():
     x, weight, *rest = conv2d_args(CASES[2], torch.float32)
     assert "not torch.int8" in cuda.accepts_conv2d(x, weight.char(), torch.ones(128), *rest[1:])
-    assert "whole images" in cuda.accepts_conv2d(x, weight, *rest[:-1], [0, 0, 8, 33])
+    assert "whole images" in cuda.accepts_conv2d(x, weight, *rest[:-3], [0, 0, 8, 33], None, None)
+    assert "not in two" in cuda.accepts_conv2d(x, weight, *rest[:-1], x)
+    assert "not in two" in cuda.accepts_conv2d(x, weight, *rest[:-2], x, None)
     assert "not packed for a CPU" in cuda.accepts_conv2d(x, weight.flatten(1), *rest)
 
 
@@ -133,9 +139,12 @@ def test_the_decoder(module, monkeypatch, norm):
 def test_what_upsample_does_not_take():
     weight = torch.zeros(4 * 12, 12, 2, 2)
     x, whole = torch.zeros(1, 2, 2, 12), [0, 0, 2, 2]
-    assert "multiples of 8 output channels" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, whole)
-    assert "whole images" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, [0, 0, 1, 2])
-    assert "not torch.int8" in cuda.accepts_upsample(x, weight.char(), torch.ones(48), [48, 12, 2, 2], None, whole)
+    assert "multiples of 8 output channels" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, whole, None)
+    assert "whole images" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, [0, 0, 1, 2], None)
+    assert "not in two" in cuda.accepts_upsample(x, weight, None, [48, 12, 2, 2], None, whole, x)
+    assert "not torch.int8" in cuda.accepts_upsample(
+        x, weight.char(), torch.ones(48), [48, 12, 2, 2], None, whole, None
+    )
 
 
 NORM, UPSAMPLE = "csrc/conv2d/rms_norm.cu", "csrc/conv2d/upsample_shuffle.cu"

@@ -11,7 +11,7 @@ namespace {
 
 Band band_of(const std::array<int64_t, 4>& band) { return {band[0], band[1], band[2], band[3]}; }
 
-// Address and rows, those of the rows above.
+// Address and number of the rows above, of the rest.
 using TwoPieces = std::tuple<Optional, int64_t, Optional, int64_t>;
 
 Rows rows_of(const TwoPieces& rows) {

@@ -15,19 +15,21 @@ struct NormWeights {
 // Consecutive rows of images, in one piece (B, count, width, C) or in two: of a single image the first rows may lie
 // elsewhere, where its last band left them.
 struct Rows {
-  const void* rest;
-  int64_t count;
   const void* above;  // (1, above_count, width, C), or null
   int64_t above_count;
+  const void* rest;
+  int64_t count;
 
   // The row `row` of an image, of `bytes`, counted from the first that is held.
   const char* at(int64_t image, int64_t row, int64_t bytes) const {
     if (row < above_count) return static_cast<const char*>(above) + row * bytes;
     return static_cast<const char*>(rest) + (image * count + row - above_count) * bytes;
   }
+  // Are all rows from `first` to `last` in one piece?
+  bool together(int64_t first, int64_t last) const { return (first < above_count) == (last < above_count); }
 };
 
-// Rows of an image: x holds rows start ... start + rows - 1 of `height`; the result has rows first ... last - 1.
+// Rows of an image of `height`: x holds those from `start` on; the result has rows first ... last - 1.
 struct Band {
   int64_t start, first, last, height;
 };
@@ -47,7 +49,7 @@ struct Conv2d {
   const void* weight;         // phases x N rounded up to 16 columns x kernel rows of taps
   const float* weight_scale;  // phases * N floats beside int8 weights; else null
   const float* bias;          // N floats, or phases * N, or null
-  Rows residual;              // like out, or null
+  Rows residual;              // like out; `rest` is null where there is none
   void* out;                  // phases 1: (B, last - first, width / stride, N), rounded up; 4: twice as many, each way
   int64_t B, width, C, N;
   Band band;

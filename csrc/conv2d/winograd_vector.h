@@ -1,7 +1,8 @@
 // 3 x 3 convolutions in int8 with 4/9 of the multiplications: F(2x2, 3x3) of Winograd (arXiv 1509.09308), on vectors.
 //
 // Algorithm (sana_kernels/conv2d/reference.py), for each tile of 8 rows x 32 pixels of the result, on one thread:
-//     gather      the 10 x 34 pixels of x that the tile sees, as they are; not where they are all there, in one piece
+//     gather      the 10 x 34 pixels of x that the tile sees, as they are; where all of them are inside the image and in one
+//                 piece, they are read in place
 //     forward     every patch of 4 x 4 pixels, of which there is one for 2 x 2 results, becomes 16 values per channel;
 //                 each of the 16 positions is quantised with one scale for the tile: once to know the largest values,
 //                 once more to write them
@@ -74,11 +75,10 @@ Pixels seen_by(const Conv2d& p, const Layout& l, const Tile& tile, char* window,
   using T = typename E::Type;
   const bool inside = tile.row > 0 && tile.row + kTileRows < p.band.height && tile.rows == kTileRows && tile.pixel > 0 &&
                       tile.pixel + kTilePixels < p.width && tile.pixels == kTilePixels;
-  if (inside && p.input_norm.weight == nullptr) {
-    const T *top = pixels_of<T>(p, tile.image, tile.row - 1), *bottom = pixels_of<T>(p, tile.image, tile.row + kTileRows);
-    const int64_t pixel = p.C * int64_t(sizeof(T));
-    if (top + (kTileRows + 1) * p.width * p.C == bottom)  // in one piece
-      return {reinterpret_cast<const char*>(top + (tile.pixel - 1) * p.C), p.width * pixel, pixel};
+  const int64_t top = tile.row - 1 - p.band.start;
+  if (inside && p.input_norm.weight == nullptr && p.x.together(top, top + kTileRows + 1)) {
+    const int64_t pixel = p.C * int64_t(sizeof(T)), row = p.width * pixel;
+    return {p.x.at(tile.image, top, row) + (tile.pixel - 1) * pixel, row, pixel};
   }
   Conv2d as_is = p;
   as_is.weight_scale = nullptr;

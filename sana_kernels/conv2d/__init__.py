@@ -46,8 +46,8 @@ def conv2d(
     arithmetic. Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend`
     cannot run.
     """
-    weight, (above, x) = as_weight(weight), _pieces("conv2d", x)
-    residual_above, residual = (None, None) if residual is None else _pieces("conv2d", residual)
+    weight, (above, x) = as_weight(weight), _pieces("conv2d", "x", x)
+    residual_above, residual = (None, None) if residual is None else _pieces("conv2d", "residual", residual)
     winograd = weight.scale is not None and weight.shape[-1] == WINOGRAD
     k = WINOGRAD if winograd else 3
     if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], k, k):
@@ -92,7 +92,7 @@ def upsample(
     band: as `conv2d`, in rows of x, each of which makes two of the result.
     Returns (B, 2H, 2W, out), contiguous, in x's dtype. Errors as `conv2d`.
     """
-    weight, (above, x) = as_weight(weight), _pieces("upsample", x)
+    weight, (above, x) = as_weight(weight), _pieces("upsample", "x", x)
     shape, kernels = weight.shape, ((x.shape[3], 2, 2), (x.shape[3], 3, 3))
     if len(shape) != 4 or shape[1:] not in kernels or shape[0] % 4 or shape[0] % x.shape[3]:
         raise ValueError(
@@ -157,22 +157,24 @@ def rms_norm(
     return call("rms_norm", backend, x, weight, bias, residual, activation, eps)
 
 
-def _check_image(op: str, x: Tensor) -> None:
+def _check_image(op: str, x: Tensor, name: str = "x") -> None:
     if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"{op} takes x (B, H, W, in), none of them 0; got {tuple(x.shape)}")
+        raise ValueError(f"{op} takes {name} (B, H, W, C), none of them 0; got {tuple(x.shape)}")
 
 
-def _pieces(op: str, x: Rows) -> tuple[Tensor | None, Tensor]:
+def _pieces(op: str, name: str, rows: Rows) -> tuple[Tensor | None, Tensor]:
     """The rows above, and the others."""
-    above, x = x if isinstance(x, tuple) else (None, x)
-    for image in _given(above, x):
-        _check_image(op, image)
-    if above is not None and not (x.shape[0] == above.shape[0] == 1 and x.shape[2:] == above.shape[2:]):
-        raise ValueError(
-            f"{op} takes two pieces of one image, (1, rows above, W, C) and (1, rows, W, C); got {tuple(above.shape)} and"
-            f" {tuple(x.shape)}"
-        )
-    return above, x
+    if isinstance(rows, Tensor):
+        _check_image(op, rows, name)
+        return None, rows
+    shapes = [tuple(piece.shape) if isinstance(piece, Tensor) else piece for piece in rows]
+    match shapes:
+        case [(1, above, width, C), (1, rest, w, c)] if (width, C) == (w, c) and 0 not in (above, rest, width, C):
+            return rows
+    raise ValueError(
+        f"{op} takes {name} in one piece (B, H, W, C) or in two of one image, (1, rows above, W, C) and (1, rows, W, C),"
+        f" none of them 0; got {' and '.join(map(str, shapes))}"
+    )
 
 
 def _whole_shape(rows: Tensor, above: Tensor | None) -> tuple[int, ...]:
@@ -243,7 +245,7 @@ def _plain_weight(x, weight, *args) -> str | None:
 
 
 def _fake_conv2d(x, weight, weight_scale, weight_shape, bias, stride, *rest):
-    _, first, last, _ = rest[8]
+    *_, (_, first, last, _), _, _, _ = rest
     return x.new_empty(x.shape[0], last - first, -(-x.shape[2] // stride), weight_shape[0])
 
 

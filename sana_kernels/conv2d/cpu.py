@@ -42,14 +42,14 @@ def conv2d(
     input_activation: str,
     eps: float,
     band: list[int],
-    above: Tensor | None = None,
-    residual_above: Tensor | None = None,
+    above: Tensor | None,
+    residual_above: Tensor | None,
 ) -> Tensor:
     """As the reference, of a weight that may be packed; arguments as this package lets them through."""
     out = torch.empty(x.shape[0], band[2] - band[1], -(-x.shape[2] // stride), weight_shape[0], dtype=x.dtype)
     vectors = weight_scale, bias, norm_weight, norm_bias, input_weight, input_bias
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
-    pieces, residuals = _pieces(x, above), _pieces(residual, residual_above)
+    pieces, residuals = _pieces(above, x), _pieces(residual_above, residual)
     kind, activations = (stride, weight_shape[2], 1), (activation, input_activation)
     _run(x, weight, out, pieces, residuals, vectors, band, kind, activations, eps)
     return out
@@ -62,20 +62,21 @@ def upsample(
     weight_shape: list[int],
     bias: Tensor,
     band: list[int],
-    above: Tensor | None = None,
+    above: Tensor | None,
 ) -> Tensor:
     """As the reference, of a weight that may be packed."""
     out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4, dtype=x.dtype)
     vectors = weight_scale, bias, None, None, None, None
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
-    pieces, kind = _pieces(x, above), (1, weight_shape[2], 4)
+    pieces, kind = _pieces(above, x), (1, weight_shape[2], 4)
     _run(x, weight, out, pieces, _pieces(None, None), vectors, band, kind, ("none", "none"), 0.0)
     return out
 
 
-def _pieces(rows: Tensor | None, above: Tensor | None) -> tuple:
-    """Address and rows of both."""
-    return sum(((None, 0) if t is None else (t.data_ptr(), t.shape[1]) for t in (rows, above)), ())
+def _pieces(above: Tensor | None, rows: Tensor | None) -> tuple[int | None, int, int | None, int]:
+    """Address and number of the rows above, of the rest."""
+    count, rest = (0 if t is None else t.shape[1] for t in (above, rows))
+    return address(above), count, address(rows), rest
 
 
 def _run(

@@ -37,13 +37,17 @@ def _finish(
 
 
 def accepts_conv2d(x, weight, weight_scale, weight_shape, bias, stride, *rest) -> str | None:
-    return _accepts(x, weight, weight_scale, 3, [0, 0, -(-x.shape[1] // stride), x.shape[1]], rest[8])
+    *_, band, above, residual_above = rest
+    whole = [0, 0, -(-x.shape[1] // stride), x.shape[1]]
+    return _accepts(x, weight, weight_scale, 3, whole, band, (above, residual_above))
 
 
 def _accepts(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None, size: int, whole: list[int], band: list[int]
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, size: int, whole: list[int], band: list[int], above: tuple
 ) -> str | None:
-    """What conv2d and upsample have in common: kernels of size × size, and the band that is all of x."""
+    """What conv2d and upsample have in common: kernels of size × size, and the band that is all of x, in one piece."""
+    if any(rows is not None for rows in above):
+        return "it takes images in one piece, not in two"
     if x.dtype not in DTYPE_CODES or weight_scale is not None:
         return f"it computes in float32, bfloat16 and float16, not {weight.dtype}"
     if weight.ndim != 4 or weight.shape[2] != size or list(band) != whole:
@@ -67,8 +71,8 @@ def conv2d(
     input_activation: str,
     eps: float,
     _band: list[int],
-    _above: None = None,
-    _residual_above: None = None,
+    _above: None,
+    _residual_above: None,
 ) -> Tensor:
     """As the reference; arguments as `conv2d` of this package and `accepts_conv2d` let them through."""
     if input_weight is not None:
@@ -83,8 +87,8 @@ def conv2d(
     return y
 
 
-def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band, above=None) -> str | None:
-    if reason := _accepts(x, weight, weight_scale, 2, [0, 0, x.shape[1], x.shape[1]], band):
+def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band, above) -> str | None:
+    if reason := _accepts(x, weight, weight_scale, 2, [0, 0, x.shape[1], x.shape[1]], band, (above,)):
         return reason
     if weight.shape[0] % 32 or weight.shape[0] // x.shape[3] not in (2, 4):
         return (
@@ -95,7 +99,7 @@ def accepts_upsample(x, weight, weight_scale, weight_shape, bias, band, above=No
 
 
 def upsample(
-    x: Tensor, weight: Tensor, _scale: None, _shape: list[int], bias: Tensor, _band: list[int], _above: None = None
+    x: Tensor, weight: Tensor, _scale: None, _shape: list[int], bias: Tensor, _band: list[int], _above: None
 ) -> Tensor:
     """As the reference: the library convolves, the kernel adds bias and shortcut on the way to the pixels' places."""
     B, H, W, channels = x.shape

@@ -17,9 +17,8 @@ The shortcut repeats each channel of x and moves them into pixels: out[2h + dy, 
 x[h, w, ⌊(4c + 2dy + dx) / repeats⌋], with repeats = 4 · out channels / in channels.
 
 Bands: `Band` says which rows of an image x holds and which rows of the result are wanted. The rows may come in two pieces:
-those that the last band left, `above`, and new ones. A row of a band has the bytes of
-the same row of the whole image, in every kernel. (PyTorch's own convolution may sum floats in another order for another
-number of rows.)
+those that the last band left, `above`, and new ones. A row of a band has the bytes of the same row of the whole image, in
+every kernel. (PyTorch's own convolution may sum floats in another order for another number of rows.)
 
 W8A8: weights are int8 with one scale per output channel (`quantize_weight`, rows as in sana_kernels/gemm/reference.py).
 Activations are quantised as they are read: the result is cut into tiles of TILE = 8 rows × 32 pixels, counted from the
@@ -128,8 +127,8 @@ def conv2d(
     input_activation: str,
     eps: float,
     band: list[int],
-    above: Tensor | None = None,
-    residual_above: Tensor | None = None,
+    above: Tensor | None,
+    residual_above: Tensor | None,
 ) -> Tensor:
     """x (B, rows, W, in), weight (out, in, 3, 3) → (B, last − first, ⌈W / stride⌉, out), in x's dtype.
 
@@ -137,7 +136,7 @@ def conv2d(
     norm_bias (out,); residual like the result; input_weight, input_bias (in,). band: as `Band`. above, residual_above: the
     rows that come before those of x and of the residual. weight_shape is that of weight, which kernels take packed.
     """
-    band, x, residual = Band(*band), joined(x, above), joined(residual, residual_above)
+    band, x, residual = Band(*band), _in_one_piece(above, x), _in_one_piece(residual_above, residual)
     if input_weight is not None:
         x = rms_norm(x, input_weight, input_bias, None, input_activation, eps)
     window = _window(x, band, stride)
@@ -164,14 +163,14 @@ def upsample(
     weight_shape: list[int],
     bias: Tensor,
     band: list[int],
-    above: Tensor | None = None,
+    above: Tensor | None,
 ) -> Tensor:
     """x (B, rows, W, in), weight (4 · out, in, k, k) → (B, 2 (last − first), 2W, out), in x's dtype.
 
     The four phases stand one after the other in weight and weight_scale (4 · out,), of k = 2 (folded) or 3 (each phase a
     whole kernel, which makes a convolution before a pixel shuffle); bias (out,), or (4 · out,). band, above: as `conv2d`.
     """
-    band, x = Band(*band), joined(x, above)
+    band, x = Band(*band), _in_one_piece(above, x)
     window = _window(x, band, 1)
     if weight_scale is None:
         phases = split_phases(convolve(window, weight), weight.shape[2])
@@ -180,11 +179,6 @@ def upsample(
         sums = split_phases(_sums(tiles, weight, weight_scale), weight.shape[2])
         phases, bias = [_untile(y, tiles, window.shape) for y in sums], bias.float()
     return shuffle(phases, x[:, band.first - band.start : band.last - band.start], bias)
-
-
-def joined(rows: Tensor | None, above: Tensor | None) -> Tensor | None:
-    """Rows of an image in one piece."""
-    return rows if above is None else torch.cat([above, rows], dim=1)
 
 
 def shuffle(phases: list[Tensor], x: Tensor, bias: Tensor) -> Tensor:
@@ -218,6 +212,10 @@ def multi_scale(x: Tensor, depthwise: Tensor, grouped: Tensor, band: list[int]) 
     reach = depthwise.shape[2] // 2
     y = convolve(_window(x, band, 1, reach), depthwise, groups=x.shape[3])
     return convolve(y, grouped, groups=x.shape[3] // grouped.shape[1]).permute(0, 2, 3, 1)
+
+
+def _in_one_piece(above: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return rows if above is None else torch.cat([above, rows], dim=1)
 
 
 def _window(x: Tensor, band: Band, stride: int, reach: int = 1) -> Tensor:

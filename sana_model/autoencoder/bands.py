@@ -45,7 +45,8 @@ class Layer(Protocol):
 class Window:
     """The rows of an image that have come in and that one of its readers still needs: rows `start` to `end` − 1.
 
-    They stay where they came in, the last ones and, in a second piece, what is left of those before.
+    They are in two pieces: the last rows as they came in, and what is left of those before, as they came in too unless they
+    were two pieces themselves.
     """
 
     def __init__(self, readers: int = 1):
@@ -54,49 +55,44 @@ class Window:
         self._rows: Tensor | None = None
         self._needed = [0] * readers
 
+    @property
+    def _edge(self) -> int:
+        """The first of the last rows that came in."""
+        return self.end - (0 if self._rows is None else self._rows.shape[1])
+
     def add(self, rows: Tensor) -> None:
-        self._above = self._rows if self._above is None else in_one_piece((self._above, self._rows))
+        self._above = in_one_piece(self.rows()) if self.start < self.end else None
         self._rows = rows
         self.end += rows.shape[1]
 
     def drop(self, first: int, reader: int = 0) -> None:
         """A reader does not need rows before `first` any more."""
         self._needed[reader] = first
-        start, edge = min(self._needed), self.end - self._rows.shape[1]
-        if start < edge:
-            self._above = self._above[:, start - self.start :]
-        else:
-            rest = self._rows[:, start - edge :]
-            self._above, self._rows = (
-                None,
-                None if start == self.end else _copied(rest),
-            )  # the others shall leave memory
-        self.start = start
+        self.start = min(self._needed)
+        if self.start >= self._edge:
+            self._above = None  # and leaves memory
 
     def rows(self, first: int | None = None, last: int | None = None) -> Rows:
         """Rows `first` to `last` − 1, views; by default, all."""
         first, last = self.start if first is None else first, self.end if last is None else last
-        edge = self.end - self._rows.shape[1]
-        above = None if first >= edge else self._above[:, first - self.start : last - self.start]
-        rows = None if last <= edge else self._rows[:, max(first - edge, 0) : last - edge]
-        return rows if above is None else above if rows is None else (above, rows)
+        if first >= self._edge:
+            return self._rows[:, first - self._edge : last - self._edge]
+        top = self._edge - self._above.shape[1]
+        above = self._above[:, first - top : last - top]
+        return above if last <= self._edge else (above, self._rows[:, : last - self._edge])
 
 
 def in_one_piece(rows: Rows) -> Tensor:
     """Rows of an image in the CPU's memory, brought together on this thread alone.
 
-    PyTorch would copy with all of its threads, which then wait actively for milliseconds, beside those of the kernels: a
-    decode of 512 px took 1.5 s on two cores, and takes 1.2.
+    PyTorch would copy with all of its threads, which then wait actively for milliseconds, beside those of the kernels.
     """
-    return _copied(*rows) if isinstance(rows, tuple) else rows
-
-
-def _copied(*pieces: Tensor) -> Tensor:
-    result = pieces[0].new_empty(1, sum(piece.shape[1] for piece in pieces), *pieces[0].shape[2:])
-    to = result.data_ptr()
-    for piece in map(Tensor.contiguous, pieces):
-        ctypes.memmove(to, piece.data_ptr(), piece.nbytes)
-        to += piece.nbytes
+    if isinstance(rows, Tensor):
+        return rows
+    above, rest = map(Tensor.contiguous, rows)
+    result = above.new_empty(1, above.shape[1] + rest.shape[1], *above.shape[2:])
+    ctypes.memmove(result.data_ptr(), above.data_ptr(), above.nbytes)
+    ctypes.memmove(result.data_ptr() + above.nbytes, rest.data_ptr(), rest.nbytes)
     return result
 
 
@@ -157,11 +153,11 @@ def run(layers: list[Layer], x: Tensor, band_bytes: int | None = None) -> Tensor
 
 
 def _split(x: Bands, band_bytes: int) -> Bands:
-    """The same image in pieces of at most `band_bytes`, in whole tiles."""
+    """The same image in pieces of about `band_bytes`, in whole tiles: two at least, all that a layer needs again."""
 
     def rows() -> Iterator[Tensor]:
         for piece in x.rows:
-            height = max(1, band_bytes // (TILE[0] * piece[:, :1].nbytes)) * TILE[0]
+            height = max(2, band_bytes // (TILE[0] * piece[:, :1].nbytes)) * TILE[0]
             yield from piece.split(height, dim=1)
 
     return Bands(x.height, rows())

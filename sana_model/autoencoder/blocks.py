@@ -199,7 +199,6 @@ class Downsample(Neighbourhood, nn.Module):
         self.conv = nn.Conv2d(in_channels, own, 3, stride=stride, padding=1)
 
     def compute(self, x: Rows, band: Band) -> Tensor:
-        x = in_one_piece(x)  # for the shortcut
         fine = band._replace(first=2 * band.first, last=2 * band.last)
         if self.unshuffle:
             y = _pixels_into_channels(self.ops.conv2d(x, self.conv.weight, self.conv.bias, band=fine))
@@ -207,7 +206,7 @@ class Downsample(Neighbourhood, nn.Module):
             y = self.ops.conv2d(x, self.conv.weight, self.conv.bias, stride=2, band=band)
         if not self.shortcut:
             return y
-        moved = _pixels_into_channels(x[:, fine.first - fine.start : fine.last - fine.start])
+        moved = _pixels_into_channels(in_one_piece(x)[:, fine.first - fine.start : fine.last - fine.start])
         return moved.unflatten(-1, (self.out_channels, -1)).mean(-1) + y
 
 
