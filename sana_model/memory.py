@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from sana_model.autoencoder.bands import BAND_BYTES
+from sana_model.autoencoder.bands import BAND_BYTES, rows_of_a_band
 from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.bins import nearest_bin
 from sana_model.config import BUILT_IN, ModelConfig
@@ -236,7 +236,9 @@ def decoder_bytes(
     attention = [i for i, kind in enumerate(ae.decoder_block_types) if kind == "EfficientViTBlock"]
     inner = max((width * height * ae.widths[i] >> 2 * i for i in attention), default=0)
     image = 3 * width * height
-    return min(whole, (ATTENTION_UNITS * inner + 2 * image) * dtype.itemsize + BANDS_UNITS * BAND_BYTES + SMALL)
+    row = width * ae.widths[0] * dtype.itemsize
+    bands = BANDS_UNITS * max(BAND_BYTES, row * rows_of_a_band(row))
+    return min(whole, (ATTENTION_UNITS * inner + 2 * image) * dtype.itemsize + bands + SMALL)
 
 
 def _lighter_loads(config: ModelConfig, precisions: Precisions, place: torch.device, room: int) -> Iterator[str]:

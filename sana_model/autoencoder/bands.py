@@ -152,12 +152,16 @@ def run(layers: list[Layer], x: Tensor, band_bytes: int | None = None) -> Tensor
     return torch.cat(list(bands.rows), dim=1)
 
 
+def rows_of_a_band(row_bytes: int, band_bytes: int = BAND_BYTES) -> int:
+    """Whole tiles of about `band_bytes`; two at least, because layers need as many rows again as two tiles have."""
+    return max(2, band_bytes // (TILE[0] * row_bytes)) * TILE[0]
+
+
 def _split(x: Bands, band_bytes: int) -> Bands:
-    """The same image in pieces of about `band_bytes`, in whole tiles: two at least, all that a layer needs again."""
+    """The same image in pieces of about `band_bytes`."""
 
     def rows() -> Iterator[Tensor]:
         for piece in x.rows:
-            height = max(2, band_bytes // (TILE[0] * piece[:, :1].nbytes)) * TILE[0]
-            yield from piece.split(height, dim=1)
+            yield from piece.split(rows_of_a_band(piece[:, :1].nbytes, band_bytes), dim=1)
 
     return Bands(x.height, rows())
