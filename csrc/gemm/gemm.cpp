@@ -3,8 +3,8 @@
 // Algorithm (sana_kernels/gemm/reference.py): out = epilogue(x weight^T) with bf16 operands and float sums, or with int8
 // operands, int32 sums and one scale per row of x and per column of the result.
 //
-// Tiling: the columns are cut into blocks whose weights fill half of a core's second-level cache, about as many as
-// there are threads or a multiple; a task is one such block times some of the rows. Tasks of one block follow each other,
+// Tiling: the columns are cut into nearly equal blocks whose weights fill about half of a core's second-level cache (on AMX
+// more of it, GemmKernels::eighths), as many as there are threads or a multiple; a task is one such block times some of the rows. Tasks of one block follow each other,
 // so a thread that goes on to the next finds its weights where it left them, and x (a few MB) streams past. No sum is
 // ever split between tasks: the bytes of the result do not depend on the number of threads.
 //
@@ -70,18 +70,19 @@ Status gemm_cpu(const Gemm& given, int threads) {
   if (p.M < 1 || p.N < 16 || p.K < 1 || p.N % 16 || row_bytes(p) % 64) return Status::bad_shape;
   if (!valid(p.dtype)) return Status::bad_dtype;
   const GemmKernels& kernels = choose(kByIsa);
-  const int64_t least = ceil_div(p.N * row_bytes(p), second_level_cache() / 2);
-  const int64_t columns = part_of(p.N, ceil_div(least, threads) * threads, kernels.columns);
-  const int64_t across = ceil_div(p.N, columns);
+  const int64_t least = ceil_div(p.N * row_bytes(p), second_level_cache() * kernels.eighths / 8);
+  const int64_t units = ceil_div(p.N, kernels.columns), most = ceil_div(units, ceil_div(least, threads) * threads);
+  const int64_t across = ceil_div(units, most);
+  const auto column = [&](int64_t block) { return std::min(block * units / across * kernels.columns, p.N); };
   const int64_t rows = threads == 1 ? p.M : rows_of_task(p.M, across, kernels.rows, threads);
   const int64_t down = ceil_div(p.M, rows);
   std::atomic<bool> failed{false};
   parallel_for(threads, across * down, [&](int64_t task) {
-    const int64_t row = task % down * rows, column = task / down * columns;
+    const int64_t row = task % down * rows, block = task / down;
     static thread_local Scratch scratch;
     char* buffer = scratch.reserve(kernels.scratch * (row_bytes(p) + kLine) + 4 * rows);
     if (buffer == nullptr) failed = true;
-    else kernels.block(p, {row, std::min(row + rows, p.M), column, std::min(column + columns, p.N)}, buffer);
+    else kernels.block(p, {row, std::min(row + rows, p.M), column(block), column(block + 1)}, buffer);
   });
   return failed ? Status::out_of_memory : Status::ok;
 }

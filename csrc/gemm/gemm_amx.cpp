@@ -6,6 +6,9 @@
 // (tileloaddt1), without which they would push x out. Longer rows are done in equal parts of at most 18 steps; between
 // the parts the sums of 512 columns wait in a buffer on the stack.
 //
+// The next 32 rows of x are prefetched into the second-level cache meanwhile: out of order alone, a core sees two steps
+// ahead, less than the last cache's latency.
+//
 // Rows of x that lie a multiple of 1 KB apart would meet in a few sets of that cache (K = 2048 and 9216 of the text
 // encoder): such rows are copied to where they are 64 bytes more apart.
 //
@@ -42,15 +45,33 @@ struct Streamed {
   }
 };
 
-// The epilogue of a finished block, done a few rows at a time.
+// Rows of x that are wanted next, fetched a few cache lines at a time.
+struct Ahead {
+  const char* row;
+  int64_t stride, bytes;
+  int rows;
+  int64_t k = 0;
+
+  void run(int64_t lines) {
+    for (; lines > 0 && rows > 0; --lines) {
+      _mm_prefetch(row + k, _MM_HINT_T1);
+      if ((k += kLine) == bytes) row += stride, k = 0, --rows;
+    }
+  }
+};
+
+// What runs beside the steps of a block: the epilogue of the one before, a few rows at a time, and fetching ahead.
 template <class T, class E, class Out>
 struct Pending {
   const Gemm& p;
+  Ahead ahead;
+  const int64_t lines;  // of it, at a step
   const Sums<T>* sums = nullptr;
   int64_t m = 0, n = 0;
   int row = 0, rows = 0, vectors = 0;
 
   void run(int count) {
+    ahead.run(lines);
     for (const int end = row + count < rows ? row + count : rows; row < end; ++row)
       for (int v = 0; v < vectors; ++v)
         finish<E, Out>(p, m + row, n + 16 * v, Columns(p, n + 16 * v), T::load(&sums->at[row][16 * v]));
@@ -59,11 +80,12 @@ struct Pending {
 
 // Rows m to m + rows - 1 of the result, in the columns of `block`. `x`: 32 rows, of which the last may be padding.
 template <class T, class E, class Out>
-void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block) {
+void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block, const Ahead& ahead) {
+  const int64_t blocks = (block.last_column - block.first_column + kColumns - 1) / kColumns;
   const int64_t bytes = row_bytes(p), steps = bytes / 64;
   const int64_t parts = (steps + kSteps - 1) / kSteps, part = (steps + parts - 1) / parts;
   Sums<T> waiting[kChunk / kColumns], done[2];
-  Pending<T, E, Out> pending{p};
+  Pending<T, E, Out> pending{p, ahead, (kRows + blocks - 1) / blocks};
   int buffer = 0;
   for (int64_t chunk = block.first_column; chunk < block.last_column; chunk += kChunk) {
     const int64_t end = chunk + kChunk < block.last_column ? chunk + kChunk : block.last_column;
@@ -97,9 +119,10 @@ void block_of(const Gemm& p, const Block& block, char* buffer) {
   configure_tiles();
   for (int64_t m = block.first_row; m < block.last_row; m += kRows) {
     const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
-    const int64_t left = block.last_row - m;
+    const int64_t left = block.last_row - m, next = left - kRows;
+    const Ahead ahead = {x + kRows * p.x_stride, p.x_stride, bytes, int(next < kRows ? next : kRows)};
     if (left >= kRows && p.x_stride % 1024 != 0) {
-      panel<T, E, Out>(p, x, p.x_stride, m, kRows, block);
+      panel<T, E, Out>(p, x, p.x_stride, m, kRows, block, ahead);
       continue;
     }
     for (int64_t r = 0; r < kRows; ++r)  // tiles have 16 rows: the last ones of x may not be there
@@ -107,7 +130,7 @@ void block_of(const Gemm& p, const Block& block, char* buffer) {
         _mm512_storeu_si512(buffer + r * apart + k,
                             r < left ? _mm512_loadu_si512(x + r * p.x_stride + k) : _mm512_setzero_si512());
     asm volatile("" : : : "memory");  // gcc does not know that a tile load reads memory
-    panel<T, E, Out>(p, buffer, apart, m, int(left < kRows ? left : kRows), block);
+    panel<T, E, Out>(p, buffer, apart, m, int(left < kRows ? left : kRows), block, ahead);
   }
   _tile_release();
   _mm_sfence();  // streamed stores are seen by other threads before whatever this thread does next
@@ -132,6 +155,6 @@ void block(const Gemm& p, const Block& block, char* buffer) {
 
 }  // namespace
 
-const GemmKernels gemm_amx = {kRows, kColumns, kRows, block};
+const GemmKernels gemm_amx = {kRows, kColumns, 7, kRows, block};
 
 }  // namespace sana

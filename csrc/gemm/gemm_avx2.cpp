@@ -3,6 +3,6 @@
 
 namespace sana {
 
-const GemmKernels gemm_avx2 = {BFloat16::kRows, kPanel, kScratch, block};
+const GemmKernels gemm_avx2 = {BFloat16::kRows, kPanel, 4, kScratch, block};
 
 }  // namespace sana

@@ -61,6 +61,6 @@ void block(const Gemm& p, const Block& block, char*) {
 
 }  // namespace
 
-const GemmKernels gemm_avx512 = {kRows, 16 * kVectors, 0, block};
+const GemmKernels gemm_avx512 = {kRows, 16 * kVectors, 4, 0, block};
 
 }  // namespace sana

@@ -3,6 +3,6 @@
 
 namespace sana {
 
-const GemmKernels gemm_avxvnni = {Int8::kRows, kPanel, kScratch, block};
+const GemmKernels gemm_avxvnni = {Int8::kRows, kPanel, 4, kScratch, block};
 
 }  // namespace sana

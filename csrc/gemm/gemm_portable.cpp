@@ -45,6 +45,6 @@ void block(const Gemm& p, const Block& block, char*) {
 
 }  // namespace
 
-const GemmKernels gemm_portable = {1, kColumns, 0, block};
+const GemmKernels gemm_portable = {1, kColumns, 4, 0, block};
 
 }  // namespace sana
