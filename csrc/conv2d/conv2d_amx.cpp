@@ -2,8 +2,9 @@
 //
 // A row of taps is 3 C elements of consecutive pixels, so an operand tile is 16 rows of 64 bytes, a pixel apart: what
 // 32 pixels see of one row is 34 C elements, 35 KB at C = 512 in bf16. As many rows of taps at a time as the
-// first-level cache holds (in bf16 three at C = 128, two at 256, one from 512 on); the sums wait in the second-level
-// cache for the next. So do the weights of a chunk of columns, for all rows of the group: products take 32 bytes per cycle.
+// first-level cache holds (in bf16 three at C = 128, two at 256), the sums waiting in the second-level cache for the next;
+// all where a chunk of columns is but one block (in bf16 from C = 512 on), for which no x would be kept. The weights of a
+// chunk lie in the second-level cache for all rows of the group: products take 32 bytes per cycle.
 //
 // Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a
 // pixel at a time. Gathering is not.
@@ -54,8 +55,8 @@ struct Multiply {
   static void multiply_all(const Products& q, Pending& pending) {
     const Layout& l = q.layout;
     const int64_t seen = q.stride * kTilePixels * l.pixel;  // of a row of taps
-    const int64_t fitting = seen > kFirstLevel ? 1 : kFirstLevel / seen;
     const int64_t chunk = kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
+    const int64_t fitting = chunk == 2 ? q.kernel : seen > kFirstLevel ? 1 : kFirstLevel / seen;
     const int64_t steps = q.rows * q.kernel * (l.packed / 64) * ((q.panels + 1) / 2), left = pending.left();
     Beside<Pending> beside = {pending, left == 0 || steps < left ? 1 : steps / left};
     configure_tiles();
