@@ -22,7 +22,7 @@ void py_gemm(Address x, Address weight, Address out, int64_t x_stride, const std
   p.gate = pointer<float>(floats[3]);
   p.residual = pointer(residual);
   p.out = pointer(out);
-  p.M = shape[0], p.N = shape[1], p.K = shape[2], p.image = shape[3];
+  p.M = shape[0], p.N = p.out_stride = shape[1], p.K = shape[2], p.image = shape[3];
   p.dtype = DType(dtype);
   p.silu = silu;
   p.stream = true;
@@ -40,7 +40,7 @@ void py_gemm_w4a16(Address x, int64_t x_stride, int x_dtype, const std::array<Ad
   gemm.gate = pointer<float>(floats[1]);
   gemm.residual = pointer(residual);
   gemm.out = pointer(out);
-  gemm.M = shape[0], gemm.N = shape[1], gemm.K = shape[2], gemm.image = shape[3];
+  gemm.M = shape[0], gemm.N = gemm.out_stride = shape[1], gemm.K = shape[2], gemm.image = shape[3];
   gemm.dtype = DType(dtype);
   gemm.silu = silu;
   const GemmW4A16 p = {gemm,      DType(x_dtype), pointer<uint8_t>(weight[0]), pointer<float>(weight[1]),

@@ -23,7 +23,7 @@ inline void finish(const Gemm& p, int64_t m, int64_t n, const Columns& columns, 
   const Vec scale = p.x_scale == nullptr ? columns.scale : columns.scale * set1(p.x_scale[m]);
   Vec y = fmadd(sum, scale, columns.bias);
   if (p.silu) y = sizeof(T) == 4 ? silu(y) : silu_16(y);
-  const int64_t index = m * p.N + n;
+  const int64_t index = m * p.out_stride + n;
   if (p.residual != nullptr) {
     const Vec residual = E::load(static_cast<const T*>(p.residual) + index, lanes);
     y = p.gate == nullptr ? residual + y : fmadd(F32::load(p.gate + m / p.image * p.N + n, lanes), y, residual);

@@ -16,11 +16,11 @@ void finish(const Gemm& p, int64_t m, int64_t n, float* y) {
   }
   if (p.residual != nullptr) {
     float residual[kColumns];
-    load_row(at(p.residual, m * p.N + n, p.dtype), p.dtype, kColumns, residual);
+    load_row(at(p.residual, m * p.out_stride + n, p.dtype), p.dtype, kColumns, residual);
     const float* gate = p.gate == nullptr ? nullptr : p.gate + m / p.image * p.N + n;
     for (int i = 0; i < kColumns; ++i) y[i] = residual[i] + (gate == nullptr ? 1 : gate[i]) * y[i];
   }
-  store_row(y, p.dtype, kColumns, at(p.out, m * p.N + n, p.dtype));
+  store_row(y, p.dtype, kColumns, at(p.out, m * p.out_stride + n, p.dtype));
 }
 
 template <class T>

@@ -69,6 +69,7 @@ Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads) {
       row.h[0] = y == 0 ? nullptr : at(p.h, (r - 1) * in_pitch, p.dtype);
       row.h[1] = at(p.h, r * in_pitch, p.dtype);
       row.h[2] = y == p.height - 1 ? nullptr : at(p.h, (r + 1) * in_pitch, p.dtype);
+      row.pitch = 2 * p.F;
       row.filter = filter;
       row.out = p.scale == nullptr ? at(p.out, r * out_pitch, p.dtype) : static_cast<char*>(p.out) + r * out_pitch;
       row.scale = p.scale == nullptr ? nullptr : p.scale + r * p.width;

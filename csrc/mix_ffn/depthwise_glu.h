@@ -25,6 +25,7 @@ Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads);
 // One row of tokens of one image, for callers that make h band by band.
 struct DepthwiseGluRow {
   const void* h[3];     // the rows above, at and below it: `width` tokens of 2F elements; null above or below the image
+  int64_t pitch;        // elements from token to token of h
   const float* filter;  // what pack_depthwise made
   void* out;            // `width` tokens, as in DepthwiseGlu; so is `scale`
   float* scale;

@@ -23,7 +23,7 @@ void convolve(const DepthwiseGluRow& row, int64_t x, int64_t c, int64_t count, f
       if (row.h[i] == nullptr || column < 0 || column >= row.width) continue;
       const float* tap = row.filter + (3 * i + j) * channels + c;
       float h[kPart];
-      load_row(at(row.h[i], column * channels + c, row.dtype), row.dtype, count, h);
+      load_row(at(row.h[i], column * row.pitch + c, row.dtype), row.dtype, count, h);
       for (int64_t k = 0; k < count; ++k) sum[k] += double(tap[k]) * h[k];
     }
   }

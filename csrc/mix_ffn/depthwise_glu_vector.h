@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) void convolve(const DepthwiseGluRow& row, 
   const bool new_line = c * sizeof(T) % 64 == 0;
   const auto load = [&](int64_t x) {
     for (int i = kFirst; i < kLast; ++i) {
-      const T* h = static_cast<const T*>(row.h[i]) + x * channels + c;
+      const T* h = static_cast<const T*>(row.h[i]) + x * row.pitch + c;
       column[i] = E::load(h, lanes);
       if (new_line) _mm_prefetch(reinterpret_cast<const char*>(h) + kPrefetchBytes, _MM_HINT_T0);
     }

@@ -30,6 +30,9 @@ namespace {
 
 constexpr int64_t kTokens = 512, kTokensPerThread = 32;  // of a band, about
 constexpr DType kMiddle = DType::bf16;
+// Elements between two tokens of h. A power of 2 of bytes from token to token (F = 4096 in the DC-AE) would put all that a
+// channel's convolution reads in a few sets of the caches.
+constexpr int64_t kGap = 32;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -38,7 +41,7 @@ class Bands {
  public:
   Bands(const MixFfn& p, int threads) : p_(p), threads_(threads) {
     rows_ = std::min(std::max<int64_t>(2, std::max(kTokens, kTokensPerThread * threads) / p.width), std::max<int64_t>(2, p.height));
-    const int64_t h_row = p.width * 2 * p.F * element_size(kMiddle);
+    const int64_t h_row = p.width * pitch() * element_size(kMiddle);
     u_pitch_ = is_int8() ? quantized_pitch(p.F) : p.F * element_size(kMiddle);
     const int64_t filter = aligned(20 * p.F * sizeof(float)), h = aligned(rows_ * h_row);
     const int64_t tokens = (rows_ + 1) * p.width, u = aligned(tokens * u_pitch_);
@@ -70,11 +73,12 @@ class Bands {
 
  private:
   bool is_int8() const { return p_.x_scale != nullptr; }
+  int64_t pitch() const { return 2 * p_.F + kGap; }
 
   // Row i of h, or null beyond the image.
   char* h_row(int64_t i) const {
     if (i < 0 || i >= p_.height) return nullptr;
-    return h_[i / rows_ % 2] + i % rows_ * p_.width * 2 * p_.F * element_size(kMiddle);
+    return h_[i / rows_ % 2] + i % rows_ * p_.width * pitch() * element_size(kMiddle);
   }
 
   Status expand(int64_t b, int64_t first, int64_t last) const {
@@ -87,6 +91,7 @@ class Bands {
     g.weight_scale = p_.expand_scale;
     g.bias = p_.expand_bias;
     g.out = h_row(first);
+    g.out_stride = pitch();
     g.M = (last - first) * p_.width;
     g.N = 2 * p_.F;
     g.K = is_int8() ? quantized_pitch(p_.C) : p_.C;
@@ -105,7 +110,7 @@ class Bands {
         return;
       }
       const int64_t row = first + i;
-      depthwise_glu_row({{h_row(row - 1), h_row(row), h_row(row + 1)}, filter_, u_ + i * p_.width * u_pitch_,
+      depthwise_glu_row({{h_row(row - 1), h_row(row), h_row(row + 1)}, pitch(), filter_, u_ + i * p_.width * u_pitch_,
                          is_int8() ? u_scale_ + i * p_.width : nullptr, buffer, p_.width, p_.F, kMiddle});
     });
     return failed ? Status::out_of_memory : Status::ok;
@@ -123,7 +128,7 @@ class Bands {
     g.residual = p_.residual == nullptr ? nullptr : at(p_.residual, token * p_.C, p_.dtype);
     g.out = at(p_.out, token * p_.C, p_.dtype);
     g.M = g.image = (last - first) * p_.width;
-    g.N = p_.C;
+    g.N = g.out_stride = p_.C;
     g.K = is_int8() ? quantized_pitch(p_.F) : p_.F;
     g.dtype = p_.dtype;
     return gemm_cpu(g, threads_);
