@@ -71,17 +71,8 @@ def autoencoder_examples(config: ModelConfig, precision: str) -> dict[str, tuple
     def conv2d(precision: str) -> tuple:
         norms = channels, channels, x, None, None, "none"
         return (
-            x,
-            *convolution(precision, outer, outer, 3, 3),
-            channels,
-            1,
-            "silu",
-            *norms,
-            ae.norm_eps,
-            band,
-            None,
-            None,
-        )
+            x, *convolution(precision, outer, outer, 3, 3), channels, 1, "silu", *norms, ae.norm_eps, band, None, None,
+        )  # fmt: skip
 
     size, bias = (3, like(4 * outer)) if ae.upsample == "pixel_shuffle" else (2, channels)
     examples = {

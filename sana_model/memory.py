@@ -35,7 +35,7 @@ SMALL = 256 * 2**20  # whatever does not grow with the picture: workspaces, tabl
 DIT_UNITS = 20  # × rows · N · C values: in a block 13 to 15 are alive (2F = 5C, twice, and fp32 copies), plus workspace
 DECODER_UNITS = 8  # × width · height · outermost channels (128) values: 4 are alive in the last stage, plus workspace
 ATTENTION_UNITS = 16  # × tokens · C values of the decoder's largest stage of attention, which stays whole
-BANDS_UNITS = 48  # × a band: those that are in flight between all layers
+BANDS_UNITS = 4  # × a band, for every ResBlock and upsampling that runs in bands: those that are in flight
 DECODER_CPU_BYTES = 22  # × the same, whatever the dtype: the CPU's convolutions keep a wide copy of what they reorder
 TILE = 512  # pixels, `Autoencoder.tiled_decode`
 
@@ -237,7 +237,9 @@ def decoder_bytes(
     inner = max((width * height * ae.widths[i] >> 2 * i for i in attention), default=0)
     image = 3 * width * height
     row = width * ae.widths[0] * dtype.itemsize
-    bands = BANDS_UNITS * max(BAND_BYTES, row * rows_of_a_band(row))
+    outer = range(min(attention, default=len(ae.decoder_layers)))
+    blocks = sum(ae.decoder_layers[i] + 1 for i in outer if ae.decoder_layers[i])
+    bands = BANDS_UNITS * blocks * max(BAND_BYTES, row * rows_of_a_band(row))
     return min(whole, (ATTENTION_UNITS * inner + 2 * image) * dtype.itemsize + bands + SMALL)
 
 

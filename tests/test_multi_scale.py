@@ -1,5 +1,5 @@
 """multi_scale on every backend and instruction set, AMX on emulated tiles included, against fp64 and
-diffusers."""
+diffusers' projection."""
 
 import pytest
 import torch

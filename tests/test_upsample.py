@@ -1,5 +1,5 @@
-"""upsample on every backend and instruction set, AMX on emulated tiles included, against fp64 and
-diffusers' DCUpBlock2d."""
+"""upsample on every backend and instruction set, AMX on emulated tiles included, against fp64 and diffusers'
+DCUpBlock2d."""
 
 import importlib.util
 

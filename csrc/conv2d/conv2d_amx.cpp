@@ -3,8 +3,8 @@
 // A row of taps is 3 C elements of consecutive pixels, so an operand tile is 16 rows of 64 bytes, a pixel apart: what
 // 32 pixels see of one row is 34 C elements, 35 KB at C = 512 in bf16. As many rows of taps at a time as the
 // first-level cache holds (in bf16 three at C = 128, two at 256), the sums waiting in the second-level cache for the next;
-// all where a chunk of columns is but one block (in bf16 from C = 512 on), for which no x would be kept. The weights of a
-// chunk lie in the second-level cache for all rows of the group: products take 32 bytes per cycle.
+// all of them where a chunk is one block of columns (in bf16 from C = 512 on), since no second block would reuse the x that
+// is kept. The weights of a chunk lie in the second-level cache for all rows of the group: products take 32 bytes per cycle.
 //
 // Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a
 // pixel at a time. Gathering is not.

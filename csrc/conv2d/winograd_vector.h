@@ -15,8 +15,8 @@
 //
 // FLOPs: 8 C N per pixel, not 18. Besides, for each pixel and vector of channels or columns, about 50 vector instructions
 // for the way there and 20 for the way back. Bytes: x as conv2d.cpp; 16 C N of weights, not 9, for 128 pixels, so that at
-// C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply unit; of the time, products are 55 %
-// at 128 channels, 68 % at 256, 82 % at 512. Where they run on AMX tiles, eight times as fast as on vectors, transforms would
+// C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply unit; of the time, products are 61 %
+// at 128 channels, 77 % at 256, 86 % at 512. Where they run on AMX tiles, eight times as fast as on vectors, transforms would
 // take longest: there the direct convolution is faster.
 // Measured: bench/notes/decoder.md.
 #pragma once
@@ -77,8 +77,8 @@ Pixels seen_by(const Conv2d& p, const Layout& l, const Tile& tile, char* window,
                       tile.pixel + kTilePixels < p.width && tile.pixels == kTilePixels;
   const int64_t top = tile.row - 1 - p.band.start;
   if (inside && p.input_norm.weight == nullptr && p.x.together(top, top + kTileRows + 1)) {
-    const int64_t pixel = p.C * int64_t(sizeof(T)), row = p.width * pixel;
-    return {p.x.at(tile.image, top, row) + (tile.pixel - 1) * pixel, row, pixel};
+    const int64_t pixel = p.C * int64_t(sizeof(T)), below = p.width * pixel;
+    return {p.x.at(tile.image, top, below) + (tile.pixel - 1) * pixel, below, pixel};
   }
   Conv2d as_is = p;
   as_is.weight_scale = nullptr;

@@ -3,10 +3,11 @@
 // Algorithm (sana_kernels/gemm/reference.py): out = epilogue(x weight^T) with bf16 operands and float sums, or with int8
 // operands, int32 sums and one scale per row of x and per column of the result.
 //
-// Tiling: the columns are cut into nearly equal blocks whose weights fill about half of a core's second-level cache (on AMX
-// more of it, GemmKernels::eighths), as many as there are threads or a multiple; a task is one such block times some of the rows. Tasks of one block follow each other,
-// so a thread that goes on to the next finds its weights where it left them, and x (a few MB) streams past. No sum is
-// ever split between tasks: the bytes of the result do not depend on the number of threads.
+// Tiling: the columns are cut into nearly equal blocks, about as many as there are threads or a multiple of that, whose
+// weights fill at most half of a core's second-level cache (on AMX more, GemmKernels::eighths); a task is one such block
+// times some of the rows. Tasks of one block follow each other, so a thread that goes on to the next finds its weights
+// where it left them, and x (a few MB) streams past. No sum is ever split between tasks: the bytes of the result do not
+// depend on the number of threads.
 //
 // FLOPs: 2 M N K. Bytes: x once per column block, the weights once per thread, the result once. At SANA's sizes
 // (M = 2048, K, N >= 1152) that is more than 400 FLOP per byte, so the bound is the multiply unit.
@@ -70,7 +71,9 @@ Status gemm_cpu(const Gemm& given, int threads) {
   if (p.M < 1 || p.N < 16 || p.K < 1 || p.N % 16 || row_bytes(p) % 64) return Status::bad_shape;
   if (!valid(p.dtype)) return Status::bad_dtype;
   const GemmKernels& kernels = choose(kByIsa);
-  const int64_t least = ceil_div(p.N * row_bytes(p), second_level_cache() * kernels.eighths / 8);
+  const int64_t cache = second_level_cache(), of_rows = 2 * kernels.rows * row_bytes(p);  // these, and the next
+  const int64_t of_weights = std::max(std::min(cache * kernels.eighths / 8, cache - of_rows), cache / 4);
+  const int64_t least = ceil_div(p.N * row_bytes(p), of_weights);
   const int64_t units = ceil_div(p.N, kernels.columns), most = ceil_div(units, ceil_div(least, threads) * threads);
   const int64_t across = ceil_div(units, most);
   const auto column = [&](int64_t block) { return std::min(block * units / across * kernels.columns, p.N); };

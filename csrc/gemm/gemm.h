@@ -24,7 +24,7 @@ struct Gemm {
   const void* residual;       // like out, or null
   const float* gate;          // one row of N floats per image, or null: 1; `image` rows of x belong to an image
   void* out;                  // M rows of N elements
-  int64_t out_stride;         // elements from row to row of out, and of residual
+  int64_t out_stride;         // elements from row to row of out, and of residual; streamed only if a multiple of 16
   int64_t M, N, K, image;
   DType dtype;  // of out and residual
   bool silu;

@@ -9,7 +9,7 @@
 // The next 32 rows of x are prefetched into the second-level cache meanwhile: out of order alone, a core sees two steps
 // ahead, less than the last cache's latency.
 //
-// Rows of x that lie a multiple of 1 KB apart would meet in a few sets of that cache (K = 2048 and 9216 of the text
+// Rows of x that lie a multiple of 1 KB apart would meet in a few sets of the first-level cache (K = 2048 and 9216 of the text
 // encoder): such rows are copied to where they are 64 bytes more apart.
 //
 // Tile products run beside vector instructions. So the epilogue of a block is spread over the steps of the next block, a
@@ -138,7 +138,7 @@ void block_of(const Gemm& p, const Block& block, char* buffer) {
 
 template <class T, class E>
 void block_of(const Gemm& p, const Block& block, char* buffer) {
-  const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0 && p.out_stride % 16 == 0;
   p.stream && aligned ? block_of<T, E, Streamed<E>>(p, block, buffer) : block_of<T, E, E>(p, block, buffer);
 }
 

@@ -15,7 +15,7 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 struct GemmKernels {
   int64_t rows, columns;  // of the register (or tile) block: what a task should be a multiple of
-  int64_t eighths;        // of the second-level cache that the weights of a block fill
+  int64_t eighths;        // of the second-level cache, which the weights of a block fill at most
   int64_t scratch;        // rows of x, and a line for each, that `buffer` has room for, and 4 bytes for each row of the block
   void (*block)(const Gemm& p, const Block& block, char* buffer);
 };

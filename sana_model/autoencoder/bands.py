@@ -153,7 +153,7 @@ def run(layers: list[Layer], x: Tensor, band_bytes: int | None = None) -> Tensor
 
 
 def rows_of_a_band(row_bytes: int, band_bytes: int = BAND_BYTES) -> int:
-    """Whole tiles of about `band_bytes`; two at least, because layers need as many rows again as two tiles have."""
+    """Whole tiles of about `band_bytes`; two at least: a ResBlock needs 16 rows again, of one piece if possible."""
     return max(2, band_bytes // (TILE[0] * row_bytes)) * TILE[0]
 
 
