@@ -26,7 +26,8 @@ inline void finish(const Gemm& p, int64_t m, int64_t n, const Columns& columns, 
   const int64_t index = m * p.out_stride + n;
   if (p.residual != nullptr) {
     const Vec residual = E::load(static_cast<const T*>(p.residual) + index, lanes);
-    y = p.gate == nullptr ? residual + y : fmadd(F32::load(p.gate + m / p.image * p.N + n, lanes), y, residual);
+    const auto image = [&] { return int64_t(uint32_t(m) / uint32_t(p.image)); };  // in 64 bits it takes twice as long
+    y = p.gate == nullptr ? residual + y : fmadd(F32::load(p.gate + image() * p.N + n, lanes), y, residual);
   }
   Out::store(static_cast<T*>(p.out) + index, lanes, y);
 }
