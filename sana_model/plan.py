@@ -201,7 +201,7 @@ class Plan:
 
     @property
     def winograd(self) -> bool:
-        """Do the autoencoder's int8 convolutions of 64 channels and more go by Winograd's transform?"""
+        """Do the autoencoder's int8 blocks from WINOGRAD_CHANNELS on go by Winograd's transform?"""
         rows = [row for row in self.rows if (row.part, row.op) == ("autoencoder", "conv2d")]
         return any((row.backend, row.precision) == ("cpu", "w8a8") for row in rows) and winograd_is_faster()
 

@@ -85,7 +85,7 @@ LITE = replace(NARROW, autoencoder=family.lite(NARROW.autoencoder))  # 20 blocks
 IN_BANDS = {  # the model, the decoder's precision, width and height
     "bf16": (NARROW, "bf16", 1536, 2048),
     "w8a8": (NARROW, "w8a8", 1536, 2048),
-    "lite": (LITE, "bf16", 1536, 1024),
+    "lite": (LITE, "bf16", 2048, 2048),
     "wide": (NARROW, "bf16", 8192, 512),  # two tiles are larger than BAND_BYTES
 }
 
@@ -105,7 +105,7 @@ def test_decoding_in_bands_stays_below_the_estimate_and_far_below_the_whole(case
     used = in_a_fresh_process(peak_of_decoding_in_bands, config, precision, width, height)
     sizes = config, width, height, torch.bfloat16, CPU
     bands, whole = (memory.decoder_bytes(*sizes, in_bands=in_bands) for in_bands in (True, False))
-    assert used <= bands < whole / 2, f"{used / 1e6:.0f} MB used, {bands / 1e6:.0f} MB estimated"
+    assert used <= bands < whole / 4, f"{used / 1e6:.0f} MB used, {bands / 1e6:.0f} MB estimated"
 
 
 SHALLOW = replace(FULL, dit=replace(FULL.dit, layers=1, hidden=1120, cross_heads=10))

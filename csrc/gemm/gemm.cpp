@@ -72,7 +72,7 @@ Status gemm_cpu(const Gemm& given, int threads) {
   if (!valid(p.dtype)) return Status::bad_dtype;
   const GemmKernels& kernels = choose(kByIsa);
   const int64_t cache = second_level_cache(), of_rows = 2 * kernels.rows * row_bytes(p);  // these, and the next
-  const int64_t of_weights = std::max(std::min(cache * kernels.eighths / 8, cache - of_rows), cache / 4);
+  const int64_t of_weights = std::min(cache * kernels.eighths / 8, std::max(cache - of_rows, cache / 2));
   const int64_t least = ceil_div(p.N * row_bytes(p), of_weights);
   const int64_t units = ceil_div(p.N, kernels.columns), most = ceil_div(units, ceil_div(least, threads) * threads);
   const int64_t across = ceil_div(units, most);
