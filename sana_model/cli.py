@@ -9,10 +9,13 @@ import argparse
 import io
 import math
 import os
+import signal
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from threading import current_thread, main_thread
+from traceback import walk_stack
 
 from sana_bench.cli import add_parser as add_bench_parser
 from sana_bench.cli import add_tune_parser
@@ -46,27 +49,63 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"sana: warning: {message}", file=sys.stderr)
-            args = parser().parse_args(argv)
-            status = args.run(args)
-            sys.stdout.flush()
-            return status
-    except UserError as error:
+    with _CtrlC() as ctrl_c:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: print(f"sana: warning: {message}", file=sys.stderr)
+                args = parser().parse_args(argv)
+                status = args.run(args)
+                sys.stdout.flush()
+                return status
+        except (Exception, KeyboardInterrupt) as error:
+            if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
+                print("sana: interrupted", file=sys.stderr)
+                return 130
+            return _status(error)
+
+
+class _CtrlC:
+    """Ctrl-C, and whether it was pressed.
+
+    Raised in the middle of an import, KeyboardInterrupt may be swallowed: it waits for the import's end. Raised in the
+    middle of a library's cleaning up, it may come out as another error: `pressed` tells.
+    """
+
+    pressed = False
+
+    def __enter__(self) -> "_CtrlC":
+        # `sana … &` in a script ignores Ctrl-C, and only the main thread may have handlers: then nothing changes.
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+        numbers = (signal.SIGINT, signal.SIGALRM) if usual else ()
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, _signal, frame) -> None:
+        self.pressed = True
+        if any(caller.f_code.co_filename == "<frozen importlib._bootstrap>" for caller, _ in walk_stack(frame)):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # look again in 50 ms
+        else:
+            raise KeyboardInterrupt
+
+
+def _status(error: Exception) -> int:
+    """Say in one line what the user can mend, and return the exit status; any other error is raised again."""
+    if isinstance(error, UserError):
         print(f"sana: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("sana: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `sana doctor | head`: the reader has what it wanted
+    if isinstance(error, BrokenPipeError):  # `sana doctor | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
+    if _is_out_of_memory(error):
         print("sana: out of memory; try --low-memory, a smaller --size or --precision bf16", file=sys.stderr)
         return 3
+    raise error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -304,4 +343,4 @@ def _doctor(args: argparse.Namespace) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     """What torch raises when an allocation fails, on a GPU and on the CPU, told without importing torch."""
     on_gpu, on_cpu = type(error).__name__ == "OutOfMemoryError", "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or on_gpu or on_cpu
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (on_gpu or on_cpu))

@@ -41,6 +41,8 @@ def test_save_and_load(model, tmp_path, variant, shard_size):
     save_diffusers(folder, model, variant=variant, shard_size=shard_size)
     loaded = load_model(folder)
     assert_same_values(loaded, model)
+    for part in (loaded.dit, loaded.text_encoder, loaded.autoencoder):
+        assert not any(tensor.data_ptr() % 64 for tensor in part.parameters() if tensor.dtype == torch.float32)
     assert replace(loaded.config, name=model.config.name) == model.config
     assert loaded.random
     assert loaded.tokenizer.encode("é fox") == model.tokenizer.encode("é fox")

@@ -12,7 +12,7 @@ from sana_kernels.quant.checkpoint import FILE, Checkpoint, CheckpointError, Hea
 from sana_model.errors import UserError
 from sana_model.quantize import awq
 from sana_model.quantize.layers import QuantizedLinear, replace_layer
-from sana_model.weights.checkpoint import Prepare, block_of
+from sana_model.weights.checkpoint import Prepare, aligned, block_of
 
 
 def header_in(folder: Path) -> Header | None:
@@ -62,7 +62,8 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, 
         layers = [name.removesuffix(".weight") for name in names if name.removesuffix(".weight") in quantized]
         plain = {name: checkpoint.tensor(name) for name in names if name.removesuffix(".weight") not in quantized}
         plain = {
-            name: tensor if dtype is None or name.endswith(wide) else tensor.to(dtype) for name, tensor in plain.items()
+            name: aligned(tensor if dtype is None or name.endswith(wide) else tensor.to(dtype))
+            for name, tensor in plain.items()
         }
         module.load_state_dict(plain, strict=False, assign=True)
         for name in layers:
