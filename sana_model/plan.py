@@ -201,9 +201,10 @@ class Plan:
 
     @property
     def winograd(self) -> bool:
-        """Do the autoencoder's int8 blocks from WINOGRAD_CHANNELS on go by Winograd's transform?"""
+        """Do the autoencoder's blocks from WINOGRAD_CHANNELS on go by Winograd's transform?"""
         rows = [row for row in self.rows if (row.part, row.op) == ("autoencoder", "conv2d")]
-        return any((row.backend, row.precision) == ("cpu", "w8a8") for row in rows) and winograd_is_faster()
+        narrow = any(row.backend == "cpu" and row.precision in ("bf16", "w8a8") for row in rows)
+        return narrow and winograd_is_faster()
 
     def outside_share(self, denoise_seconds: float) -> float:
         """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels.
@@ -236,7 +237,8 @@ class Plan:
             )
         if self.winograd:
             lines.append(
-                f"  autoencoder   int8 blocks from {WINOGRAD_CHANNELS} channels on: Winograd's F(2 × 2, 3 × 3)"
+                f"  autoencoder   blocks from {WINOGRAD_CHANNELS} channels on: Winograd's F(2 × 2, 3 × 3), W8A8 in int8,"
+                " bf16 in int16"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

@@ -11,7 +11,7 @@ from variants import double, isas, run, signed, variants
 
 import sana_kernels
 from sana_kernels.conv2d import Band, ConvWeight, reference
-from sana_kernels.conv2d.weights import quantize_conv2d
+from sana_kernels.conv2d.weights import quantize_conv2d, winograd_conv2d
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EMULATED = "cpu:amx (emulated)"
@@ -19,8 +19,9 @@ VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
 CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
 GPU = [v for v in VARIANTS if not isinstance(v, str)]
 FLOATS = (torch.float32, torch.bfloat16)
-PRECISIONS = ("fp32", "bf16", "w8a8", "winograd")  # of the products; W8A8, and Winograd's, between activations of bf16
-INTEGERS = ("w8a8", "winograd")
+# Of the products; those of integers between activations of bf16.
+PRECISIONS = ("fp32", "bf16", "w8a8", "winograd", "winograd int16")
+INTEGERS = PRECISIONS[2:]
 
 
 def of_diffusers(module: str, name: str) -> type:
@@ -78,6 +79,8 @@ def in_double(weight: torch.Tensor | ConvWeight, around: dict) -> tuple:
 
 
 def quantized(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight:
+    if precision == "winograd int16":
+        return winograd_conv2d(weight)
     return quantize_conv2d(weight, winograd=precision == "winograd") if precision in INTEGERS else weight
 
 

@@ -107,27 +107,31 @@ def test_memory_does_not_grow_with_the_image(monkeypatch):
     assert held[0] == held[1] <= 5 * 16, f"{held} rows of images of 128 and 384 rows are held at a time"
 
 
-def test_int8_blocks_are_winograds_where_that_is_faster():
+@pytest.mark.parametrize(("precision", "transformed"), [("w8a8", torch.int8), ("bf16", torch.int16), ("fp32", None)])
+def test_blocks_are_winograds_where_that_is_faster(precision, transformed):
     """Of 64 channels and more; not on AMX, where products cost less than transforms."""
 
-    def kernels() -> dict[int, set[int]]:
-        """The size of the kernels by channels."""
+    def kernels() -> dict[int, set[tuple[int, torch.dtype]]]:
+        """Size and dtype of the kernels by channels."""
         found = {}
-        for block in packed(SANA, "w8a8").decoder.modules():
+        for block in packed(SANA, precision).decoder.modules():
             if isinstance(block, ResBlock):
                 for conv in (block.conv1, block.conv2):
-                    found.setdefault(conv.shape[1], set()).add(conv.shape[2])
+                    found.setdefault(conv.shape[1], set()).add((conv.shape[2], conv.values.dtype))
         return found
 
+    direct = {(3, torch.int8 if precision == "w8a8" else PRECISIONS[precision])}
     with isa_cap("avx512"):
-        assert kernels() == {16: {3}, 32: {3}, 64: {4}}
+        assert kernels() == {16: direct, 32: direct, 64: {(4, transformed)} if transformed else direct}
     with emulated_tiles.cpu():
-        assert kernels() == {16: {3}, 32: {3}, 64: {3}}
+        assert kernels() == {16: direct, 32: direct, 64: direct}
 
 
 def test_the_plan_says_so():
     model, parts = BUILT_IN["sana-0.6b"], dict.fromkeys(("dit", "text_encoder"), "bf16")
     with isa_cap("avx512"):
-        plans = [resolve(model, "cpu", torch.device("cpu"), parts | {"autoencoder": p}) for p in ("bf16", "w8a8")]
-        assert ["Winograd" in str(plan) for plan in plans] == [False, True]
-        assert [plan.as_json()["winograd"] for plan in plans] == [False, True]
+        plans = [
+            resolve(model, "cpu", torch.device("cpu"), parts | {"autoencoder": p}) for p in ("fp32", "bf16", "w8a8")
+        ]
+        assert ["Winograd" in str(plan) for plan in plans] == [False, True, True]
+        assert [plan.as_json()["winograd"] for plan in plans] == [False, True, True]

@@ -54,7 +54,7 @@ def test_rows(measure):
     for (name, size), row in found.items():
         assert row["kind"] == "decode" and row["status"] == "ok", name
         assert row["timing"]["n"] == 2 and row["stages_ms"]["decode"] == row["timing"]["ms"]["median"]
-        macs = work.decoder_macs(bench.config.autoencoder, size, size, winograd=name == "cpu:w8a8")
+        macs = work.decoder_macs(bench.config.autoencoder, size, size, winograd=name in ("cpu:bf16", "cpu:w8a8"))
         assert row["work"]["gmac"] == macs / 1e9
         assert set(row["speedup"]) == {"diffusers:bf16", "reference:bf16"} - {name}
         assert row["memory_mib"]["rss"] > row["memory_mib"]["added"] >= 0

@@ -116,6 +116,12 @@ inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
   memcpy(to, &bytes, lanes);
 }
 
+inline void store_int16(int16_t* to, Lanes lanes, Vec x) {
+  const __m256i wide = _mm256_cvtps_epi32(x);
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  memcpy(to, &narrow, 2 * lanes);
+}
+
 inline Vec round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec above_floor(Vec x) { return x - _mm256_floor_ps(x); }
 

@@ -77,9 +77,12 @@ inline float largest_magnitude(Vec magnitudes) {
   return float_from_bits(uint32_t(_mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes))));
 }
 
-// To the nearest integer, ties to even, beyond int8 to its ends.
+// To the nearest integer, ties to even, beyond the type to its ends.
 inline void store_int8(int8_t* to, Lanes lanes, Vec x) {  // vpmovsdb under a mask to memory is slow on Zen
   _mm_mask_storeu_epi8(to, lanes, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+inline void store_int16(int16_t* to, Lanes lanes, Vec x) {
+  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
 }
 
 inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

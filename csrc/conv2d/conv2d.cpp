@@ -45,14 +45,20 @@ constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&con
 constexpr const Conv2dKernels* kPartialSteps[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
                                                        SANA_AVX512(&conv2d_avx512), nullptr};
 
+// There are no tiles of int16.
+constexpr const Conv2dKernels* kInt16[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), SANA_AVXVNNI(&conv2d_avxvnni),
+                                                SANA_AVX512(&conv2d_avx512), nullptr};
+
 // A task is a tile, or some side by side where an epilogue runs beside the products of the next one.
 constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
 
 bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
-  const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr;
-  return (one || four || winograd) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
+  const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr &&
+                        (p.weight_bytes == 1 || p.weight_bytes == 2);
+  const bool eight_bit = p.weight_scale == nullptr || p.weight_bytes == 1;
+  return ((eight_bit && (one || four)) || winograd) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
          p.band.first < p.band.last;
 }
 
@@ -63,7 +69,11 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
   const bool partial = p.weight_scale == nullptr && p.C % 32 != 0;  // steps, of bf16
-  const Conv2dKernels& kernels = floats ? choose(kFloat) : partial ? choose(kPartialSteps) : choose(kNarrow);
+  const bool int16 = p.weight_scale != nullptr && p.weight_bytes == 2;
+  const Conv2dKernels& kernels = floats    ? choose(kFloat)
+                                 : partial ? choose(kPartialSteps)
+                                 : int16   ? choose(kInt16)
+                                           : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;

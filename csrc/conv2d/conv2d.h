@@ -41,19 +41,20 @@ struct Band {
 //               taps (a folded upsampling) or 3 x 3; first and last of the band are rows of x
 //
 // weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8; a `kernel` of
-// kWinograd means that it holds the 4 x 4 int8 values of Winograd's transform (stride 1, phases 1).
+// kWinograd means that it holds the 4 x 4 int8 or int16 values of Winograd's transform (stride 1, phases 1).
 constexpr int kWinograd = 4;
 
 struct Conv2d {
   Rows x;                     // of `dtype`
   const void* weight;         // phases x N rounded up to 16 columns x kernel rows of taps
-  const float* weight_scale;  // phases * N floats beside int8 weights; else null
+  const float* weight_scale;  // phases * N floats beside integer weights; else null
   const float* bias;          // N floats, or phases * N, or null
   Rows residual;              // like out; `rest` is null where there is none
   void* out;                  // phases 1: (B, last - first, width / stride, N), rounded up; 4: twice as many, each way
   int64_t B, width, C, N;
   Band band;
   int stride, kernel, phases;
+  int weight_bytes;  // of an integer of the weight
   bool bias_by_phase;
   NormWeights input_norm, norm;
   Activation input_activation, activation;

@@ -11,6 +11,8 @@ namespace {
 
 template <>
 constexpr int64_t kPart<Float> = 64;
+template <>
+constexpr int64_t kPart<Int16> = kWinogradChunk * sizeof(int16_t);
 
 template <class T>
 struct Multiply {
@@ -22,20 +24,30 @@ struct Multiply {
                     const Corrections<T>& corrections) {
     const Layout& l = q.layout;
     const char* const seen = q.x(row, pixel);
-    typename T::Sum sum[R][T::kSums], parts[R][T::kSums];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < T::kSums; ++i) sum[r][i] = parts[r][i] = T::zero();
+    float* const to = q.to(row, pixel) + n;
+    typename T::Sum sum[R][T::kSums];
+    const auto clear = [&]() __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < T::kSums; ++i) sum[r][i] = T::zero();
+    };
+    clear();
     for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
       multiply<T>(sum, seen + x, q.stride * l.pixel, panel + k / 4 * T::kBytes, bytes);
-      if constexpr (kPart<T> != 0)
+      if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
+        const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
         for (int r = 0; r < R; ++r)
-          for (int i = 0; i < T::kSums; ++i) parts[r][i] = parts[r][i] + sum[r][i], sum[r][i] = T::zero();
+          for (int half = 0; half < 2; ++half) {
+            float* const at = to + r * l.sums + 8 * half;
+            const Vec before = k == 0 ? set1(0) : _mm256_loadu_ps(at);
+            _mm256_storeu_ps(at, T::add(before, sum[r][half], T::kScaled ? scale[r] : 1));
+          }
+        clear();
+      }
     });
-    float* to = q.to(row, pixel) + n;
-    for (int r = 0; r < R; ++r)
-      for (int half = 0; half < 2; ++half)
-        _mm256_storeu_ps(to + r * l.sums + 8 * half,
-                         T::result(kPart<T> == 0 ? sum[r] : parts[r], half, corrections.of[row][pixel + r]));
+    if constexpr (kPart<T> == 0)
+      for (int r = 0; r < R; ++r)
+        for (int half = 0; half < 2; ++half)
+          _mm256_storeu_ps(to + r * l.sums + 8 * half, T::result(sum[r], half, corrections.of[row][pixel + r]));
   }
 
   template <class Pending>
@@ -53,7 +65,7 @@ struct Multiply {
 };
 
 void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
-  tiles_any<Multiply, Float, BFloat16, Int8>(p, layout, tiles, memory);
+  tiles_any<Multiply, Float, BFloat16, Int8, Int16>(p, layout, tiles, memory);
 }
 
 }  // namespace

@@ -11,6 +11,8 @@ namespace {
 
 template <>
 constexpr int64_t kPart<Float> = 64;
+template <>
+constexpr int64_t kPart<Int16> = kWinogradChunk * sizeof(int16_t);
 
 template <class T>
 struct Multiply {
@@ -22,18 +24,28 @@ struct Multiply {
     const Layout& l = q.layout;
     const char* const seen = q.x(row, pixel);
     const char* const weight = q.weight + panel * l.panel;
-    typename T::Sum sum[R][V] = {}, parts[R][V] = {};
+    float* const to = q.to(row, pixel) + 16 * panel;
+    const int64_t sums = l.sums;
+    typename T::Sum sum[R][V] = {};
     for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
       multiply<T>(sum, seen + x, q.stride * l.pixel, weight + 16 * k, l.panel, bytes);
-      if constexpr (kPart<T> != 0)
+      if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
+        const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
+        const __mmask16 before = k == 0 ? 0 : 0xffff;
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) parts[r][v] += sum[r][v], sum[r][v] = typename T::Sum{};
+#pragma GCC unroll 3
+          for (int v = 0; v < V; ++v) {
+            float* const at = to + r * sums + 16 * v;
+            _mm512_storeu_ps(at, T::add(_mm512_maskz_loadu_ps(before, at), sum[r][v], T::kScaled ? scale[r] : 1));
+            sum[r][v] = typename T::Sum{};
+          }
+      }
     });
-    float* to = q.to(row, pixel) + 16 * panel;
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        _mm512_storeu_ps(to + r * l.sums + 16 * v,
-                         T::result(kPart<T> == 0 ? sum[r][v] : parts[r][v], corrections.of[row][pixel + r]));
+    if constexpr (kPart<T> == 0)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v)
+          _mm512_storeu_ps(to + r * l.sums + 16 * v, T::result(sum[r][v], corrections.of[row][pixel + r]));
   }
 
   // V panels of all pixels.
@@ -63,7 +75,7 @@ struct Multiply {
 };
 
 void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
-  tiles_any<Multiply, Float, BFloat16, Int8>(p, layout, tiles, memory);
+  tiles_any<Multiply, Float, BFloat16, Int8, Int16>(p, layout, tiles, memory);
 }
 
 }  // namespace

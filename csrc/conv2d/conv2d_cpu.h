@@ -42,7 +42,7 @@ struct Conv2dKernels {
 
 static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   Layout l;
-  l.pixel = round_up(p.C * (p.weight_scale == nullptr ? element_size(p.dtype) : 1), 4);
+  l.pixel = round_up(p.C * (p.weight_scale == nullptr ? element_size(p.dtype) : p.weight_bytes), 4);
   l.taps = p.kernel * l.pixel;
   l.packed = round_up(l.taps, 64);
   l.row = round_up((p.stride * (kTilePixels - 1) + 3) * l.pixel, 64);
@@ -58,13 +58,16 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   return l;
 }
 
-// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums.
+// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums; in int16
+// also the scales of each patch and chunk of channels, and what they were divided by.
 constexpr int64_t kPositions = 16, kWinogradRows = 4, kWinogradPanels = 8;
+constexpr int64_t kWinogradChunk = 64;  // CHUNK of sana_kernels/conv2d/reference.py
 
 struct WinogradLayout {
   Layout seen;      // of x, and of the sums
   Layout products;  // of a position, a patch in the place of a pixel
   int64_t values;   // bytes, of all positions
+  int64_t chunks;   // of channels
   int64_t memory;   // bytes, but for the products' buffer
 
   int64_t position_sums() const { return kTilePixels * products.sums + 16; }
@@ -77,12 +80,14 @@ static inline WinogradLayout winograd_layout(const Conv2d& p) {
   l.seen = layout_of(as_is, {0, 1, 0, nullptr});
   l.seen.group = kWinogradRows;
   Layout& at = l.products;
-  at.pixel = at.taps = at.packed = round_up(p.C, 64);
+  at.pixel = at.taps = at.packed = round_up(p.C * p.weight_bytes, 64);
   at.row = kTilePixels * at.pixel + 64;  // a power of 2 would put all positions in the same lines of the first-level cache
   at.panel = 16 * at.packed;
   at.sums = 16 * kWinogradPanels;
   l.values = kPositions * at.row;
-  const int64_t floats = kPositions * l.position_sums() + l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
+  l.chunks = (p.C + kWinogradChunk - 1) / kWinogradChunk;
+  const int64_t floats = kPositions * l.position_sums() + l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16) +
+                         2 * kTilePixels * l.chunks;
   l.memory = l.seen.window + l.values + floats * int64_t(sizeof(float));
   return l;
 }
@@ -96,10 +101,15 @@ struct Products {
   int64_t bytes;  // of a row of taps that take part: layout.taps, or with the padding layout.packed
   float* sums;    // rows x 32 pixels x layout.sums
   char* buffer;   // Conv2dKernels::buffer bytes for each byte of K
+  const float* scale = nullptr;  // of int16: chunks of K x 32 pixels of the one row
 
   // What pixel `pixel` of row `row` sees, and where its sums go.
   const char* x(int64_t row, int64_t pixel) const {
     return window + stride * (row * layout.row + pixel * layout.pixel);
+  }
+  // What multiplies the sums of the pixels from `pixel` on over the part of K from byte k on.
+  const float* part_scale(int64_t pixel, int64_t k) const {
+    return scale + k / (kWinogradChunk * int64_t(sizeof(int16_t))) * kTilePixels + pixel;
   }
   float* to(int64_t row, int64_t pixel) const { return sums + (row * kTilePixels + pixel) * layout.sums; }
 };

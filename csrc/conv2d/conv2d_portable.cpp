@@ -1,4 +1,6 @@
 // The DC-AE's convolutions in plain C++, for any processor: one pixel by 16 columns at a time.
+#include <type_traits>
+
 #include "common/portable.h"
 #include "conv2d/conv2d_tiles.h"
 #include "gemm/multiply_portable.h"
@@ -8,6 +10,8 @@ namespace {
 
 template <>
 constexpr int64_t kPart<Float> = 64;
+template <>
+constexpr int64_t kPart<Int16> = kWinogradChunk * sizeof(int16_t);
 
 template <class T>
 struct Multiply {
@@ -21,13 +25,14 @@ struct Multiply {
     for (int64_t panel = 0; panel < q.panels; ++panel)
       for (int64_t row = 0; row < q.rows; ++row)
         for (int64_t pixel = 0; pixel < q.pixels; ++pixel) {
-          typename T::Sum sum[kColumns] = {};
+          typename std::conditional<kPart<T> == 0, typename T::Sum, float>::type sum[kColumns] = {};
           for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) {
             typename T::Sum part[kColumns] = {};
             multiply<T>(part, reinterpret_cast<const Element*>(q.x(row, pixel) + x),
                         reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * k),
                         bytes / int64_t(sizeof(Element)));
-            for (int i = 0; i < kColumns; ++i) sum[i] += part[i];
+            const float scale = q.scale == nullptr ? 1 : *q.part_scale(pixel, k);
+            for (int i = 0; i < kColumns; ++i) sum[i] += scale == 1 ? part[i] : part[i] * scale;
           });
           for (int i = 0; i < kColumns; ++i) q.to(row, pixel)[panel * kColumns + i] = float(sum[i]);
         }
@@ -35,7 +40,7 @@ struct Multiply {
 };
 
 void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
-  tiles_any<Multiply, Float, BFloat16, Int8>(p, layout, tiles, memory);
+  tiles_any<Multiply, Float, BFloat16, Int8, Int16>(p, layout, tiles, memory);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace sana {
 namespace {
 
 // Bytes of K that are summed apart first, or 0: all of them in one chain. fp32 needs it; rounding to 16 bits hides what
-// a chain loses, and integers lose nothing.
+// a chain loses, and integers lose nothing. Of int16, so many products fit into 32 bits (kWinogradChunk).
 template <class T>
 constexpr int64_t kPart = 0;
 

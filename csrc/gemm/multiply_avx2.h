@@ -2,7 +2,8 @@
 // int8. For gemm and conv2d; include common/avx2.h first.
 //
 // Per type: `panel` brings 16 columns of weights into the form that `step` reads, perhaps in a buffer; `step` adds the
-// products of 4 bytes of K; `result` turns sums into floats, given the row's `correction`.
+// products of 4 bytes of K; `result` turns sums into floats, given the row's `correction`; `add` adds the sum of a part of K
+// to others.
 #pragma once
 
 namespace sana {
@@ -57,6 +58,7 @@ struct BFloat16 {
 };
 
 struct Float {
+  static constexpr bool kScaled = false;
   static constexpr int kRows = 6, kSums = 2;
   static constexpr int kBytes = 4 * kPanel;
   using Sum = Vec;
@@ -75,7 +77,39 @@ struct Float {
     }
   }
 
+  static Vec add(Vec parts, Sum sum, float) { return parts + sum; }
   static Vec result(const Sum (&sum)[kSums], int half, int) { return sum[half]; }
+  static int correction(const char*, int64_t) { return 0; }
+};
+
+// A part of K is summed as integers, the parts with a scale each as floats. Without dot products, vpmaddwd and an addition.
+struct Int16 {
+  static constexpr bool kScaled = true;  // the parts
+  static constexpr int kRows = 6, kSums = 2;
+  static constexpr int kBytes = 64;
+  typedef int Sum __attribute__((vector_size(32)));
+
+  static Sum zero() { return Sum{}; }
+  static const char* panel(const char* weight, int64_t, char*) { return weight; }
+
+  template <int R>
+  static void step(Sum (&sum)[R][kSums], const char* panel, const char* x, int64_t stride) {
+    __m256i w[kSums];
+    for (int i = 0; i < kSums; ++i) w[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * i));
+    for (int r = 0; r < R; ++r) {
+      const __m256i pair = _mm256_set1_epi32(load_int(x + r * stride));
+      for (int i = 0; i < kSums; ++i)
+#if defined(__AVXVNNI__)
+        sum[r][i] = (Sum)_mm256_dpwssd_avx_epi32((__m256i)sum[r][i], w[i], pair);
+#else
+        sum[r][i] += (Sum)_mm256_madd_epi16(w[i], pair);
+#endif
+    }
+  }
+
+  static Vec add(Vec parts, Sum sum, float scale) {
+    return fmadd(_mm256_cvtepi32_ps((__m256i)sum), set1(scale), parts);
+  }
   static int correction(const char*, int64_t) { return 0; }
 };
 

@@ -1,8 +1,8 @@
-// The inner loop of matrix products for AVX-512: dot products of int8 quadruples (VNNI) or bf16 pairs (BF16), or floats,
-// 16 columns per vector. For gemm and conv2d; include common/avx512.h first.
+// The inner loop of matrix products for AVX-512: dot products of int8 quadruples or int16 pairs (VNNI) or bf16 pairs
+// (BF16), or floats, 16 columns per vector. For gemm and conv2d; include common/avx512.h first.
 //
 // Per type: Sum, a vector of sums; `weights` loads 4 bytes of K of 16 columns, `dot` multiplies them by a row's 4 bytes;
-// `result` turns a sum into floats, given the row's `correction`.
+// `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others.
 //
 // vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, that is by adding
 // 128, and 128 * sum(x) is taken off the result.
@@ -30,6 +30,20 @@ struct Int8 {
   }
 };
 
+// A part of K is summed as integers, the parts with a scale each as floats.
+struct Int16 {
+  static constexpr bool kScaled = true;  // the parts
+  typedef int Sum __attribute__((vector_size(64)));
+  static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
+  static Sum dot(Sum sum, __m512i weights, __m512i x) {
+    return (Sum)_mm512_dpwssd_epi32((__m512i)sum, weights, x);
+  }
+  static __m512 add(__m512 parts, Sum sum, float scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(scale), parts);
+  }
+  static int correction(const char*, int64_t) { return 0; }
+};
+
 struct BFloat16 {
   typedef __m512 Sum;
   static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
@@ -40,11 +54,13 @@ struct BFloat16 {
 
 // Here x is broadcast as 4 bytes, whatever they are.
 struct Float {
+  static constexpr bool kScaled = false;
   typedef __m512 Sum;
   static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
   static Sum dot(Sum sum, __m512i weights, __m512i x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(weights), _mm512_castsi512_ps(x), sum);
   }
+  static __m512 add(__m512 parts, Sum sum, float) { return parts + sum; }
   static __m512 result(Sum sum, int) { return sum; }
   static int correction(const char*, int64_t) { return 0; }
 };
@@ -59,6 +75,7 @@ inline __m512i broadcast(const char* x) {
 template <class T, int R, int V>
 inline void multiply(typename T::Sum (&sum)[R][V], const char* x, int64_t stride, const char* weight, int64_t apart,
                      int64_t bytes) {
+#pragma GCC unroll 4
   for (int64_t k = 0; k < bytes; k += 4) {
     __m512i w[V];
     for (int v = 0; v < V; ++v) w[v] = T::weights(weight + v * apart + k * 16);

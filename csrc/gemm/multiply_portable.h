@@ -15,6 +15,14 @@ struct Int8 {
   static int32_t wide(int8_t x) { return x; }
 };
 
+// A part of K is summed as integers, the parts with a scale each as floats.
+struct Int16 {
+  using Element = int16_t;
+  using Sum = int32_t;
+  static constexpr int kInner = 2;
+  static int32_t wide(int16_t x) { return x; }
+};
+
 struct BFloat16 {
   using Element = uint16_t;
   using Sum = float;

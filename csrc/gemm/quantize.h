@@ -23,14 +23,14 @@ Status quantize_cpu(const Quantize& p, int threads);
 
 static inline int64_t quantized_pitch(int64_t K) { return (K + 63) / 64 * 64; }
 
-// What turns values into steps, and back, for a row whose largest magnitude is given. A NaN comes out as one.
+// What turns values into steps, and back, for a row whose largest magnitude is given: `most` steps. A NaN comes out as one.
 struct RowScale {
   float scale, inverse;
 };
 
-static inline RowScale row_scale(float largest) {
+static inline RowScale row_scale(float largest, float most = 127) {
   if (largest < 0x1p-100f) return {0, 0};
-  return {largest / 127, 127 / largest};
+  return {largest / most, most / largest};
 }
 
 }  // namespace sana

@@ -7,11 +7,19 @@ from sana_kernels.backend import call, define, register
 from sana_kernels.conv2d import cpu, cuda, reference
 from sana_kernels.conv2d.cpu import WINOGRAD_CHANNELS, winograd_is_faster
 from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
-from sana_kernels.conv2d.weights import WINOGRAD, ConvWeight, as_weight, pack_conv2d, packed_shape, quantize_conv2d
+from sana_kernels.conv2d.weights import (
+    WINOGRAD,
+    ConvWeight,
+    as_weight,
+    pack_conv2d,
+    packed_shape,
+    quantize_conv2d,
+    winograd_conv2d,
+)
 
 __all__ = [
     "TILE", "WINOGRAD_CHANNELS", "Band", "ConvWeight", "Rows", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d",
-    "quantize_conv2d", "rms_norm", "upsample", "winograd_is_faster",
+    "quantize_conv2d", "rms_norm", "upsample", "winograd_conv2d", "winograd_is_faster",
 ]  # fmt: skip
 
 
@@ -37,11 +45,11 @@ def conv2d(
     """RMSNorm(activation(conv3×3(x) + bias)) + residual, zero-padded by one pixel; each part where asked for.
 
     x: (B, H, W, in), contiguous, or two pieces (`Rows`). weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d`
-    (W8A8, for a stride of 1 perhaps Winograd's), either perhaps through `pack_conv2d`. bias: (out,). stride: 1 or 2. norm:
-    weight and bias (out,) of an RMSNorm over channels. residual: like the result, or two pieces. input_norm: weight and bias
-    (in,); x becomes input_activation(RMSNorm(x)) first. activation, input_activation: "none", "silu" or "relu". band: rows
-    to compute of an image of which x holds some; in W8A8 it starts and ends at multiples of TILE[0] rows of the result, or
-    with the image.
+    (W8A8, for a stride of 1 perhaps Winograd's) or `winograd_conv2d` (int16, a stride of 1), each perhaps through
+    `pack_conv2d`. bias: (out,). stride: 1 or 2. norm: weight and bias (out,) of an RMSNorm over channels. residual: like
+    the result, or two pieces. input_norm: weight and bias (in,); x becomes input_activation(RMSNorm(x)) first.
+    activation, input_activation: "none", "silu" or "relu". band: rows to compute of an image of which x holds some; of a
+    quantised weight it starts and ends at multiples of TILE[0] rows of the result, or with the image.
     Returns (B, ⌈H / stride⌉ or the band's rows, ⌈W / stride⌉, out), contiguous, in x's dtype. `reference.py` states the
     arithmetic. Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend`
     cannot run.
@@ -219,7 +227,8 @@ def _check_weight(op: str, x: Tensor, weight: ConvWeight, phases: int) -> None:
             f"{op} takes a weight {tuple(shape)} whose values have that shape, or what pack_conv2d(weight, phases={phases})"
             f" makes of it, {packed_shape(weight, phases)}; got {tuple(values.shape)}"
         )
-    if values.dtype != (x.dtype if scale is None else torch.int8) or values.device != x.device:
+    integers = (torch.int8, torch.int16) if shape[-1] == WINOGRAD else (torch.int8,)
+    if values.dtype not in ((x.dtype,) if scale is None else integers) or values.device != x.device:
         raise TypeError(
             f"{op} takes a weight in x's dtype and device, or from quantize_conv2d; got {x.dtype} on {x.device} and"
             f" {values.dtype} on {values.device}"

@@ -10,13 +10,14 @@ from sana_kernels.gemm.cpu import address, as_float
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 WITHOUT_HALF = (torch.float32, torch.bfloat16)
-WINOGRAD_CHANNELS = 64  # that a kernel needs for Winograd's products: int8 rows are padded to as many
+WINOGRAD_CHANNELS = 64  # in and out, that a kernel needs for Winograd's products: int8 rows are padded to as many
 
 
 def winograd_is_faster(channels: int = WINOGRAD_CHANNELS) -> bool:
-    """Is Winograd's product faster here than the direct one, for int8 kernels of that many input channels?
+    """Is Winograd's product faster here than the direct one, for kernels of at least that many channels in and out?
 
-    Tiles of AMX multiply eight times as fast as vectors, which would have to transform for them.
+    Of int8 beside int8, of int16 beside bf16. Tiles of AMX multiply eight times as fast as vectors, which would have to
+    transform for them.
     """
     return channels >= WINOGRAD_CHANNELS and extension("_cpu")[0].isa() != "amx"
 
@@ -84,10 +85,11 @@ def _run(
     kind: tuple[int, int, int], activations: tuple[str, str], eps: float,
 ) -> None:  # fmt: skip
     packed, floats = pack_conv2d(weight, kind[2]).values, [as_float(t) for t in vectors]
+    kind, activations = (*kind, packed.element_size()), [ACTIVATION_CODES[name] for name in activations]
     N = out.shape[3]
     extension("_cpu")[0].conv2d(
         pieces, residuals, [packed.data_ptr(), out.data_ptr()], [address(t) for t in floats],
-        (x.shape[0], *x.shape[2:], N), band, kind, [ACTIVATION_CODES[name] for name in activations],
+        (x.shape[0], *x.shape[2:], N), band, kind, activations,
         floats[1] is not None and len(floats[1]) > N, eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
 

@@ -3,8 +3,8 @@
     pack_autoencoder(autoencoder, torch.int8, lambda op: "cpu")      replaces its convolutions and linear layers, in place
 
 In W8A8 the decoder's products and convolutions have int8 weights, one scale per output channel, and int8 activations; those
-that `kept` names stay in 16 bits, and the 3 × 3 kernels of ResBlocks become Winograd's where that is faster.
-bench/notes/decoder.md has the measurements behind both choices.
+that `kept` names stay in 16 bits. The 3 × 3 kernels of ResBlocks become Winograd's where that is faster, in int8 or, of
+bfloat16, in int16. bench/notes/decoder.md has the measurements behind these choices.
 """
 
 import re
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d, winograd_is_faster
+from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d, winograd_conv2d, winograd_is_faster
 from sana_model.autoencoder.blocks import (
     BatchNorm,
     Downsample,
@@ -35,7 +35,7 @@ def kept(name: str) -> bool:
 
 
 class PackedConv2d(nn.Module):
-    """Weight and bias of a convolution, as the op of one backend reads them; perhaps in int8.
+    """Weight and bias of a convolution, as the op of one backend reads them; perhaps as integers.
 
     Like those of `PackedLinear`, they are buffers that keep their dtypes and are not part of a state_dict.
     """
@@ -114,11 +114,13 @@ class _Packer:
         if isinstance(own, nn.Conv2d) and (backend in PACKING or eight_bit):
             weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+            winograd = (
+                phases == 1 and own.stride == (1, 1) and backend == "cpu" and winograd_is_faster(min(weight.shape[:2]))
+            )
             if eight_bit:
-                direct = (
-                    phases > 1 or own.stride != (1, 1) or backend != "cpu" or not winograd_is_faster(weight.shape[1])
-                )
-                weight = quantize_conv2d(weight, winograd=not direct)
+                weight = quantize_conv2d(weight, winograd)
+            elif winograd and weight.dtype == torch.bfloat16:
+                weight = winograd_conv2d(weight)
             setattr(block, layer, PackedConv2d(weight, bias, backend, phases))
 
     def linear(self, name: str, block: nn.Module, layer: str, weight: Tensor, bias: Tensor | None, op: str) -> bool:
