@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sana_kernels.conv2d.reference import quantize_weight, winograd_weight
+from sana_kernels.conv2d.reference import quantize_int16, quantize_weight, winograd_weight
 from sana_kernels.gemm import fake_quantize
 from sana_kernels.gemm.reference import quantize
 from sana_kernels.quant.formats import quantize_int4
@@ -62,13 +62,13 @@ class Inputs:
     def kernel(self, out: int, channels: int, size: int, winograd: bool = False) -> tuple[Tensor, Tensor | None]:
         """A convolution's weight (out, channels, size, size), or quantised with its scales, perhaps Winograd's."""
         weight = self(out, channels, size, size, scale=channels**-0.5 / size)
-        if self.quantized is None:
+        if self.quantized is None and not winograd:
             return weight, None
         if winograd:
             weight = winograd_weight(weight)
         if weight.is_meta:
-            return weight.to(self.quantized), weight.new_empty(out, dtype=torch.float32)
-        return quantize_weight(weight)
+            return weight.to(self.quantized or torch.int16), weight.new_empty(out, dtype=torch.float32)
+        return quantize_int16(weight) if self.quantized is None else quantize_weight(weight)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         if self.device.type == "meta":
@@ -248,7 +248,7 @@ def _conv2d(
 ) -> Case:
     """64 rows, as of a band, of a decoder's block: its first convolution, with SiLU, or its second, with norm.
 
-    winograd: in int8 by Winograd's products, 4 for each result and channel.
+    winograd: by Winograd's products, 4 for each result and channel, in int8 or, of bf16, in int16.
     """
     rows, taps = min(side, 64), 4 if winograd else 9
 
@@ -262,7 +262,7 @@ def _conv2d(
         )  # fmt: skip
 
     shape = {"H": rows, "W": side, "in": C, "out": N}
-    precisions = ("w8a8",) if winograd else WITH_W8A8
+    precisions = ("bf16", "w8a8") if winograd else WITH_W8A8
     return Case("conv2d", name, shape, rows * side * taps * C * N, make, precisions)
 
 

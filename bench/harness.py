@@ -36,9 +36,9 @@ WINDOWS, WINDOW_SECONDS = 5, 0.1
 MAX_DRIFT = 0.10
 
 ARITHMETIC = {
-    "fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("bf16", "fp32"), "fp8": ("fp8", "bf16", "fp32"),
+    "fp32": ("fp32",), "bf16": ("bf16", "int16", "fp32"), "fp16": ("bf16", "fp32"), "fp8": ("fp8", "bf16", "fp32"),
     "w4a16": ("bf16", "fp32"),
-    "w8a8": ("int8", "bf16", "fp32"), "w4a8": ("int8", "bf16", "fp32"), "w4a4": ("int8", "bf16", "fp32"),
+    **dict.fromkeys(("w8a8", "w4a8", "w4a4"), ("int8", "int16", "bf16", "fp32")),
 }  # fmt: skip
 """What a row of a precision may compute with, first its own: its peak is the fastest of these that the machine has."""
 EIGHT_BITS = ("int8", "fp8")  # products that the library does not have on every chip

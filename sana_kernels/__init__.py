@@ -18,6 +18,7 @@ from sana_kernels.conv2d import (
     quantize_conv2d,
     rms_norm,
     upsample,
+    winograd_conv2d,
 )  # fmt: skip
 from sana_kernels.cross_attention import cross_attention
 from sana_kernels.gemm import Quantized, gemm, quantize
@@ -65,4 +66,5 @@ __all__ = [
     "restore",
     "rms_norm",
     "upsample",
+    "winograd_conv2d",
 ]  # fmt: skip

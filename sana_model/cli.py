@@ -71,27 +71,31 @@ class _CtrlC:
     middle of a library's cleaning up, it may come out as another error: `pressed` tells.
     """
 
-    pressed = False
+    pressed = waits = False
 
     def __enter__(self) -> "_CtrlC":
         # `sana … &` in a script ignores Ctrl-C, and only the main thread may have handlers: then nothing changes.
-        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
-        numbers = (signal.SIGINT, signal.SIGALRM) if usual else ()
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._usual = (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+        )
+        if self._usual:
+            signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._before:
+        if self.waits:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(signal.SIGALRM, self._alarm)
+        if self._usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, _signal, frame) -> None:
         self.pressed = True
-        if any(caller.f_code.co_filename == "<frozen importlib._bootstrap>" for caller, _ in walk_stack(frame)):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)  # look again in 50 ms
-        else:
+        if not any(caller.f_code.co_filename == "<frozen importlib._bootstrap>" for caller, _ in walk_stack(frame)):
             raise KeyboardInterrupt
+        if not self.waits:
+            self._alarm, self.waits = signal.signal(signal.SIGALRM, self._handle), True
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # look again in 50 ms
 
 
 def _status(error: Exception) -> int:

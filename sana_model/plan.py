@@ -237,8 +237,8 @@ class Plan:
             )
         if self.winograd:
             lines.append(
-                f"  autoencoder   blocks from {WINOGRAD_CHANNELS} channels on: Winograd's F(2 × 2, 3 × 3), W8A8 in int8,"
-                " bf16 in int16"
+                f"  autoencoder   blocks from {WINOGRAD_CHANNELS} channels on: Winograd's F(2 × 2, 3 × 3) in int8, of bf16"
+                " in int16"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

@@ -203,6 +203,15 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
         main(["generate", "a"])
 
 
+def test_a_model_is_loaded_without_the_compiler_of_torch():
+    """Importing it takes longer than all the rest."""
+    code = (
+        "import sys, sana_model; sana_model.load('sana-tiny-random', backend='cpu', precision='w8a8');"
+        " assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
 def test_an_interrupted_run_leaves_nothing_behind(capsys, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -214,9 +223,10 @@ def test_an_interrupted_run_leaves_nothing_behind(capsys, monkeypatch):
 @pytest.fixture
 def usual_ctrl_c():
     """pytest's workers have none."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before, alarm = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGALRM)
     yield
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler  # `main` gave it back
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler  # `main` gave them back
+    assert signal.getsignal(signal.SIGALRM) is alarm and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_ctrl_c_that_a_library_turned_into_another_error(capsys, monkeypatch, usual_ctrl_c):
@@ -260,7 +270,7 @@ def test_ctrl_c(tmp_path, when):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), errors  # a shell shows 130 for both
+    assert process.returncode in (130, -signal.SIGINT), errors  # CPython's choice; a shell shows 130 for both
     assert errors == "sana: interrupted\n" and os.listdir(tmp_path) == []
 
 

@@ -109,7 +109,7 @@ def test_the_scales_are_those_of_tiles():
 
 @pytest.mark.parametrize("variant", CPU)
 def test_int32_sums_are_exact_at_the_extremes(variant):
-    """Every pair of signs, sums up to 127² · 9 · 112, which fp32 still holds exactly."""
+    """Every pair of signs, sums up to 127² · 9 · 112, which fp32 still holds exactly; and larger ones, rounded once."""
     x = torch.full((1, 9, 33, 112), 127.0)
     x[:, ::2, 1::2] *= -1
     x[..., 3::7] *= -1
@@ -119,6 +119,13 @@ def test_int32_sums_are_exact_at_the_extremes(variant):
     y = compute(variant, "conv2d", x, ConvWeight(weight, torch.ones(20), tuple(weight.shape)))
     exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1).permute(0, 2, 3, 1)
     assert torch.equal(y.double(), exact)
+
+    x = torch.full((1, 3, 3, 600), 127.0)  # rows of taps that are odd numbers beyond 2²⁴
+    weight = torch.full((16, 600, 3, 3), 127, dtype=torch.int8)
+    weight[:, 0, :, 0] = torch.tensor([3, 5, 7])
+    y = compute(variant, "conv2d", x, ConvWeight(weight, torch.ones(16), tuple(weight.shape)))
+    exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1).permute(0, 2, 3, 1)
+    assert exact.max() > 2**26 and torch.equal(y, exact.float())
 
 
 MISTAKES = {

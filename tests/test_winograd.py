@@ -77,12 +77,13 @@ def test_int16_patch_by_patch():
             for chunk in (slice(0, 64), slice(64, 72)):
                 d = padded[chunk, i : i + 4, j : j + 4]
                 scale = 4 * d.abs().max() / 32767
-                m += torch.einsum("cij,ocij->oij", (B_T @ d @ B_T.t() / scale).round(), integers[:, chunk]) * scale
+                values = (B_T @ d @ B_T.t()).float() * (32767 / (4 * d.abs().max().float()))
+                m += torch.einsum("cij,ocij->oij", values.double().round(), integers[:, chunk]) * scale
             expected[i : i + 2, j : j + 2] = (A_T @ m @ A_T.t()).permute(1, 2, 0) * kernel.scale.double()
     y = sana_kernels.conv2d(x, kernel, backend="reference")
-    assert_close(y, expected[None, :7], of_rms=1e-5)
+    assert_close(y, expected[None, :7], of_rms=3e-5)  # a value between two steps that goes the other way: 1e-5
     with pytest.raises(AssertionError):
-        assert_close(y, sana_kernels.conv2d(x.double(), weight.double()), of_rms=1e-5)
+        assert_close(y, sana_kernels.conv2d(x.double(), weight.double()), of_rms=3e-5)
 
 
 INPUTS = {
@@ -117,6 +118,36 @@ def test_int16_is_as_close_to_the_convolution_as_pytorch(variant, inputs):
                 assert_kernel(
                     compute(variant, "conv2d", x, quantize_conv2d(weight, winograd=True)), same, oracle, "int8"
                 )
+
+
+@pytest.mark.parametrize("variant", CPU)
+def test_int16_beside_one_large_value(variant):
+    """What does not see it has steps of 2⁻¹³ of it, where it lies in the same patch; elsewhere there is no difference."""
+    x, weight = torch.randn(1, 12, 36, 64), torch.randn(24, 64, 3, 3) / 24
+    x[0, 5, 20, 7] = 400
+    x, weight = x.bfloat16(), weight.bfloat16()
+    oracle = sana_kernels.conv2d(x.double(), weight.double(), backend="reference")
+    error = (compute(variant, "conv2d", x, winograd_conv2d(weight)).double() - oracle)[0].square().mean(-1).sqrt()
+    rounding = (oracle.bfloat16().double() - oracle)[0].square().mean(-1).sqrt()
+    sees, same_patch = torch.zeros(12, 36, dtype=torch.bool), torch.zeros(12, 36, dtype=torch.bool)
+    sees[4:7, 19:22], same_patch[4:8, 18:22] = True, True
+    beside = same_patch & ~sees
+    step = 4 * 400 / 32767
+    assert 0.1 * step < error[beside].max() < step  # times weights of a convolution that keeps the scale of x
+    assert error[~same_patch].square().mean().sqrt() < 1.25 * rounding[~same_patch].square().mean().sqrt()
+    assert error[sees].square().mean().sqrt() < 1.25 * rounding[sees].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("variant", ["reference", *CPU])
+@pytest.mark.parametrize("large", [2e38, torch.inf, -torch.inf])
+def test_int16_beyond_what_a_transform_can_hold(variant, large):
+    """Not a number, or infinite, as of an infinite input; never a number that is wrong."""
+    x = torch.randn(1, 8, 12, 40).bfloat16()
+    x[0, 3, 5, 2] = large
+    y = compute(variant, "conv2d", x, winograd_conv2d(torch.randn(16, 40, 3, 3)))
+    touched = torch.zeros(8, 12, dtype=torch.bool)
+    touched[2:6, 4:8] = True
+    assert not y[0, touched].isfinite().any() and y[0, ~touched].isfinite().all()
 
 
 @pytest.mark.parametrize("variant", CPU)

@@ -6,8 +6,8 @@
 //     products    sums of a few rows x all N columns; K is 9 C. In the window a row of taps is 3 C elements that follow
 //                 each other, and the next pixel's begin C elements further: operand rows of a matrix that never exists
 //     epilogue    of each pixel: scales, bias, activation, RMSNorm over channels, residual or shortcut, rounding
-// An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row. In int8
-// there is another way for a stride of 1, with 4/9 of the multiplications: winograd_vector.h.
+// An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row. On
+// integers there is another way for a stride of 1, with 4/9 of the multiplications: winograd_vector.h.
 //
 // Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of
 // 512 KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB
@@ -46,8 +46,8 @@ constexpr const Conv2dKernels* kPartialSteps[kIsas] = {&conv2d_portable, SANA_AV
                                                        SANA_AVX512(&conv2d_avx512), nullptr};
 
 // There are no tiles of int16.
-constexpr const Conv2dKernels* kInt16[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), SANA_AVXVNNI(&conv2d_avxvnni),
-                                                SANA_AVX512(&conv2d_avx512), nullptr};
+constexpr const Conv2dKernels* kInt16[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2),
+                                                SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512(&conv2d_avx512), nullptr};
 
 // A task is a tile, or some side by side where an epilogue runs beside the products of the next one.
 constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;

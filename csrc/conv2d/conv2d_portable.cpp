@@ -25,14 +25,16 @@ struct Multiply {
     for (int64_t panel = 0; panel < q.panels; ++panel)
       for (int64_t row = 0; row < q.rows; ++row)
         for (int64_t pixel = 0; pixel < q.pixels; ++pixel) {
-          typename std::conditional<kPart<T> == 0, typename T::Sum, float>::type sum[kColumns] = {};
+          typename std::conditional<T::kScaled, float, typename T::Sum>::type sum[kColumns] = {};
           for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) {
             typename T::Sum part[kColumns] = {};
             multiply<T>(part, reinterpret_cast<const Element*>(q.x(row, pixel) + x),
                         reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * k),
                         bytes / int64_t(sizeof(Element)));
-            const float scale = q.scale == nullptr ? 1 : *q.part_scale(pixel, k);
-            for (int i = 0; i < kColumns; ++i) sum[i] += scale == 1 ? part[i] : part[i] * scale;
+            const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
+            for (int i = 0; i < kColumns; ++i)
+              if constexpr (T::kScaled) sum[i] += part[i] * *scale;
+              else sum[i] += part[i];
           });
           for (int i = 0; i < kColumns; ++i) q.to(row, pixel)[panel * kColumns + i] = float(sum[i]);
         }

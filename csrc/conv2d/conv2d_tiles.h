@@ -23,18 +23,13 @@ void tiles_narrow(const Conv2d& p, const Layout& l, const Tile& tiles, char* mem
   tiles_of_int8<BF16, Multiply<Int8>>(p, l, tiles, memory);
 }
 
-template <class E, class M>
-void tiles_of_int16(const Conv2d& p, const Tile& tiles, char* memory) {
-  winograd_tile<E, M, PatchScales<E>>(p, winograd_layout(p), tiles, memory);
-}
-
 template <template <class> class Multiply, class Float, class BFloat16, class Int8, class Int16>
 void tiles_any(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
   const bool wide = p.dtype == DType::f32, floats = wide && p.weight_scale == nullptr;
   const bool int16 = p.weight_scale != nullptr && p.weight_bytes == 2;
   if (floats) return tiles_of<F32, Multiply<Float>>(p, l, tiles, memory);
-  if (int16 && wide) return tiles_of_int16<F32, Multiply<Int16>>(p, tiles, memory);
-  if (int16) return tiles_of_int16<BF16, Multiply<Int16>>(p, tiles, memory);
+  if (int16 && wide) return winograd_tile<F32, Multiply<Int16>, PatchScales<F32>>(p, winograd_layout(p), tiles, memory);
+  if (int16) return winograd_tile<BF16, Multiply<Int16>, PatchScales<BF16>>(p, winograd_layout(p), tiles, memory);
   tiles_narrow<Multiply, BFloat16, Int8>(p, l, tiles, memory);
 }
 

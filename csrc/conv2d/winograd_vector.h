@@ -7,7 +7,7 @@
 //     forward     every patch of 4 x 4 pixels, of which there is one for 2 x 2 results, becomes 16 values per channel. In
 //                 int8 each of the 16 positions is quantised with one scale for the tile: once to know the largest
 //                 values, once more to write them. In int16 a patch has a scale for every 64 channels, of the largest
-//                 value in x: no transform can make more than four times of it
+//                 value in x: no transform makes more than four times of it
 //     products    at each position, patches x C times C x N: a 1 x 1 convolution of Conv2dKernels, panel by panel. Of
 //                 int16, 64 products fit into an int32 (the weights see to that); the sums of 64 are added as floats
 //     back        of 16 sums per patch and column, in int8 times their scales, 2 x 2 results
@@ -101,7 +101,7 @@ class TileScales {
  public:
   using Value = int8_t;
 
-  TileScales(const Pixels& seen, const Tile& tile, int64_t C, float*, int64_t) {
+  TileScales(const Pixels& seen, const Tile& tile, int64_t C, float* /*memory*/, int64_t /*chunks*/) {
     Vec largest[kPositions];
     for (Vec& v : largest) v = set1(0);
     for_patches<E>(seen, tile.rows, tile.pixels, C,
@@ -115,7 +115,7 @@ class TileScales {
     }
   }
 
-  void see(const Pixels&, int64_t, int64_t, int64_t) {}
+  void see(const Pixels&, int64_t, int64_t, int64_t) {}  // all was seen
   const float* of_parts() const { return nullptr; }
 
   // What a value of a patch, channel and position is multiplied by, and a sum of a position.
@@ -157,7 +157,7 @@ class PatchScales {
         for (int64_t patch = down * across; patch < (down + 1) * across; ++patch) {
           x += 2 * seen.pixel;
           const Vec right = magnitude_max(column(x), column(x + seen.pixel));
-          const RowScale found = row_scale(largest_magnitude(magnitude_max(left, right)), 32767 / 4.f);
+          const RowScale found = row_scale(4 * largest_magnitude(magnitude_max(left, right)), 32767);
           scale_[chunk * kTilePixels + patch] = found.scale, inverse_[chunk * kTilePixels + patch] = found.inverse;
           left = right;
         }
@@ -204,10 +204,11 @@ void winograd_tile(const Conv2d& p, const WinogradLayout& l, const Tile& tile, c
     for_patches<E>(seen_here, rows, tile.pixels, p.C,
                    [=](int64_t patch, int64_t c, Lanes lanes, int i, const Four& x) __attribute__((always_inline)) {
                      char* to = values + i * position + patch * K + c * int64_t(sizeof(Value));
+                     Four y;
+                     for (int j = 0; j < 4; ++j) y.v[j] = x.v[j] * set1(scales.inverse(patch, c, i + j));
 #pragma GCC unroll 4
                      for (int j = 0; j < 4; ++j)
-                       S::store(reinterpret_cast<Value*>(to + j * position), lanes,
-                                x.v[j] * set1(scales.inverse(patch, c, i + j)));
+                       S::store(reinterpret_cast<Value*>(to + j * position), lanes, y.v[j]);
                    });
     for (int64_t panel = 0; panel < panels; panel += kWinogradPanels) {
       const int64_t some = panel + kWinogradPanels < panels ? kWinogradPanels : panels - panel;

@@ -75,7 +75,7 @@ inline __m512i broadcast(const char* x) {
 template <class T, int R, int V>
 inline void multiply(typename T::Sum (&sum)[R][V], const char* x, int64_t stride, const char* weight, int64_t apart,
                      int64_t bytes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 4  // 1 to 8 % of products in int8, int16 and fp32
   for (int64_t k = 0; k < bytes; k += 4) {
     __m512i w[V];
     for (int v = 0; v < V; ++v) w[v] = T::weights(weight + v * apart + k * 16);

@@ -9,6 +9,7 @@ namespace {
 constexpr int kColumns = 16;
 
 struct Int8 {
+  static constexpr bool kScaled = false;
   using Element = int8_t;
   using Sum = int32_t;
   static constexpr int kInner = 4;  // elements of K that lie side by side
@@ -17,6 +18,7 @@ struct Int8 {
 
 // A part of K is summed as integers, the parts with a scale each as floats.
 struct Int16 {
+  static constexpr bool kScaled = true;  // the parts
   using Element = int16_t;
   using Sum = int32_t;
   static constexpr int kInner = 2;
@@ -24,6 +26,7 @@ struct Int16 {
 };
 
 struct BFloat16 {
+  static constexpr bool kScaled = false;
   using Element = uint16_t;
   using Sum = float;
   static constexpr int kInner = 2;
@@ -31,6 +34,7 @@ struct BFloat16 {
 };
 
 struct Float {
+  static constexpr bool kScaled = false;
   using Element = float;
   using Sum = float;
   static constexpr int kInner = 1;

@@ -31,7 +31,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-enum class Element { fp32, bf16, int8 };
+enum class Element { fp32, bf16, integer };
 
 struct Kind {
   const char* name;
@@ -46,12 +46,15 @@ std::vector<Kind> kinds() {
   const Kind all[] = {
       {"fp32_portable", Isa::portable, Element::fp32, peak_fp32_portable, 1 << 13},
       {"fp32_avx2", Isa::avx2, Element::fp32, SANA_AVX2(peak_fp32_avx2), 1 << 14},
-      {"int8_avxvnni", Isa::avxvnni, Element::int8, SANA_AVXVNNI(peak_int8_avxvnni), 1 << 14},
+      {"int16_avx2", Isa::avx2, Element::integer, SANA_AVX2(peak_int16_avx2), 1 << 14},
+      {"int16_avxvnni", Isa::avxvnni, Element::integer, SANA_AVXVNNI(peak_int16_avxvnni), 1 << 14},
+      {"int8_avxvnni", Isa::avxvnni, Element::integer, SANA_AVXVNNI(peak_int8_avxvnni), 1 << 14},
       {"fp32_avx512", Isa::avx512, Element::fp32, SANA_AVX512(peak_fp32_avx512), 1 << 14},
       {"bf16_avx512", Isa::avx512, Element::bf16, SANA_AVX512(peak_bf16_avx512), 1 << 14},
-      {"int8_avx512", Isa::avx512, Element::int8, SANA_AVX512(peak_int8_avx512), 1 << 14},
+      {"int16_avx512", Isa::avx512, Element::integer, SANA_AVX512(peak_int16_avx512), 1 << 14},
+      {"int8_avx512", Isa::avx512, Element::integer, SANA_AVX512(peak_int8_avx512), 1 << 14},
       {"bf16_amx", Isa::amx, Element::bf16, SANA_AMX(peak_bf16_amx), 1 << 12},
-      {"int8_amx", Isa::amx, Element::int8, SANA_AMX(peak_int8_amx), 1 << 12},
+      {"int8_amx", Isa::amx, Element::integer, SANA_AMX(peak_int8_amx), 1 << 12},
   };
   std::vector<Kind> found;
   for (const Kind& kind : all)

@@ -202,7 +202,7 @@ def _check_activation(op: str, activation: str) -> None:
 def _check_band(
     op: str, x: Tensor, above: Tensor | None, band: Band | None, stride: int, weight: ConvWeight | None, reach: int = 1
 ) -> Band:
-    """The band, or the whole of x: inside its image, inside of what x holds, and in W8A8 of whole tiles."""
+    """The band, or the whole of x: inside its image, inside of what x holds, of a quantised weight of whole tiles."""
     rows = _whole_shape(x, above)[1]
     if band is None:
         return Band(0, 0, -(-rows // stride), rows)
@@ -215,7 +215,7 @@ def _check_band(
         raise ValueError(f"{op} needs rows {low} to {high - 1} of the image for {band}; x ends at {start + rows - 1}")
     quantized = weight is not None and weight.scale is not None
     if quantized and (first % TILE[0] or (last % TILE[0] and last != end)):
-        raise ValueError(f"{op} in W8A8 takes bands of whole tiles of {TILE[0]} rows; got {band}")
+        raise ValueError(f"{op} of a quantised weight takes bands of whole tiles of {TILE[0]} rows; got {band}")
     return Band(*band)
 
 
@@ -227,10 +227,12 @@ def _check_weight(op: str, x: Tensor, weight: ConvWeight, phases: int) -> None:
             f"{op} takes a weight {tuple(shape)} whose values have that shape, or what pack_conv2d(weight, phases={phases})"
             f" makes of it, {packed_shape(weight, phases)}; got {tuple(values.shape)}"
         )
-    integers = (torch.int8, torch.int16) if shape[-1] == WINOGRAD else (torch.int8,)
+    integers, makers = (torch.int8,), "quantize_conv2d"
+    if shape[-1] == WINOGRAD:
+        integers, makers = (torch.int8, torch.int16), "quantize_conv2d or winograd_conv2d"
     if values.dtype not in ((x.dtype,) if scale is None else integers) or values.device != x.device:
         raise TypeError(
-            f"{op} takes a weight in x's dtype and device, or from quantize_conv2d; got {x.dtype} on {x.device} and"
+            f"{op} takes a weight in x's dtype and device, or from {makers}; got {x.dtype} on {x.device} and"
             f" {values.dtype} on {values.device}"
         )
     if scale is not None and scale.shape != shape[:1]:

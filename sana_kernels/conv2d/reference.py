@@ -36,16 +36,16 @@ of 4 × 4 pixels, two pixels apart, becomes Bᵀ d B, likewise, and of a tile's 
 the result) the values at each of the 16 positions share one scale. With m the int32 sums over channels times their
 position's scale, 2 × 2 results are Aᵀ m A, rows first, times weight's scale.
 
-The same in int16, for x in 16 bits: of every patch, CHUNK = 64 channels share one scale, the 16 positions together. None of
-them can be larger than four times the largest of the patch's pixels, so
+The same in int16, which makes of x in any dtype a result as exact as bfloat16: of every patch, CHUNK = 64 channels share one
+scale, the 16 positions together. None of them can be larger than four times the largest of the patch's pixels, so
 
-    scale = max |x| / 8191.75        values = (Bᵀ d B) · (8191.75 / max |x|), rounded as above, at most 32767
+    scale = 4 max |x| / 32767        values = (Bᵀ d B) · (32767 / (4 max |x|)), rounded as above, at most 32767
 
-and m is the sum over chunks, in fp32, of their int32 sums times their scales. Weights are as large as such a sum allows:
-one scale per output channel, with which no chunk of a position has Σ |w| > 65504 before rounding, nor any |w| > 32767. The
-result is as close to the convolution as that of PyTorch in bfloat16, large values and channels included; only results that
-hardly see what is large in their patch (weights near zero for a channel 30 times as large as the others) were seen 1.6 times
-as far from it.
+and m is the sum over chunks, in fp32, of their int32 sums times their scales. Weights are as large as such a sum allows: one
+scale per output channel, with which no chunk of a position has Σ |w| > 65504 before rounding, nor any |w| > 32767. (64
+roundings add 32 at most, and 65536 · 32767 < 2³¹.) Over an image, the error is within the rule for bfloat16 (design:
+tolerances), large values and channels included. It follows the patch, though, and not each result: one that does not see
+what is large in its patch, or whose weights for it are zero, keeps the rounding of steps of 2⁻¹³ of that.
 
 Precision: sums are fp32. PyTorch rounds to x's dtype after every operation, also the sum of folded taps; of W8A8 all that
 follows the integers is fp32, rounded once. A kernel may leave out any rounding but the last.
@@ -63,7 +63,7 @@ ACTIVATIONS = {"none": lambda y: y, "silu": F.silu, "relu": F.relu}  # in the or
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (dy, dx) of the pixels 2h + dy, 2w + dx that come of one
 TILE = (8, 32)  # rows and pixels that share the scale of their inputs
 CHUNK = 64  # channels that share the scale of a patch, in int16
-_MOST, _MOST_OF_A_CHUNK = 32767, 65504  # of int16 weights, and of the sum of a chunk's magnitudes
+_MOST, _MOST_OF_A_CHUNK = 32767, 65504  # of int16 values and weights, and of the sum of a chunk's weights
 
 
 class Band(NamedTuple):
@@ -118,7 +118,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values[:, : weight[0].numel()].reshape(weight.shape), scale
 
 
-def quantize_words(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int16(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Winograd's (out, in, 4, 4) floating → int16 values of that shape and scale (out,) fp32."""
     magnitudes = weight.float().abs()
     sums = torch.stack([chunk.sum(1).amax((1, 2)) for chunk in magnitudes.split(CHUNK, dim=1)]).amax(0)
@@ -168,7 +168,7 @@ def conv2d(
         y = convolve(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
         if weight.shape[-1] == 4:  # Winograd's
-            y = (_winograd if weight.dtype == torch.int8 else _winograd_words)(window, weight, weight_scale)
+            y = (_winograd if weight.dtype == torch.int8 else _winograd_int16)(window, weight, weight_scale)
         else:
             tiles = _tiles(window, stride)
             y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
@@ -295,15 +295,15 @@ def _winograd(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return y * weight_scale[:, None, None]
 
 
-def _winograd_words(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def _winograd_int16(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """The same by products of int16."""
     wide = weight_scale.dtype  # fp32, or fp64 for an oracle
     outputs = [size - 2 for size in window.shape[2:]]
     patches = F.pad(window.float(), (0, outputs[1] % 2, 0, outputs[0] % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
     m = 0
     for d, w in zip(patches.split(CHUNK, dim=1), weight.split(CHUNK, dim=1), strict=True):
-        largest = d.abs().amax((1, 4, 5), keepdim=True)
-        divisor = torch.full_like(largest, _MOST / 4)  # dividing by or of a number, PyTorch may round twice
+        largest = 4 * d.abs().amax((1, 4, 5), keepdim=True)
+        divisor = torch.full_like(largest, _MOST)  # dividing by or of a number, PyTorch may round twice
         zero = largest < SMALLEST
         values = (_four(_four(d, 4), 5) * torch.where(zero, 0, divisor / largest)).round()
         sums = torch.einsum("bcijyx,ocyx->boijyx", values.double(), w.double()).to(wide)  # exact in fp64

@@ -36,9 +36,9 @@ def quantize_conv2d(weight: Tensor, winograd: bool = False) -> ConvWeight:
 
 
 def winograd_conv2d(weight: Tensor) -> ConvWeight:
-    """(out, in, 3, 3) floating → its 4 × 4 transform in int16, with one scale per output channel, for `conv2d` of 16-bit
-    activations with a stride of 1: as close to it as the direct convolution, with 4/9 of the multiplications."""
-    values, scale = reference.quantize_words(reference.winograd_weight(weight))
+    """(out, in, 3, 3) floating → its 4 × 4 transform in int16, with one scale per output channel, for `conv2d` with a stride
+    of 1: as close to the convolution as bfloat16, with 4/9 of the multiplications; `reference.py` says where it is not."""
+    values, scale = reference.quantize_int16(reference.winograd_weight(weight))
     return ConvWeight(values, scale, tuple(values.shape))
 
 
@@ -75,7 +75,7 @@ def packed_shape(weight: ConvWeight, phases: int) -> tuple[int, ...]:
     if k == WINOGRAD:
         out, k, phases = k * k * out, 1, k * k
     size = weight.values.element_size()
-    n = 4 // size
+    n = max(1, 4 // size)
     taps = -(-k * -(-channels // n) * n * size // STEP) * STEP // size
     return phases, -(-out // phases // PANEL), k, taps // n, PANEL * n
 

@@ -74,8 +74,8 @@ def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, ba
         elif isinstance(block, ResBlock):
             if isinstance(block.norm, BatchNorm) and packer.backend("conv2d") in PACKING:
                 _fold_norm(block)
-            packer.convolution(name, block, "conv1")
-            packer.convolution(name, block, "conv2")
+            packer.convolution(name, block, "conv1", winograd=True)
+            packer.convolution(name, block, "conv2", winograd=True)
         elif isinstance(block, Downsample):
             packer.convolution(name, block, "conv")
         elif isinstance(block, Upsample):
@@ -108,15 +108,14 @@ class _Packer:
         """What a layer is rounded to, or None for 16 bits."""
         return None if kept(name) else self._quantized
 
-    def convolution(self, name: str, block: nn.Module, layer: str, phases: int = 1) -> None:
+    def convolution(self, name: str, block: nn.Module, layer: str, phases: int = 1, winograd: bool = False) -> None:
+        """winograd: by Winograd's products, where they are faster."""
         own, backend = getattr(block, layer), self.backend("conv2d" if phases == 1 else "upsample")
         eight_bit = self.dtype(f"{name}.{layer}") is not None
         if isinstance(own, nn.Conv2d) and (backend in PACKING or eight_bit):
             weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-            winograd = (
-                phases == 1 and own.stride == (1, 1) and backend == "cpu" and winograd_is_faster(min(weight.shape[:2]))
-            )
+            winograd = winograd and backend == "cpu" and winograd_is_faster(min(weight.shape[:2]))
             if eight_bit:
                 weight = quantize_conv2d(weight, winograd)
             elif winograd and weight.dtype == torch.bfloat16:
