@@ -1,9 +1,9 @@
 """Will it fit? What a model and a picture need, and a refusal, before anything is allocated, that names what would fit.
 
 Weights are counted exactly, on networks without storage, but for kernels that Winograd's transform makes 16/9 as large
-(on CPUs, 48 MB of SANA's autoencoder in bf16), which the slack holds. Activations are the few large tensors that are alive
-at once, in units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 256 to 2048 px),
-and tests/test_memory.py measures again.
+(on CPUs, 48 MB of SANA's autoencoder in bf16), which the slack holds. Activations are the few large tensors that are
+alive at once, in units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 256
+to 2048 px), and tests/test_memory.py measures again.
 """
 
 from collections.abc import Iterator

@@ -18,8 +18,8 @@ Rows rows_of(const TwoPieces& rows) {
   return {pointer(std::get<0>(rows)), std::get<1>(rows), pointer(std::get<2>(rows)), std::get<3>(rows)};
 }
 
-// x, residual; weight, out; weight scale, bias, weight and bias of the norm and of the input norm (float32); B, width, C,
-// N; stride, kernel, phases, bytes of a weight; activation, input activation.
+// x, residual; weight, out; weight scale, bias, weight and bias of the norm and of the input norm (float32); B, width,
+// C, N; stride, kernel, phases, bytes of a weight; activation, input activation.
 void py_conv2d(const TwoPieces& x, const TwoPieces& residual, const std::array<Address, 2>& tensors,
                const std::array<Optional, 6>& floats, const std::array<int64_t, 4>& shape,
                const std::array<int64_t, 4>& band, const std::array<int, 4>& kind, const std::array<int, 2>& activations,

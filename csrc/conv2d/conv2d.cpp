@@ -9,12 +9,11 @@
 // An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row. On
 // integers there is another way for a stride of 1, with 4/9 of the multiplications: winograd_vector.h.
 //
-// Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of
-// 512 KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB
-// at C = N = 512 in bf16)
-// come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and core. A tile's result
-// depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and any number of
-// threads, give the same bytes.
+// Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of 512
+// KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at
+// C = N = 512 in bf16) come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and
+// core. A tile's result depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and
+// any number of threads, give the same bytes.
 //
 // FLOPs: 18 C N per pixel (32 C N for the four of an upsampling). Bytes: x 1.33 times, most of it from the last cache,
 // the residual and the result once. Bound: the multiply unit. 16 sums take K / 4 cycles of products in bf16 and K / 8
@@ -40,8 +39,8 @@ constexpr const Conv2dKernels* kNarrow[kIsas] = {&conv2d_portable, SANA_AVX2(&co
 constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
                                                 SANA_AVX512(&conv2d_avx512), nullptr};
 
-// Nor do they stop within a step of 64 bytes: beyond a row of taps they multiply the next pixels by zero, which makes NaN
-// of an infinity there.
+// Nor do they stop within a step of 64 bytes: beyond a row of taps they multiply the next pixels by zero, which makes
+// NaN of an infinity there.
 constexpr const Conv2dKernels* kPartialSteps[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
                                                        SANA_AVX512(&conv2d_avx512), nullptr};
 

@@ -1,9 +1,9 @@
-// 3 x 3 convolutions with 4/9 of the multiplications: F(2x2, 3x3) of Winograd (arXiv 1509.09308), on vectors, in int8 for
-// W8A8 and in int16 for 16-bit floats.
+// 3 x 3 convolutions with 4/9 of the multiplications: F(2x2, 3x3) of Winograd (arXiv 1509.09308), on vectors, in int8
+// for W8A8 and in int16 for 16-bit floats.
 //
 // Algorithm (sana_kernels/conv2d/reference.py), for each tile of 8 rows x 32 pixels of the result, on one thread:
-//     gather      the 10 x 34 pixels of x that the tile sees, as they are; where all of them are inside the image and in one
-//                 piece, they are read in place
+//     gather      the 10 x 34 pixels of x that the tile sees, as they are; where all of them are inside the image and in
+//                 one piece, they are read in place
 //     forward     every patch of 4 x 4 pixels, of which there is one for 2 x 2 results, becomes 16 values per channel. In
 //                 int8 each of the 16 positions is quantised with one scale for the tile: once to know the largest
 //                 values, once more to write them. In int16 a patch has a scale for every 64 channels, of the largest
@@ -13,16 +13,15 @@
 //     back        of 16 sums per patch and column, in int8 times their scales, 2 x 2 results
 //     epilogue    as ever
 //
-// Tiling: 32 patches, two rows of them, at a time: their values (16 x 32 x C bytes, 256 KB at C = 512; int16 twice that) and
-// the sums of 128 columns (256 KB) stay in the second-level cache.
+// Tiling: 32 patches, two rows of them, at a time: their values (16 x 32 x C bytes, 256 KB at C = 512; int16 twice
+// that) and the sums of 128 columns (256 KB) stay in the second-level cache.
 //
-// FLOPs: 8 C N per pixel, not 18. Besides, for each pixel and vector of channels or columns, about 50 vector instructions
-// for the way there and 20 for the way back. Bytes: x as conv2d.cpp; 16 C N of weights (int16: 32 C N), not 9, for 128
-// pixels, so that at C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply unit; of the time
-// in int8, products are 61 % at 128 channels, 77 % at 256, 86 % at 512; in int16 they take twice as long, what is around them
-// the same. Where bf16 and int8 run on AMX tiles, eight times as fast as on vectors, transforms would take longest: there
-// the direct convolution is faster.
-// Measured: bench/notes/decoder.md.
+// FLOPs: 8 C N per pixel, not 18. Besides, for each pixel and vector of channels or columns, about 50 vector
+// instructions for the way there and 20 for the way back. Bytes: x as conv2d.cpp; 16 C N of weights (int16: 32 C N),
+// not 9, for 128 pixels, so that at C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply
+// unit; of the time in int8, products are 61 % at 128 channels, 77 % at 256, 86 % at 512; in int16 they take twice as
+// long, what is around them the same. Where bf16 and int8 run on AMX tiles, eight times as fast as on vectors,
+// transforms would take longest: there the direct convolution is faster. Measured: bench/notes/decoder.md.
 #pragma once
 
 #include "conv2d/conv2d_vector.h"
@@ -46,8 +45,8 @@ struct Pixels {
   int64_t row, pixel;
 };
 
-// f(patch, c, lanes, i, values of positions i ... i + 3) for the patches that make `rows` x `pixels` results, by rows, and
-// all vectors of channels.
+// f(patch, c, lanes, i, values of positions i ... i + 3) for the patches that make `rows` x `pixels` results, by rows,
+// and all vectors of channels.
 template <class E, class F>
 inline void for_patches(const Pixels& seen, int64_t rows, int64_t pixels, int64_t C, F f) {
   using T = typename E::Type;

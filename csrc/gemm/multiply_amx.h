@@ -1,5 +1,5 @@
-// The inner loop of matrix products on AMX tiles: 32 rows x 32 columns of sums in tiles 0-3, x in tiles 4 and 5, weights
-// in 6 and 7. For gemm and conv2d; include common/avx512.h and common/tiles.h first.
+// The inner loop of matrix products on AMX tiles: 32 rows x 32 columns of sums in tiles 0-3, x in tiles 4 and 5,
+// weights in 6 and 7. For gemm and conv2d; include common/avx512.h and common/tiles.h first.
 //
 // Weights stream from the second-level cache with the non-temporal hint (tileloaddt1), without which they would push x
 // out of the first.

@@ -1,9 +1,9 @@
-// The inner loop of matrix products on vectors of 8 columns, for AVX2 and for AVX-VNNI, which differ in how they multiply
-// int8. For gemm and conv2d; include common/avx2.h first.
+// The inner loop of matrix products on vectors of 8 columns, for AVX2 and for AVX-VNNI, which differ in how they
+// multiply int8. For gemm and conv2d; include common/avx2.h first.
 //
 // Per type: `panel` brings 16 columns of weights into the form that `step` reads, perhaps in a buffer; `step` adds the
-// products of 4 bytes of K; `result` turns sums into floats, given the row's `correction`; `add` adds the sum of a part of K
-// to others.
+// products of 4 bytes of K; `result` turns sums into floats, given the row's `correction`; `add` adds the sum of a part
+// of K to others.
 #pragma once
 
 namespace sana {
@@ -82,7 +82,8 @@ struct Float {
   static int correction(const char*, int64_t) { return 0; }
 };
 
-// A part of K is summed as integers, the parts with a scale each as floats. Without dot products, vpmaddwd and an addition.
+// A part of K is summed as integers, the parts with a scale each as floats. Without dot products, vpmaddwd and an
+// addition.
 struct Int16 {
   static constexpr bool kScaled = true;  // the parts
   static constexpr int kRows = 6, kSums = 2;
@@ -189,8 +190,8 @@ struct Int8 {
 };
 #endif
 
-// Adds the products of `bytes` of K: R rows of x, and a panel of 16 columns. Not inlined: 16 registers hold what the loop
-// needs and nothing of what is around it.
+// Adds the products of `bytes` of K: R rows of x, and a panel of 16 columns. Not inlined: 16 registers hold what the
+// loop needs and nothing of what is around it.
 template <class T, int R>
 __attribute__((noinline)) void multiply(typename T::Sum (&sums)[R][T::kSums], const char* x, int64_t stride,
                                         const char* panel, int64_t bytes) {

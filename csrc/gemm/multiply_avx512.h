@@ -1,11 +1,11 @@
 // The inner loop of matrix products for AVX-512: dot products of int8 quadruples or int16 pairs (VNNI) or bf16 pairs
 // (BF16), or floats, 16 columns per vector. For gemm and conv2d; include common/avx512.h first.
 //
-// Per type: Sum, a vector of sums; `weights` loads 4 bytes of K of 16 columns, `dot` multiplies them by a row's 4 bytes;
-// `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others.
+// Per type: Sum, a vector of sums; `weights` loads 4 bytes of K of 16 columns, `dot` multiplies them by a row's 4
+// bytes; `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others.
 //
-// vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, that is by adding
-// 128, and 128 * sum(x) is taken off the result.
+// vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, that is by
+// adding 128, and 128 * sum(x) is taken off the result.
 #pragma once
 
 namespace sana {

@@ -23,7 +23,8 @@ Status quantize_cpu(const Quantize& p, int threads);
 
 static inline int64_t quantized_pitch(int64_t K) { return (K + 63) / 64 * 64; }
 
-// What turns values into steps, and back, for a row whose largest magnitude is given: `most` steps. A NaN comes out as one.
+// What turns values into steps, and back, for a row whose largest magnitude is given: `most` steps. A NaN comes out as
+// one.
 struct RowScale {
   float scale, inverse;
 };

@@ -2,8 +2,8 @@
 //
 // Every loop runs on random data (on zeros some processors clock higher and draw less) and uses enough independent
 // accumulators to hide the latency of the unit. `operands` is 64-byte aligned and holds kOperandBytes of random values
-// of the loop's type: float32 or bfloat16 in ±[0.5, 1), or any integers. A loop returns the operations it did, a multiply
-// and an add counting as two.
+// of the loop's type: float32 or bfloat16 in ±[0.5, 1), or any integers. A loop returns the operations it did, a
+// multiply and an add counting as two.
 #pragma once
 
 constexpr int kOperandBytes = 8192;

@@ -1,5 +1,5 @@
-// Peaks in 256-bit registers: float32 fused multiply-add, where two units of latency 4 or 5 need 8 to 10 accumulators, and
-// products of int16 pairs with an addition each.
+// Peaks in 256-bit registers: float32 fused multiply-add, where two units of latency 4 or 5 need 8 to 10 accumulators,
+// and products of int16 pairs with an addition each.
 #include <immintrin.h>
 
 #include "peak/peak.h"

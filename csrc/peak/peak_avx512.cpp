@@ -1,5 +1,6 @@
 // Peaks of the 512-bit units: float32 fused multiply-add, bfloat16 dot products (two products per lane), int8 and int16
-// dot products (VNNI, four and two per lane). 4 × 4 outer products: 16 accumulators and 8 operands fill 24 of the 32 registers.
+// dot products (VNNI, four and two per lane). 4 × 4 outer products: 16 accumulators and 8 operands fill 24 of the 32
+// registers.
 #include <immintrin.h>
 
 #include "peak/peak.h"
