@@ -68,7 +68,7 @@ class Peaks:
         self._unknown = {kind.split("_")[0] for kind in kinds} - self._kinds.keys()
 
     def kind(self, precision: str) -> str:
-        """The fastest kind that a row of this precision ("copy" for the memory) may use; its own where none is 5 % faster."""
+        """The fastest kind that a row of this precision ("copy": the memory) may use; its own unless one is 5 % faster."""
         allowed = ("copy",) if precision == "copy" else ARITHMETIC[precision]
         kinds = [self._kinds[a] for a in allowed if a in self._kinds]
         fastest = max(kinds, key=self.best.__getitem__)

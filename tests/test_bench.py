@@ -132,8 +132,8 @@ def test_peaks_of_a_precision_are_the_fastest_arithmetic_it_may_use():
     assert peaks.kind("bf16") == "fp32_fake"  # on this machine bf16 is the slower way
     assert peaks.kind("w8a8") == "int8_fake"
     assert peaks.percent(5e12, 1.0, "fp32") == pytest.approx(50)
-    assert fake_peaks(int16_a=1.02e13, bf16_b=1e13).kind("bf16") == "bf16_b"  # as fast, but for noise
-    assert fake_peaks(int16_a=2e13, bf16_b=1e13).kind("bf16") == "int16_a"
+    assert fake_peaks(int16_fake=1.02 * RATES["bf16_fake"]).kind("bf16") == "bf16_fake"  # as fast, but for noise
+    assert fake_peaks(int16_fake=2 * RATES["bf16_fake"]).kind("bf16") == "int16_fake"
 
 
 def test_this_machines_peaks_can_be_measured():
