@@ -56,8 +56,7 @@ bool valid(const Conv2d& p) {
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
   const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr &&
                         (p.weight_bytes == 1 || p.weight_bytes == 2);
-  const bool eight_bit = p.weight_scale == nullptr || p.weight_bytes == 1;
-  return ((eight_bit && (one || four)) || winograd) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
+  return (((one || four) && !is_int16(p)) || winograd) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
          p.band.first < p.band.last;
 }
 
@@ -68,11 +67,10 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
   const bool partial = p.weight_scale == nullptr && p.C % 32 != 0;  // steps, of bf16
-  const bool int16 = p.weight_scale != nullptr && p.weight_bytes == 2;
-  const Conv2dKernels& kernels = floats    ? choose(kFloat)
-                                 : partial ? choose(kPartialSteps)
-                                 : int16   ? choose(kInt16)
-                                           : choose(kNarrow);
+  const Conv2dKernels& kernels = floats        ? choose(kFloat)
+                                 : partial     ? choose(kPartialSteps)
+                                 : is_int16(p) ? choose(kInt16)
+                                               : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;

@@ -33,6 +33,8 @@ struct Layout {
   int64_t group_sums() const { return group * kTilePixels * sums; }
 };
 
+static inline bool is_int16(const Conv2d& p) { return p.weight_scale != nullptr && p.weight_bytes == 2; }
+
 struct Conv2dKernels {
   int64_t buffer;       // bytes that the products need for each byte of K
   int64_t groups;       // 2 where the epilogue of one runs beside the products of the next, else 1

@@ -26,10 +26,9 @@ void tiles_narrow(const Conv2d& p, const Layout& l, const Tile& tiles, char* mem
 template <template <class> class Multiply, class Float, class BFloat16, class Int8, class Int16>
 void tiles_any(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
   const bool wide = p.dtype == DType::f32, floats = wide && p.weight_scale == nullptr;
-  const bool int16 = p.weight_scale != nullptr && p.weight_bytes == 2;
   if (floats) return tiles_of<F32, Multiply<Float>>(p, l, tiles, memory);
-  if (int16 && wide) return winograd_tile<F32, Multiply<Int16>, PatchScales<F32>>(p, winograd_layout(p), tiles, memory);
-  if (int16) return winograd_tile<BF16, Multiply<Int16>, PatchScales<BF16>>(p, winograd_layout(p), tiles, memory);
+  if (is_int16(p) && wide) return winograd_tile<F32, Multiply<Int16>, PatchScales<F32>>(p, winograd_layout(p), tiles, memory);
+  if (is_int16(p)) return winograd_tile<BF16, Multiply<Int16>, PatchScales<BF16>>(p, winograd_layout(p), tiles, memory);
   tiles_narrow<Multiply, BFloat16, Int8>(p, l, tiles, memory);
 }
 
