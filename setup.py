@@ -33,7 +33,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 # Builds for tests, besides the plain one: with AddressSanitizer, and with AMX tiles emulated (csrc/emulator/tiles.h).
-VARIANTS = {"": "", "asan": "-fsanitize=address -fno-omit-frame-pointer -g", "tiles": "-DSANA_EMULATE_TILES"}
+VARIANTS = {"": "", "asan": "-O1 -fsanitize=address -fno-omit-frame-pointer -g", "tiles": "-DSANA_EMULATE_TILES"}
 VARIANT = os.environ.get("SANA_BUILD", "")
 if VARIANT not in VARIANTS:
     sys.exit(f"SANA_BUILD={VARIANT} is not known; choose asan or tiles, or leave it out")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sana_kernels.conv2d.reference import quantize_int16, quantize_weight, winograd_weight
+from sana_kernels.conv2d import winograd_conv2d, winograd_upsample
+from sana_kernels.conv2d.reference import quantize_weight
 from sana_kernels.gemm import fake_quantize
 from sana_kernels.gemm.reference import quantize
 from sana_kernels.quant.formats import quantize_int4
@@ -20,6 +21,8 @@ from sana_model.settings import DTYPES, PRECISIONS, QUANTIZED
 
 OUTLIER, OUTLIER_SHARE = 30.0, 0.001
 WITH_W8A8 = (*DTYPES, "w8a8")
+TRANSFORMED = {None: WITH_W8A8, torch.int8: ("w8a8",), torch.int16: ("bf16",)}
+"""The precisions of convolutions by their transformed kernel's integers."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,14 @@ class Inputs:
             return x, None
         return fake_quantize(x, self.quantized, "") if x.is_meta else quantize(x, self.quantized)
 
-    def kernel(self, out: int, channels: int, size: int, winograd: bool = False) -> tuple[Tensor, Tensor | None]:
-        """A convolution's weight (out, channels, size, size), or quantised with its scales, perhaps Winograd's."""
+    def kernel(self, out: int, channels: int, size: int) -> tuple[Tensor, Tensor | None]:
+        """A convolution's weight (out, channels, size, size), or quantised with its scales."""
         weight = self(out, channels, size, size, scale=channels**-0.5 / size)
-        if self.quantized is None and not winograd:
+        if self.quantized is None:
             return weight, None
-        if winograd:
-            weight = winograd_weight(weight)
         if weight.is_meta:
-            return weight.to(self.quantized or torch.int16), weight.new_empty(out, dtype=torch.float32)
-        return quantize_int16(weight) if self.quantized is None else quantize_weight(weight)
+            return weight.to(self.quantized), weight.new_empty(out, dtype=torch.float32)
+        return quantize_weight(weight)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         if self.device.type == "meta":
@@ -232,28 +233,38 @@ def _rms_norm(name: str, side: int, C: int) -> Case:
     return Case("rms_norm", name, {"H": side, "W": side, "C": C}, 2 * side * side * C, make)
 
 
-def _upsample(name: str, side: int, channels: int, C: int) -> Case:
-    """To twice `side`, from `channels` to C; the folded 3 × 3 convolution has 16 taps per pixel and channel."""
+def _upsample(name: str, side: int, channels: int, C: int, *, transformed: bool = False) -> Case:
+    """To twice `side`, from `channels` to C; the folded 3 × 3 convolution has 16 taps per pixel and channel.
+
+    transformed: 9 products instead, of int16.
+    """
 
     def make(inputs: Inputs) -> tuple:
-        weight, scale = inputs.kernel(4 * C, channels, 2)
+        if transformed:
+            weight, scale, _ = winograd_upsample(inputs(C, channels, 3, 3, scale=channels**-0.5 / 3))
+        else:
+            weight, scale = inputs.kernel(4 * C, channels, 2)
         return inputs(1, side, side, channels), weight, scale, list(weight.shape), inputs(C), [0, 0, side, side], None
 
-    shape = {"H": side, "W": side, "in": channels, "out": C}
-    return Case("upsample", name, shape, side**2 * 16 * C * channels, make, WITH_W8A8)
+    shape, taps = {"H": side, "W": side, "in": channels, "out": C}, 9 if transformed else 16
+    precisions = TRANSFORMED[torch.int16 if transformed else None]
+    return Case("upsample", name, shape, side**2 * taps * C * channels, make, precisions)
 
 
 def _conv2d(
-    name: str, side: int, C: int, N: int, *, norm: bool = False, silu: bool = False, winograd: bool = False
+    name: str, side: int, C: int, N: int, integers: torch.dtype | None = None, *, norm: bool = False, silu: bool = False
 ) -> Case:
     """64 rows, as of a band, of a decoder's block: its first convolution, with SiLU, or its second, with norm.
 
-    winograd: by Winograd's products, 4 for each result and channel, in int8 or, of bf16, in int16.
+    integers: those of a transformed kernel.
     """
-    rows, taps = min(side, 64), 4 if winograd else 9
+    rows, taps = min(side, 64), {None: 9, torch.int8: 4, torch.int16: 9 / 4}[integers]
 
     def make(inputs: Inputs) -> tuple:
-        weight, scale = inputs.kernel(N, C, 3, winograd)
+        if integers is None:
+            weight, scale = inputs.kernel(N, C, 3)
+        else:
+            weight, scale, _ = winograd_conv2d(inputs(N, C, 3, 3, scale=C**-0.5 / 3), integers)
         bias = None if norm else inputs(N, scale=0.1)
         after = (inputs(N), inputs(N, scale=0.1), inputs(1, rows, side, N)) if norm else (None, None, None)
         return (
@@ -262,8 +273,7 @@ def _conv2d(
         )  # fmt: skip
 
     shape = {"H": rows, "W": side, "in": C, "out": N}
-    precisions = ("bf16", "w8a8") if winograd else WITH_W8A8
-    return Case("conv2d", name, shape, rows * side * taps * C * N, make, precisions)
+    return Case("conv2d", name, shape, round(rows * side * taps * C * N), make, TRANSFORMED[integers])
 
 
 def _multi_scale(name: str, side: int, C: int, D: int = 32) -> Case:
@@ -318,12 +328,14 @@ def _published() -> list[Case]:
     cases += [_conv2d("tiny_decoder_stage2", 64, tiny[2], tiny[2]), _multi_scale("tiny_decoder_stage5", 8, tiny[5])]
     widths = BUILT_IN["sana-0.6b"].autoencoder.widths
     cases += [_rms_norm(f"decoder_stage{i}_1024", 1024 >> i, widths[i]) for i in (2, 5)]
-    cases += [_upsample(f"decoder_stage{i}_1024", 512 >> i, widths[i + 1], widths[i]) for i in (2, 4)]
+    kinds = (None, ""), (torch.int8, "_winograd_int8"), (torch.int16, "_winograd_int16")
+    for i in (2, 4):
+        size, label = (512 >> i, widths[i + 1], widths[i]), f"decoder_stage{i}_1024"
+        cases += [_upsample(label, *size), _upsample(f"{label}_winograd_int16", *size, transformed=True)]
     for i in (0, 1, 2):  # 85 % of the decoder's work
-        for kind in ("silu", "norm"):
-            size, label = (1024 >> i, widths[i], widths[i]), f"decoder_stage{i}_1024_{kind}"
-            cases.append(_conv2d(label, *size, **{kind: True}))
-            cases.append(_conv2d(f"{label}_winograd", *size, winograd=True, **{kind: True}))
+        size, label = (1024 >> i, widths[i], widths[i]), f"decoder_stage{i}_1024"
+        for integers, kind in kinds:
+            cases += [_conv2d(f"{label}_{end}{kind}", *size, integers, **{end: True}) for end in ("silu", "norm")]
     cases += [_conv2d("decoder_out_1024", 1024, widths[0], 3), _multi_scale("decoder_stage3_1024", 128, widths[3])]
     cases += [_decoder_attention(f"decoder_stage{i}_1024", (1024 >> i) ** 2, widths[i]) for i in (3, 4, 5)]
     return cases

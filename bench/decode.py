@@ -56,7 +56,7 @@ class OwnDecoder:
         """How it was computed, and of ours, how many ms each op took in the last image."""
         rows = [asdict(row) for row in self._plan.rows if row.part == "autoencoder"]
         spent = {op: 1e3 * seconds for (_, op), seconds in self._plan.clock.seconds().items()}
-        how = {"band_bytes": self.autoencoder.band_bytes, "winograd": self._plan.winograd}
+        how = {"band_bytes": self.autoencoder.band_bytes, "transformed": self._plan.transformed}
         return {"backend": self.backend, "rows": rows, "op_ms": spent, **how}
 
     def needs(self, size: int) -> int:
@@ -285,7 +285,7 @@ class DecodeBench:
         if not measured.samples:
             return None
         ms = statistics_ms(measured.samples)
-        macs = work.decoder_macs(self.config.autoencoder, size, size, winograd=measured.plan.get("winograd", False))
+        macs = work.decoder_macs(self.config.autoencoder, size, size, transformed=measured.plan.get("transformed", ""))
         percent = self.peaks.percent(2 * macs, ms["median"] / 1e3, name.precision)
         failures = [f"it runs at {percent:.0f} % of the measured peak"] if percent is not None and percent > 100 else []
         passed = measured.check["passed"] and not failures

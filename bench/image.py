@@ -251,8 +251,8 @@ class ImageBench:
             row["stages_ms"] = {stage: median[stage] for stage in (*STAGES, "per_step")}
         return row | {"work": self.work(median, name, common["plan"]), "check": checked}
 
-    def macs(self, winograd: bool) -> dict[str, int]:
-        """Multiply-adds of each stage that can't be avoided, for the whole batch. `winograd`: as `work.decoder_macs`."""
+    def macs(self, transformed: str) -> dict[str, int]:
+        """Multiply-adds of each stage that can't be avoided, for the whole batch. `transformed`: as `work.decoder_macs`."""
         w, config = self.workload, self.config
         scale = config.autoencoder.spatial_compression
         tokens = (w.height // scale) * (w.width // scale)
@@ -260,13 +260,13 @@ class ImageBench:
         lengths = (1, w.text_tokens) if guided else (w.text_tokens,)  # the empty negative prompt is one token
         return {
             "denoise": w.batch * work.denoise_macs(config.dit, tokens, w.steps, lengths),
-            "decode": w.batch * work.decoder_macs(config.autoencoder, w.height, w.width, winograd=winograd),
+            "decode": w.batch * work.decoder_macs(config.autoencoder, w.height, w.width, transformed=transformed),
         }
 
     def work(self, stages: dict[str, float], name: RunName, plan: dict) -> dict:
         """GMAC of the stages, and what share of the measured peak that is."""
         macs, precisions = (
-            self.macs(plan.get("winograd", False)),
+            self.macs(plan.get("transformed", "")),
             {"denoise": name.precision, "decode": name.precisions["autoencoder"]},
         )
         percent = {

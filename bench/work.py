@@ -43,12 +43,13 @@ def denoise_macs(config: DiTConfig, tokens: int, steps: int, lengths: tuple[int,
 
 
 def decoder_macs(
-    config: AutoencoderConfig, height: int, width: int, *, folded: bool = True, winograd: bool = False
+    config: AutoencoderConfig, height: int, width: int, *, folded: bool = True, transformed: str = ""
 ) -> int:
     """One decode of an image of height × width pixels.
 
     `folded`: of a convolution after nearest ×2, only the 4 taps of each pixel that are different ones, not all 9.
-    `winograd`: of a ResBlock's, from WINOGRAD_CHANNELS on, only the 4 products of each pixel that F(2×2, 3×3) takes.
+    `transformed`: to "int8" or "int16", of what is wide enough (WINOGRAD_CHANNELS) only the products of each pixel that
+    transforms leave: of a ResBlock's 4 by F(2×2, 3×3) or 9/4 by F(4×4, 3×3), of int16 after nearest ×2 9/4.
     """
     widths, last = config.widths, len(config.widths) - 1
     pixels = [(height >> i) * (width >> i) for i in range(len(widths))]
@@ -58,10 +59,16 @@ def decoder_macs(
         count, residual = config.decoder_layers[i], config.decoder_block_types[i] == "ResBlock"
         if i < last and count:  # the up-sampling convolution into this stage: at its resolution, or before it
             taps = 4 if folded and config.upsample == "interpolate" else 9  # a shuffle's 4C channels are as many pixels
-            total += pixels[i] * widths[i + 1] * C * taps
+            if (
+                transformed == "int16"
+                and config.upsample == "interpolate"
+                and min(C, widths[i + 1]) >= WINOGRAD_CHANNELS
+            ):
+                taps = 9 / 4
+            total += round(pixels[i] * widths[i + 1] * C * taps)
         scales = len(config.decoder_qkv_multiscales[i])
-        taps = 4 if winograd and C >= WINOGRAD_CHANNELS else 9
-        total += pixels[i] * count * (2 * C * C * taps if residual else _efficientvit_macs(config, C, scales))
+        taps = {"": 9, "int8": 4, "int16": 9 / 4}[transformed if C >= WINOGRAD_CHANNELS else ""]
+        total += round(pixels[i] * count * (2 * C * C * taps if residual else _efficientvit_macs(config, C, scales)))
     return total
 
 

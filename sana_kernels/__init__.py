@@ -19,6 +19,7 @@ from sana_kernels.conv2d import (
     rms_norm,
     upsample,
     winograd_conv2d,
+    winograd_upsample,
 )  # fmt: skip
 from sana_kernels.cross_attention import cross_attention
 from sana_kernels.gemm import Quantized, gemm, quantize
@@ -67,4 +68,5 @@ __all__ = [
     "rms_norm",
     "upsample",
     "winograd_conv2d",
+    "winograd_upsample",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Will it fit? What a model and a picture need, and a refusal, before anything is allocated, that names what would fit.
 
-Weights are counted exactly, on networks without storage, but for kernels that Winograd's transform makes 16/9 as large
-(on CPUs, 48 MB of SANA's autoencoder in bf16), which the slack holds. Activations are the few large tensors that are
+Weights are counted exactly, on networks without storage. Activations are the few large tensors that are
 alive at once, in units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 256
 to 2048 px), and tests/test_memory.py measures again.
 """
@@ -14,7 +13,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from sana_kernels.backend import backend_status
+from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_integers
 from sana_model.autoencoder.bands import BAND_BYTES, rows_of_a_band
+from sana_model.autoencoder.blocks import ResBlock
 from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.bins import nearest_bin
 from sana_model.config import BUILT_IN, ModelConfig
@@ -59,7 +61,7 @@ def estimate(
 
     blocks = DIT_UNITS * rows * tokens * dit.hidden * size
     keys_values = 2 * dit.layers * rows * config.max_text_tokens * dit.hidden * size
-    return weights(config, precisions) | {
+    return weights(config, precisions, device) | {
         "denoise": blocks + keys_values + SMALL,
         "decode": _decode(
             config, settings, width, height, PRECISIONS[precisions["autoencoder"]], torch.device(device), in_bands
@@ -67,9 +69,11 @@ def estimate(
     }
 
 
-def weights(config: ModelConfig, precisions: Precisions) -> dict[str, int]:
+def weights(config: ModelConfig, precisions: Precisions, device: torch.device | str = "cpu") -> dict[str, int]:
     """Bytes of the weights by part, as loaded."""
-    quantized = _in_blocks(config)
+    quantized, on_cpu = _in_blocks(config), torch.device(device).type == "cpu" and backend_status("cpu") is None
+    narrow = precisions["autoencoder"] in ("bf16", "w8a8")
+    transformed = on_cpu and narrow and winograd_integers(precisions["autoencoder"] == "w8a8") == torch.int16
 
     def of(part: str, count: int) -> int:
         precision = precisions[part]
@@ -77,7 +81,8 @@ def weights(config: ModelConfig, precisions: Precisions) -> dict[str, int]:
             return count * _size(precision)
         return round(quantized[part] * BYTES[precision]) + (count - quantized[part]) * _size(precision)
 
-    return {part: of(part, count) for part, count in parameters(config).items()}
+    found = {part: of(part, count) for part, count in parameters(config).items()}
+    return found | {"autoencoder": found["autoencoder"] + transformed * _grown_by_transforms(config)}
 
 
 @lru_cache(maxsize=32)
@@ -105,6 +110,15 @@ def _in_blocks(config: ModelConfig) -> dict[str, int]:
     }
 
 
+@lru_cache(maxsize=32)
+def _grown_by_transforms(config: ModelConfig) -> int:
+    """Bytes by which the autoencoder's 3 × 3 kernels of bf16 grow where they become 6 × 6 of int16, on CPUs."""
+    with torch.device("meta"):
+        blocks = [block for block in Autoencoder(config.autoencoder).modules() if isinstance(block, ResBlock)]
+    kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
+    return sum(54 * w[:, :, 0, 0].numel() for w in kernels if min(w.shape[:2]) >= WINOGRAD_CHANNELS)
+
+
 def _size(precision: str) -> int:
     """Bytes of what is not quantised."""
     return PRECISIONS.get(precision, torch.bfloat16).itemsize
@@ -114,7 +128,7 @@ def check_load(
     config: ModelConfig, precisions: Precisions, device: torch.device | str, low_memory: bool = False
 ) -> None:
     """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, which reads them first."""
-    device, parts = torch.device(device), weights(config, precisions)
+    device, parts = torch.device(device), weights(config, precisions, device)
     for place in dict.fromkeys((torch.device("cpu"), device)):
         room, needed = available(place), sum(parts.values())
         if low_memory and place.type == "cuda":
@@ -144,7 +158,7 @@ def check_run(
     device = torch.device(device)
     room, needed = available(device), _peak(config, settings, precisions, device, in_bands)
     if not loaded:
-        parts = weights(config, precisions)
+        parts = weights(config, precisions, device)
         room -= parts["dit"] + parts["autoencoder"] + (0 if low_memory else parts["text_encoder"])
     if needed > room:
         fits = list(_lighter_runs(config, settings, precisions, device, room, low_memory, in_bands))
@@ -247,16 +261,16 @@ def decoder_bytes(
 def _lighter_loads(config: ModelConfig, precisions: Precisions, place: torch.device, room: int) -> Iterator[str]:
     """What to ask for instead so that the weights fit, least sacrifice first."""
     half = dict.fromkeys(precisions, "bf16")
-    now, lighter = sum(weights(config, precisions).values()), sum(weights(config, half).values())
+    now, lighter = (sum(weights(config, chosen, place).values()) for chosen in (precisions, half))
     if lighter < now and lighter <= room:
         yield f"--precision bf16 ({_gb(lighter)})"
-    eight_bit = sum(weights(config, half | {"dit": "w8a8", "text_encoder": "w8a8"}).values())
+    eight_bit = sum(weights(config, half | {"dit": "w8a8", "text_encoder": "w8a8"}, place).values())
     if lighter > room >= eight_bit and eight_bit < now:
         yield f"--precision w8a8 --text-precision w8a8 ({_gb(eight_bit)})"
     if place.type == "cuda" and now <= available(torch.device("cpu")):
         yield "--device cpu"
     family = {name: other for name, other in BUILT_IN.items() if other.scheduler.kind == config.scheduler.kind}
-    sizes = {name: sum(weights(other, half).values()) for name, other in family.items()}
+    sizes = {name: sum(weights(other, half, place).values()) for name, other in family.items()}
     fitting = [name for name, size in sizes.items() if size < lighter and size <= room]
     if fitting:
         largest = max(fitting, key=sizes.get)
@@ -278,14 +292,14 @@ def _lighter_runs(
         needed = _peak(config, asked, with_precisions, device, in_bands)
         return needed if needed <= room + freed else None
 
-    held = weights(config, precisions)
+    held = weights(config, precisions, device)
     if settings.num_images > 1 and (needed := fits(replace(settings, num_images=1))):
         yield f"--num-images 1 ({_gb(needed)})"
     if not low_memory and (needed := fits(replace(settings, tiled=True), freed=held["text_encoder"])):
         yield f"--low-memory ({_gb(needed)}, and the text encoder's {_gb(held['text_encoder'])} are freed)"
     if "fp32" in precisions.values():
         half = dict.fromkeys(precisions, "bf16")
-        if needed := fits(settings, half, sum(held.values()) - sum(weights(config, half).values())):
+        if needed := fits(settings, half, sum(held.values()) - sum(weights(config, half, device).values())):
             yield f"--precision bf16 ({_gb(needed)})"
     if not settings.binning:  # a bin's area does not depend on the size asked for
         step, ratio = config.autoencoder.spatial_compression, settings.height / settings.width

@@ -17,7 +17,7 @@ from torch import nn
 
 import sana_kernels
 from sana_kernels.backend import backend_status, extension, kernels, why_not
-from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_is_faster
+from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_integers
 from sana_kernels.mix_ffn import taps_first
 from sana_model.autoencoder.bands import BAND_BYTES
 from sana_model.autoencoder.packed import pack_autoencoder
@@ -200,11 +200,14 @@ class Plan:
         return next((row.backend for row in chosen), "reference")
 
     @property
-    def winograd(self) -> bool:
-        """Do the autoencoder's blocks from WINOGRAD_CHANNELS on go by Winograd's transform?"""
-        rows = [row for row in self.rows if (row.part, row.op) == ("autoencoder", "conv2d")]
-        narrow = any(row.backend == "cpu" and row.precision in ("bf16", "w8a8") for row in rows)
-        return narrow and winograd_is_faster()
+    def transformed(self) -> str:
+        """The integers, "int8" or "int16", of the autoencoder's kernels from WINOGRAD_CHANNELS on; "" if they are direct."""
+        precisions = {
+            row.precision for row in self.rows if (row.part, row.op, row.backend) == ("autoencoder", "conv2d", "cpu")
+        }
+        eight_bit = "w8a8" in precisions
+        integers = winograd_integers(eight_bit) if eight_bit or "bf16" in precisions else None
+        return "" if integers is None else str(integers).removeprefix("torch.")
 
     def outside_share(self, denoise_seconds: float) -> float:
         """Fraction of the denoising time since the clock's reset that was spent outside the named backend's kernels.
@@ -224,7 +227,7 @@ class Plan:
             "executed": self.executed,
             "rows": [asdict(row) for row in self.rows],
             "eager": self.eager,
-            "winograd": self.winograd,
+            "transformed": self.transformed,
         }
 
     def __str__(self) -> str:
@@ -235,10 +238,12 @@ class Plan:
             lines.append(
                 f"  {row.part:<13} {row.op:<17} {row.backend:<10} {row.precision:<5}" + f"   ({why})" * bool(why)
             )
-        if self.winograd:
+        if self.transformed:
+            kernels = "F(2 × 2, 3 × 3)"
+            if self.transformed == "int16":
+                kernels = "F(4 × 4, 3 × 3), and after an upsampling 9 products instead of 16"
             lines.append(
-                f"  autoencoder   blocks from {WINOGRAD_CHANNELS} channels on: Winograd's F(2 × 2, 3 × 3) in int8, of bf16"
-                " in int16"
+                f"  autoencoder   from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's {kernels}"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

@@ -11,7 +11,7 @@ from variants import double, isas, run, signed, variants
 
 import sana_kernels
 from sana_kernels.conv2d import Band, ConvWeight, reference
-from sana_kernels.conv2d.weights import quantize_conv2d, winograd_conv2d
+from sana_kernels.conv2d.weights import quantize_conv2d, winograd_conv2d, winograd_upsample
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EMULATED = "cpu:amx (emulated)"
@@ -20,7 +20,7 @@ CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
 GPU = [v for v in VARIANTS if not isinstance(v, str)]
 FLOATS = (torch.float32, torch.bfloat16)
 # Of the products; those of integers between activations of bf16.
-PRECISIONS = ("fp32", "bf16", "w8a8", "winograd", "winograd int16")
+PRECISIONS = ("fp32", "bf16", "w8a8", "winograd int8", "winograd int16")
 INTEGERS = PRECISIONS[2:]
 
 
@@ -79,9 +79,17 @@ def in_double(weight: torch.Tensor | ConvWeight, around: dict) -> tuple:
 
 
 def quantized(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight:
+    if precision.startswith("winograd"):
+        return winograd_conv2d(weight, getattr(torch, precision.removeprefix("winograd ")))
+    return quantize_conv2d(weight) if precision in INTEGERS else weight
+
+
+def quantized_upsample(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight:
+    """Of a kernel (out, in, 3, 3), what `upsample` takes."""
     if precision == "winograd int16":
-        return winograd_conv2d(weight)
-    return quantize_conv2d(weight, winograd=precision == "winograd") if precision in INTEGERS else weight
+        return winograd_upsample(weight)
+    folded = reference.fold_upsample(weight)
+    return quantize_conv2d(folded) if precision in INTEGERS else folded
 
 
 def banded(x: torch.Tensor, ends: list[int], stride: int, reach: int, call) -> torch.Tensor:

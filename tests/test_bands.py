@@ -10,7 +10,7 @@ from test_autoencoder import SMALL, randomise
 from variants import isa_cap
 
 from sana_model.autoencoder import bands, family
-from sana_model.autoencoder.blocks import ResBlock
+from sana_model.autoencoder.blocks import ResBlock, Upsample
 from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.config import BUILT_IN, AutoencoderConfig
 from sana_model.plan import resolve
@@ -110,29 +110,41 @@ def test_memory_does_not_grow_with_the_image(monkeypatch):
     assert held[0] == held[1] <= 5 * 16, f"{held} rows of images of 128 and 384 rows are held at a time"
 
 
-@pytest.mark.parametrize(("precision", "transformed"), [("w8a8", torch.int8), ("bf16", torch.int16), ("fp32", None)])
-def test_blocks_are_winograds_where_that_is_faster(precision, transformed):
-    """Of 64 channels and more; not on AMX, where products cost less than transforms."""
+@pytest.mark.parametrize("precision", ["w8a8", "bf16", "fp32"])
+def test_kernels_are_transformed_where_that_is_faster(precision):
+    """Of 64 channels and more, in and out; not on AMX, where products cost less than transforms."""
 
-    def kernels() -> dict[int, set[tuple[int, torch.dtype]]]:
-        """Size and dtype of the kernels by channels."""
+    def kernels() -> dict[tuple[str, int], set[tuple[int, torch.dtype]]]:
+        """Size and dtype of the kernels by block and the fewest channels."""
         found = {}
         for block in packed(SANA, precision).decoder.modules():
-            if isinstance(block, ResBlock):
-                for conv in (block.conv1, block.conv2):
-                    found.setdefault(conv.shape[1], set()).add((conv.shape[2], conv.values.dtype))
+            if isinstance(block, ResBlock | Upsample):
+                for conv in (block.conv1, block.conv2) if isinstance(block, ResBlock) else (block.conv,):
+                    upsampled = 4 if isinstance(block, Upsample) and not conv.weight.transformed else 1
+                    channels = min(conv.shape[0] // upsampled, conv.shape[1])
+                    found.setdefault((type(block).__name__, channels), set()).add((conv.shape[2], conv.values.dtype))
         return found
 
-    direct = {(3, torch.int8 if precision == "w8a8" else PRECISIONS[precision])}
+    dtype = torch.int8 if precision == "w8a8" else PRECISIONS[precision]
+    direct = {
+        (block, width): {(size, dtype)} for block, size in (("ResBlock", 3), ("Upsample", 2)) for width in (16, 32, 64)
+    }
+    size, integers = {"w8a8": (4, torch.int8), "bf16": (6, torch.int16)}.get(precision, (3, dtype))
+    transformed = direct | {("ResBlock", 64): {(size, integers)}}
+    if precision == "bf16":
+        transformed |= {("Upsample", 64): {(3, torch.int16)}}
     with isa_cap("avx512"):
-        assert kernels() == {16: direct, 32: direct, 64: {(4, transformed)} if transformed else direct}
+        assert kernels() == transformed
+    if precision == "w8a8":  # without instructions for int8
+        with isa_cap("avx2"):
+            assert kernels() == direct | {("ResBlock", 64): {(6, torch.int16)}, ("Upsample", 64): {(3, torch.int16)}}
     with emulated_tiles.cpu():
-        assert kernels() == {16: direct, 32: direct, 64: direct}
+        assert kernels() == direct
 
 
 @pytest.mark.parametrize("method", ["decode", "encode"])
 def test_bf16_is_as_close_to_fp32_as_pytorch(method):
-    """By whatever products; widths of 64 go by Winograd's where that is faster."""
+    """By whatever products; kernels of 64 channels are transformed where that is faster."""
     x, exact = signed(method, (3, 2)), packed(SANA, "fp32", backend="reference")
     with torch.inference_mode():
         ours, theirs, fp32 = (
@@ -149,4 +161,4 @@ def test_the_plan_says_so():
             resolve(model, "cpu", torch.device("cpu"), parts | {"autoencoder": p}) for p in ("fp32", "bf16", "w8a8")
         ]
         assert ["Winograd" in str(plan) for plan in plans] == [False, True, True]
-        assert [plan.as_json()["winograd"] for plan in plans] == [False, True, True]
+        assert [plan.as_json()["transformed"] for plan in plans] == ["", "int16", "int8"]

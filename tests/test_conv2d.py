@@ -16,6 +16,7 @@ from convolutions import (
     in_double,
     of_diffusers,
     quantized,
+    quantized_upsample,
     upsample_inputs,
 )
 from variants import device_of, signed
@@ -55,8 +56,8 @@ def test_conv2d_against_fp64(variant, precision, case):
     same = sana_kernels.conv2d(x, weight, **around, backend="reference")
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
-    if precision in ("w8a8", "winograd") and "input" in case.around:  # values between two steps may go either way
-        assert relative_rms(y, oracle) < (1.5e-2 if precision == "winograd" else 1e-2)
+    if precision in ("w8a8", "winograd int8") and "input" in case.around:  # values between two steps may go either way
+        assert relative_rms(y, oracle) < (1.5e-2 if precision == "winograd int8" else 1e-2)
     else:
         assert_kernel(y, same, oracle, f"{variant} {case}")
 
@@ -70,7 +71,11 @@ def test_w8a8_between_floats(variant, precision, case):
     same = sana_kernels.conv2d(x, weight, **around, backend="reference")
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
-    assert_kernel(compute(variant, "conv2d", x, weight, **around), same, oracle, f"{variant} {case}")
+    y = compute(variant, "conv2d", x, weight, **around)
+    if precision == "winograd int16":  # values between two steps may go either way
+        assert relative_rms(y, oracle) < 5e-5
+    else:
+        assert_kernel(y, same, oracle, f"{variant} {case}")
 
 
 def test_a_resblock_is_that_of_diffusers():
@@ -169,7 +174,7 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
             assert torch.equal(parts, whole)
 
     ends = [0, 8, 24, 32, 35] if precision in INTEGERS else [0, 1, 2, 15, 34, 35]
-    width = 100 if "winograd" in precision else 37  # with a tile inside the image, whose pixels are read from x itself
+    width = 200 if "winograd" in precision else 37  # with a tile inside the image, whose pixels are read from x itself
     for stride in (1,) if "winograd" in precision else (1, 2):
         (x, weight), around = Case(1, 35 * stride - stride + 1, width, 36, 40, stride, "silu", "norm residual").make(
             dtype
@@ -183,9 +188,8 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
             return compute(variant, "conv2d", rows, weight, **around, residual=here, band=band)
 
         same_rows(banded(x, ends, stride, 1, part), whole)
-    x, weight, bias = upsample_inputs(2, 35, 37, 32, 16, dtype)
-    folded = reference.fold_upsample(weight)
-    folded = quantize_conv2d(folded) if precision in INTEGERS else folded
+    x, weight, bias = upsample_inputs(2, 35, 100, 32, 16, dtype)
+    folded = quantized_upsample(weight, precision)
     whole = compute(variant, "upsample", x, folded, bias)
     parts = banded(
         x, ends, 1, 1,
@@ -210,7 +214,7 @@ def test_rows_in_two_pieces_are_the_same_image(variant, precision):
     for stride, around in ((1, "norm residual"), (1, "input bias"), (2, "bias residual")):
         if "winograd" in precision and stride == 2:
             continue
-        (x, weight), around = Case(1, 41, 100, 36, 40, stride, around=around).make(dtype)
+        (x, weight), around = Case(1, 41, 200, 36, 40, stride, around=around).make(dtype)
         weight, residual = quantized(weight, precision), around.pop("residual", None)
         for band in bands if stride == 1 else [Band(0, 0, 21, 41), Band(15, 8, 16, 64)]:
             here = {} if residual is None else {"residual": residual[:, : band.last - band.first].clone()}
@@ -221,9 +225,10 @@ def test_rows_in_two_pieces_are_the_same_image(variant, precision):
                 assert torch.equal(y, whole), f"{around}, {band}, {cut}"
 
     bias = torch.randn(36, dtype=dtype)
-    for kernel in (reference.fold_upsample(torch.randn(36, 36, 3, 3)), torch.randn(4 * 36, 36, 3, 3)):
-        kernel = quantize_conv2d(kernel) if precision in INTEGERS else kernel.to(dtype)
-        biases = bias if kernel.shape[2] == 2 else bias.repeat(4)
+    phases = torch.randn(4 * 36, 36, 3, 3, dtype=dtype)
+    kernels = [(quantized_upsample(torch.randn(36, 36, 3, 3, dtype=dtype), precision), bias)]
+    kernels += [(quantize_conv2d(phases) if precision in INTEGERS else phases, bias.repeat(4))]
+    for kernel, biases in kernels:
         for band in bands:
             whole = compute(variant, "upsample", x, kernel, biases, band=band)
             for cut in (1, 9, 40):
@@ -249,9 +254,9 @@ def test_a_compiler_sees_both_pieces():
 def test_packed_weights_and_threads_change_nothing(variant, precision):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     (x, weight), around = Case(2, 17, 65, 36, 48, around="norm residual").make(dtype)
-    folded, bias = torch.randn(4 * 18, 36, 2, 2, dtype=dtype), torch.randn(18, dtype=dtype)
-    if precision in INTEGERS:
-        weight, folded = quantized(weight, precision), quantize_conv2d(folded)
+    bias = torch.randn(18, dtype=dtype)
+    weight = quantized(weight, precision)
+    folded = quantized_upsample(torch.randn(18, 36, 3, 3, dtype=dtype), precision)
     before, kept = torch.get_num_threads(), x.clone()
     results = []
     for threads, w, f in ((1, weight, folded), (2, pack_conv2d(weight), pack_conv2d(folded, 4)), (5, weight, folded)):
@@ -274,14 +279,16 @@ def test_a_nan_reaches_whatever_sees_it(variant, precision, channels):
     x[0, 10, 40, 2] = torch.nan
     weight = quantized(weight, precision)
     y = compute(variant, "conv2d", x, weight)
-    touched = torch.zeros(20, 70, dtype=torch.bool)
+    nan, touched = y[0].isnan().any(-1), torch.zeros(20, 70, dtype=torch.bool)
+    touched[9:12, 39:42] = True
     if precision == "winograd int16":
-        touched[8:12, 38:42] = True  # the results of patches whose scale it is
-    elif precision in INTEGERS:
+        patches = torch.zeros(20, 70, dtype=torch.bool)
+        patches[8:12, 36:44] = True  # whose scales it is
+        assert nan[touched].all() and not nan[~patches].any()
+        return
+    if precision in INTEGERS:
         touched[8:16, 32:64] = True  # the tile whose scale it is
-    else:
-        touched[9:12, 39:42] = True
-    assert torch.equal(y[0].isnan().any(-1), touched)
+    assert torch.equal(nan, touched)
 
 
 IMAGE, C, FOLDED, KERNEL = (2, 3, 4, 8), (8,), (32, 8, 2, 2), (8, 8, 3, 3)

@@ -5,13 +5,13 @@ import importlib.util
 
 import pytest
 import torch
-from compare import assert_close, assert_kernel
+from compare import assert_close, assert_kernel, relative_rms
 from convolutions import CPU, FLOATS, compute, of_diffusers, upsample_inputs
 from variants import DTYPES, device_of, double, variants
 
 import sana_kernels
 from sana_kernels.conv2d import ConvWeight, reference
-from sana_kernels.conv2d.weights import quantize_conv2d
+from sana_kernels.conv2d.weights import quantize_conv2d, winograd_upsample
 
 
 def diffusers_upsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -69,6 +69,26 @@ def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
     order = torch.arange(4 * C).view(4, C).t().flatten()  # PyTorch's pixel shuffle has the phases innermost
     block.load_state_dict({"conv.weight": phases[order].double(), "conv.bias": biases[order].double()})
     assert_kernel(y, same, block(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach())
+
+
+@pytest.mark.parametrize("shape", [*UPSAMPLE_SHAPES, (1, 19, 70, 136, 68)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("variant", CPU)
+def test_upsample_of_a_transformed_kernel(variant, dtype, shape):
+    """Against the fp64 sums of what the integers stand for; and as close to diffusers as PyTorch in bfloat16 is."""
+    x, weight, bias = upsample_inputs(*shape, dtype)
+    kernel = winograd_upsample(weight)
+    y = compute(variant, "upsample", x, kernel, bias)
+    same = sana_kernels.upsample(x, kernel, bias, backend="reference")
+    exact = kernel._replace(scale=kernel.scale.double())
+    oracle = sana_kernels.upsample(x.double(), exact, bias.double(), backend="reference")
+    theirs = diffusers_upsample(*double(x, weight, bias))
+    if dtype == torch.bfloat16:
+        assert_kernel(y, same, oracle)
+        folded = reference.fold_upsample(weight)
+        assert_kernel(y, sana_kernels.upsample(x, folded, bias, backend="reference"), theirs)
+    else:  # a value between two steps may go either way
+        assert relative_rms(y, oracle) < 1e-5 and 1e-6 < relative_rms(y, theirs) < 1e-3
 
 
 def test_folding_is_exact():

@@ -76,6 +76,13 @@ struct BF16 {
 
 inline Vec set1(float x) { return _mm256_set1_ps(x); }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec sqrt(Vec x) { return _mm256_sqrt_ps(x); }
+
+inline Vec bf16_of_two(Vec x, bool second) {
+  const __m256i bits = _mm256_castps_si256(x);
+  return _mm256_castsi256_ps(second ? _mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000)))
+                                    : _mm256_slli_epi32(bits, 16));
+}
 
 inline Vec select(Lanes lanes, Vec x, Vec y) {
   return lanes == kAllLanes ? x : _mm256_blendv_ps(y, x, _mm256_castsi256_ps(lane_mask(lanes)));

@@ -56,6 +56,14 @@ struct BF16 {
 
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
+
+// Of lanes that hold two numbers in bfloat16: the first, or the second.
+inline Vec bf16_of_two(Vec x, bool second) {
+  const __m512i bits = _mm512_castps_si512(x);
+  return _mm512_castsi512_ps(second ? _mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000)))
+                                    : _mm512_slli_epi32(bits, 16));
+}
 
 // x in these lanes, y in the others.
 inline Vec select(Lanes lanes, Vec x, Vec y) { return _mm512_mask_mov_ps(y, lanes, x); }

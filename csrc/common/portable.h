@@ -36,6 +36,10 @@ struct BF16 {
 
 inline Vec set1(float x) { return x; }
 inline Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec sqrt(Vec x) { return sqrtf(x); }
+inline Vec bf16_of_two(Vec x, bool second) {
+  return float_from_bits(second ? bits_from_float(x) & 0xffff0000u : bits_from_float(x) << 16);
+}
 inline Vec max(Vec low, Vec x) { return low > x ? low : x; }  // where x is NaN: x
 inline float sum(Vec x) { return x; }
 

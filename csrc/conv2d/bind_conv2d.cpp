@@ -19,10 +19,10 @@ Rows rows_of(const TwoPieces& rows) {
 }
 
 // x, residual; weight, out; weight scale, bias, weight and bias of the norm and of the input norm (float32); B, width,
-// C, N; stride, kernel, phases, bytes of a weight; activation, input activation.
+// C, N; stride, kernel, phases, transformed, bytes of a weight; activation, input activation.
 void py_conv2d(const TwoPieces& x, const TwoPieces& residual, const std::array<Address, 2>& tensors,
                const std::array<Optional, 6>& floats, const std::array<int64_t, 4>& shape,
-               const std::array<int64_t, 4>& band, const std::array<int, 4>& kind, const std::array<int, 2>& activations,
+               const std::array<int64_t, 4>& band, const std::array<int, 5>& kind, const std::array<int, 2>& activations,
                bool bias_by_phase, float eps, int dtype, int threads) {
   Conv2d p{};
   p.x = rows_of(x), p.residual = rows_of(residual);
@@ -32,7 +32,7 @@ void py_conv2d(const TwoPieces& x, const TwoPieces& residual, const std::array<A
   p.input_norm = {pointer<float>(floats[4]), pointer<float>(floats[5])};
   p.B = shape[0], p.width = shape[1], p.C = shape[2], p.N = shape[3];
   p.band = band_of(band);
-  p.stride = kind[0], p.kernel = kind[1], p.phases = kind[2], p.weight_bytes = kind[3];
+  p.stride = kind[0], p.kernel = kind[1], p.phases = kind[2], p.transformed = kind[3] != 0, p.weight_bytes = kind[4];
   p.activation = Activation(activations[0]), p.input_activation = Activation(activations[1]);
   p.bias_by_phase = bias_by_phase;
   p.eps = eps;

@@ -54,9 +54,11 @@ constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
 bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
-  const bool winograd = p.phases == 1 && p.kernel == kWinograd && p.stride == 1 && p.weight_scale != nullptr &&
-                        (p.weight_bytes == 1 || p.weight_bytes == 2);
-  return (((one || four) && !is_int16(p)) || winograd) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
+  const bool transformed = (p.phases == 1 ? p.kernel == (p.weight_bytes == 1 ? 4 : 6)
+                                          : four && p.kernel == 3 && p.weight_bytes == 2 && !p.bias_by_phase) &&
+                           p.stride == 1 && p.weight_scale != nullptr && p.weight_bytes <= 2;
+  const bool direct = (one || four) && (p.weight_scale == nullptr || p.weight_bytes == 1);
+  return (p.transformed ? transformed : direct) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
          p.band.first < p.band.last;
 }
 
@@ -67,19 +69,20 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
   const bool partial = p.weight_scale == nullptr && p.C % 32 != 0;  // steps, of bf16
+  const bool is_int16 = p.transformed && p.weight_bytes == 2;
   const Conv2dKernels& kernels = floats        ? choose(kFloat)
                                  : partial     ? choose(kPartialSteps)
-                                 : is_int16(p) ? choose(kInt16)
+                                 : is_int16    ? choose(kInt16)
                                                : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
+  const WinogradLayout patches = winograd_layout(p);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;
   const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
-  const bool winograd = p.kernel == kWinograd;
-  const WinogradLayout patches = winograd_layout(p);
-  const int64_t bytes = winograd ? patches.memory + kernels.buffer * patches.products.packed : layout.memory;
-  const int64_t most = winograd || kernels.groups == 1 ? 1 : kMostTiles;
-  const int64_t run = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most) * kTilePixels;
+  const int64_t bytes = p.transformed ? patches.memory + kernels.buffer * patches.products.packed : layout.memory;
+  const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
+  const int64_t side_by_side = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most);
+  const int64_t run = p.transformed ? patches_of(p.kernel).width : side_by_side * kTilePixels;
   const int64_t across = (pixels + run - 1) / run;
   std::atomic<bool> failed{false};
   parallel_for(threads, p.B * down * across, [&](int64_t task) {

@@ -40,20 +40,22 @@ struct Band {
 //     phases 4: the pixels 2h + dy, 2w + dx of out = conv_phase(x) + bias + shortcut of x, phase 2 dy + dx, of 2 x 2
 //               taps (a folded upsampling) or 3 x 3; first and last of the band are rows of x
 //
-// weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8; a `kernel` of
-// kWinograd means that it holds the 4 x 4 int8 or int16 values of Winograd's transform (stride 1, phases 1).
-constexpr int kWinograd = 4;
+// weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8. Where it is
+// `transformed` (stride 1), it holds kernel x kernel positions of a 3 x 3 kernel's transform, int8 or int16, with a scale
+// for each position and column: of phases 1 by F(2x2, 3x3) (kernel 4, int8) or F(4x4, 3x3) (6, int16), of phases 4 by the
+// upsampling's (3, int16) (sana_kernels/conv2d/transforms.py).
 
 struct Conv2d {
   Rows x;                     // of `dtype`
-  const void* weight;         // phases x N rounded up to 16 columns x kernel rows of taps
-  const float* weight_scale;  // phases * N floats beside integer weights; else null
+  const void* weight;         // phases or positions x N rounded up to 16 columns x kernel rows of taps, or one
+  const float* weight_scale;  // phases or positions * N floats beside integer weights; else null
   const float* bias;          // N floats, or phases * N, or null
   Rows residual;              // like out; `rest` is null where there is none
   void* out;                  // phases 1: (B, last - first, width / stride, N), rounded up; 4: twice as many, each way
   int64_t B, width, C, N;
   Band band;
   int stride, kernel, phases;
+  bool transformed;
   int weight_bytes;  // of an integer of the weight
   bool bias_by_phase;
   NormWeights input_norm, norm;

@@ -26,9 +26,13 @@ struct Multiply {
     const char* const weight = q.weight + panel * l.panel;
     float* const to = q.to(row, pixel) + 16 * panel;
     const int64_t sums = l.sums;
+    // A transform's weights are read in the order of memory, each by 32 pixels only: a panel of the next columns comes
+    // with each 8 of them.
+    const char* const next = T::kScaled ? weight + (V + pixel / 8) * l.panel : nullptr;
     typename T::Sum sum[R][V] = {};
     for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
-      multiply<T>(sum, seen + x, q.stride * l.pixel, weight + 16 * k, l.panel, bytes);
+      multiply<T>(sum, seen + x, q.stride * l.pixel, weight + 16 * k, l.panel, bytes,
+                  T::kScaled ? next + 16 * k : nullptr);
       if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
         const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
         const __mmask16 before = k == 0 ? 0 : 0xffff;

@@ -33,7 +33,19 @@ struct Layout {
   int64_t group_sums() const { return group * kTilePixels * sums; }
 };
 
-static inline bool is_int16(const Conv2d& p) { return p.weight_scale != nullptr && p.weight_bytes == 2; }
+// The patches of a transformed kernel: each sees `seen` x `seen` pixels, `step` from those of the next, of which made x
+// made results come. 32 of them are multiplied at a time, from a tile of 8 rows x `width` pixels.
+struct Patches {
+  int seen, step, made;
+  int64_t width;
+
+  constexpr int64_t positions() const { return seen * seen; }
+  constexpr int64_t rows() const { return kTilePixels / (width / step) * step; }  // of x at a time
+};
+
+constexpr Patches patches_of(int kernel) {
+  return kernel == 6 ? Patches{6, 4, 4, 64} : kernel == 4 ? Patches{4, 2, 2, 32} : Patches{3, 1, 2, 32};
+}
 
 struct Conv2dKernels {
   int64_t buffer;       // bytes that the products need for each byte of K
@@ -61,12 +73,12 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
 }
 
 // What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums; in int16
-// also the scales of each patch and chunk of channels, and what they were divided by.
-constexpr int64_t kPositions = 16, kWinogradRows = 4, kWinogradPanels = 8;
-constexpr int64_t kWinogradChunk = 64;  // CHUNK of sana_kernels/conv2d/reference.py
+// also the scales of each patch, position and chunk of channels.
+constexpr int64_t kWinogradPanels = 8;
+constexpr int64_t kWinogradChunk = 64;  // CHUNK of sana_kernels/conv2d/transforms.py
 
 struct WinogradLayout {
-  Layout seen;      // of x, and of the sums
+  Layout seen;      // of x, and of the sums: a group for 32 pixels side by side, or for each phase
   Layout products;  // of a position, a patch in the place of a pixel
   int64_t values;   // bytes, of all positions
   int64_t chunks;   // of channels
@@ -76,20 +88,24 @@ struct WinogradLayout {
 };
 
 static inline WinogradLayout winograd_layout(const Conv2d& p) {
+  const Patches patches = patches_of(p.kernel);
   Conv2d as_is = p;
   as_is.weight_scale = nullptr, as_is.kernel = 3;
   WinogradLayout l = {};
   l.seen = layout_of(as_is, {0, 1, 0, nullptr});
-  l.seen.group = kWinogradRows;
+  l.seen.row = round_up((patches.width + 2) * l.seen.pixel, 64);
+  l.seen.window = round_up((kTileRows + 2) * l.seen.row + 64, 64);
+  l.seen.group = patches.rows();
+  l.seen.groups = p.phases * patches.width / kTilePixels;
   Layout& at = l.products;
   at.pixel = at.taps = at.packed = round_up(p.C * p.weight_bytes, 64);
   at.row = kTilePixels * at.pixel + 64;  // a power of 2 would put all positions in the same lines of the first-level cache
   at.panel = 16 * at.packed;
   at.sums = 16 * kWinogradPanels;
-  l.values = kPositions * at.row;
+  l.values = patches.positions() * at.row;
   l.chunks = (p.C + kWinogradChunk - 1) / kWinogradChunk;
-  const int64_t floats = kPositions * l.position_sums() + l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16) +
-                         2 * kTilePixels * l.chunks;
+  const int64_t floats = patches.positions() * (l.position_sums() + kTilePixels * l.chunks) +
+                         l.seen.groups * l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
   l.memory = l.seen.window + l.values + floats * int64_t(sizeof(float));
   return l;
 }

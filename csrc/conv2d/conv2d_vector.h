@@ -148,9 +148,9 @@ class Epilogue {
     if (p_.phases == 4) {
       const int64_t index = (image * 2 * (band.last - band.first) + 2 * (row - band.first) + phase / 2) * 2 * p_.width;
       T* out = static_cast<T*>(p_.out) + (index + 2 * pixel + phase % 2) * p_.N;
-      shortcut(pixels_of<T>(p_, image, row) + pixel * p_.C, phase);
-      return for_vectors(p_.N, [&](int64_t n, Lanes lanes) {
-        E::store(out + n, lanes, result(n, lanes) + F32::load(row_ + n, lanes));
+      const T* x = pixels_of<T>(p_, image, row) + pixel * p_.C;
+      return for_vectors(p_.N, [=](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+        E::store(out + n, lanes, result(n, lanes) + shortcut(x, phase, n, lanes));
       });
     }
     const int64_t width = (p_.width + p_.stride - 1) / p_.stride;
@@ -171,18 +171,18 @@ class Epilogue {
   }
 
  private:
-  // Channel n of phase 2 dy + dx gets channel (4 n + phase) / repeats of x.
-  void shortcut(const T* x, int phase) {
-    const auto widen = [&](int64_t n, int64_t c) {
-      row_[n] = sizeof(T) == 4 ? float(x[c]) : bf16_to_float(uint16_t(x[c]));
-    };
-    const int64_t N = p_.N, repeats = 4 * N / p_.C, offset = phase / 2;
-    if (repeats == 4)
-      for (int64_t n = 0; n < N; ++n) widen(n, n);
-    else if (repeats == 2)
-      for (int64_t n = 0; n < N; ++n) widen(n, 2 * n + offset);
-    else
-      for (int64_t n = 0; n < N; ++n) widen(n, (4 * n + phase) / repeats);
+  // What channels n, n + 1, ... of phase 2 dy + dx get: channel (4 n + phase) / repeats of x.
+  Vec shortcut(const T* x, int phase, int64_t n, Lanes lanes) const {
+    const int64_t repeats = 4 * p_.N / p_.C;
+    if (repeats == 4) return E::load(x + n, lanes);
+    if (repeats == 2 && sizeof(T) == 2)
+      return bf16_of_two(F32::load(reinterpret_cast<const float*>(x + 2 * n), lanes), phase / 2 == 1);
+    float channels[kLanes] = {};
+    for (int64_t i = 0; i < kLanes && n + i < p_.N; ++i) {
+      const T value = x[(4 * (n + i) + phase) / repeats];
+      channels[i] = sizeof(T) == 4 ? float(value) : bf16_to_float(uint16_t(value));
+    }
+    return F32::load(channels, kAllLanes);
   }
 
   const Conv2d& p_;

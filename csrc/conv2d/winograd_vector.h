@@ -1,43 +1,41 @@
-// 3 x 3 convolutions with 4/9 of the multiplications: F(2x2, 3x3) of Winograd (arXiv 1509.09308), on vectors, in int8
-// for W8A8 and in int16 for 16-bit floats.
+// 3 x 3 convolutions, plain or of an upsampled image, with a quarter to 9/16 of the multiplications: the minimal
+// filtering of Winograd (arXiv 1509.09308), on vectors, in int8 for W8A8 and in int16 for 16-bit floats.
 //
-// Algorithm (sana_kernels/conv2d/reference.py), for each tile of 8 rows x 32 pixels of the result, on one thread:
-//     gather      the 10 x 34 pixels of x that the tile sees, as they are; where all of them are inside the image and in
-//                 one piece, they are read in place
-//     forward     every patch of 4 x 4 pixels, of which there is one for 2 x 2 results, becomes 16 values per channel. In
-//                 int8 each of the 16 positions is quantised with one scale for the tile: once to know the largest
-//                 values, once more to write them. In int16 a patch has a scale for every 64 channels, of the largest
-//                 value in x: no transform makes more than four times of it
+// Algorithm (sana_kernels/conv2d/transforms.py), for each tile of the result, on one thread:
+//     gather      the pixels of x that the tile sees, as they are; where all of them are inside the image and in one
+//                 piece, they are read in place
+//     forward     every patch of k x k pixels, of which there is one for r x r results, becomes k x k values per
+//                 channel. In int8 each of the positions is quantised with one scale for the tile: once to know the
+//                 largest values, once more to write them. In int16 a position of a patch has a scale for every 64
+//                 channels, of their norm
 //     products    at each position, patches x C times C x N: a 1 x 1 convolution of Conv2dKernels, panel by panel. Of
-//                 int16, 64 products fit into an int32 (the weights see to that); the sums of 64 are added as floats
-//     back        of 16 sums per patch and column, in int8 times their scales, 2 x 2 results
+//                 int16, 64 products fit into an int32 (norms see to that); the sums of 64 are added as floats
+//     back        of k x k sums per patch and column, times their scales, r x r results
 //     epilogue    as ever
 //
-// Tiling: 32 patches, two rows of them, at a time: their values (16 x 32 x C bytes, 256 KB at C = 512; int16 twice
-// that) and the sums of 128 columns (256 KB) stay in the second-level cache.
+//                                      k, r    tile of x, pixels   multiplications per result
+//     F(2x2, 3x3)    conv2d, int8      4, 2    8 x 32              4 C N, not 9
+//     F(4x4, 3x3)    conv2d, int16     6, 4    8 x 64              2.25 C N, not 9
+//     Upsampling     upsample, int16   3, 2    8 x 32              2.25 C N, not 4 of folded phases
 //
-// FLOPs: 8 C N per pixel, not 18. Besides, for each pixel and vector of channels or columns, about 50 vector
-// instructions for the way there and 20 for the way back. Bytes: x as conv2d.cpp; 16 C N of weights (int16: 32 C N),
-// not 9, for 128 pixels, so that at C = N = 512 a core takes 4 bytes per cycle from the last cache. Bound: the multiply
-// unit; of the time in int8, products are 61 % at 128 channels, 77 % at 256, 86 % at 512; in int16 they take twice as
-// long, what is around them the same. Where bf16 and int8 run on AMX tiles, eight times as fast as on vectors,
-// transforms would take longest: there the direct convolution is faster. Measured: bench/notes/decoder.md.
+// Tiling: 32 patches at a time. At C = N = 512 in int16, their values are 1.2 MB (a position's are 33 KB, and stay in the
+// first-level cache for as long as they are multiplied), the sums of 128 columns 0.6 MB, and what the epilogue reads 1 MB;
+// all of that comes from the second-level cache, or from the last, in long runs.
+//
+// FLOPs: twice the multiplications. Besides, for each pixel and vector of channels or columns, about 50 vector
+// instructions for the way there (forward, norms, rounding) and 15 for the way back. Bytes: x as conv2d.cpp; the weights
+// (36 x 2 C N in int16) once for 512 pixels, so that at C = N = 512 a core takes 4 bytes per cycle from the last cache.
+// Bound: the multiply unit. Where bf16 and int8 run on AMX tiles, eight times as fast as on vectors, transforms would
+// take longest: there the direct convolution is faster. Measured: bench/notes/decoder.md.
 #pragma once
 
+#include <math.h>
+
 #include "conv2d/conv2d_vector.h"
+#include "conv2d/transforms_vector.h"
 
 namespace sana {
 namespace {
-
-// A transform in one dimension, of the 4 pixels that 2 results see, and back.
-struct Four {
-  Vec v[4];
-};
-inline Four forward(Vec a, Vec b, Vec c, Vec d) { return {{a - c, b + c, c - b, b - d}}; }
-inline void back(const Four& m, Vec& first, Vec& second) {
-  first = m.v[0] + m.v[1] + m.v[2];
-  second = m.v[1] - m.v[2] - m.v[3];
-}
 
 // Pixels in rows, and how many bytes lie from one to the next.
 struct Pixels {
@@ -45,47 +43,67 @@ struct Pixels {
   int64_t row, pixel;
 };
 
-// f(patch, c, lanes, i, values of positions i ... i + 3) for the patches that make `rows` x `pixels` results, by rows,
-// and all vectors of channels.
-template <class E, class F>
+// Where values go: how many bytes lie from a position to the next, and from a patch to the next.
+struct Values {
+  char* first;
+  int64_t position, patch;
+};
+
+// v[i] of column i, in one row of a patch whose columns are transformed.
+template <class T>
+inline void forward_row(const Vec (&column)[T::kSeen][T::kSeen], int i, Vec (&v)[T::kSeen]) {
+  Vec row[T::kSeen];
+  for (int j = 0; j < T::kSeen; ++j) row[j] = column[j][i];
+  T::forward(row, v);
+}
+
+// A column of a patch, transformed.
+template <class T, class E>
+inline void forward_column(const char* x, int64_t below, Lanes lanes, Vec (&v)[T::kSeen]) {
+  Vec d[T::kSeen];
+  for (int i = 0; i < T::kSeen; ++i) d[i] = E::load(reinterpret_cast<const typename E::Type*>(x + i * below), lanes);
+  T::forward(d, v);
+}
+
+// f(patch, c, lanes, i, values of the positions i, i + 1, ... of a row) for the patches that see rows x pixels of x, by
+// rows, and all vectors of channels.
+template <class T, class E, class F>
 inline void for_patches(const Pixels& seen, int64_t rows, int64_t pixels, int64_t C, F f) {
-  using T = typename E::Type;
+  constexpr int kSeen = T::kSeen, kStep = T::kStep, kShared = kSeen - kStep;  // columns that the next patch sees too
   const char* const window = seen.first;
-  const int64_t across = (pixels + 1) / 2, below = seen.row, beside = seen.pixel;
-  for (int64_t down = 0; 2 * down < rows; ++down)
+  const int64_t across = (pixels + kStep - 1) / kStep, below = seen.row, beside = seen.pixel;
+  for (int64_t down = 0; kStep * down < rows; ++down)
     for_vectors(C, [=](int64_t c, Lanes lanes) __attribute__((always_inline)) {
-      const char* x = window + 2 * down * below + c * int64_t(sizeof(T));
-      const auto column = [=](const char* x) __attribute__((always_inline)) {
-        const auto load = [=](int i) __attribute__((always_inline)) {
-          return E::load(reinterpret_cast<const T*>(x + i * below), lanes);
-        };
-        return forward(load(0), load(1), load(2), load(3));
-      };
-      Four left = column(x), right = column(x + beside);  // of a patch; its neighbour's are the last two
+      const char* x = window + kStep * down * below + c * int64_t(sizeof(typename E::Type));
+      Vec column[kSeen][kSeen];
+      for (int i = 0; i < kShared; ++i) forward_column<T, E>(x + i * beside, below, lanes, column[i]);
       for (int64_t patch = down * across; patch < (down + 1) * across; ++patch) {
-        x += 2 * beside;
-        const Four third = column(x), fourth = column(x + beside);
+        for (int i = kShared; i < kSeen; ++i) forward_column<T, E>(x + i * beside, below, lanes, column[i]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) f(patch, c, lanes, 4 * i, forward(left.v[i], right.v[i], third.v[i], fourth.v[i]));
-        left = third, right = fourth;
+        for (int i = 0; i < kSeen; ++i) {
+          Vec v[kSeen];
+          forward_row<T>(column, i, v);
+          f(patch, c, lanes, kSeen * i, v);
+        }
+        for (int i = 0; i < kShared; ++i)
+          for (int j = 0; j < kSeen; ++j) column[i][j] = column[i + kStep][j];
+        x += kStep * beside;
       }
     });
 }
 
 // What a tile sees: pixels of x, or brought together in a window, with zeros around the image.
-template <class E>
+template <class T, class E>
 Pixels seen_by(const Conv2d& p, const Layout& l, const Tile& tile, char* window, float* row) {
-  using T = typename E::Type;
+  constexpr int64_t kWidth = T::kPatches.width;
   const bool inside = tile.row > 0 && tile.row + kTileRows < p.band.height && tile.rows == kTileRows && tile.pixel > 0 &&
-                      tile.pixel + kTilePixels < p.width && tile.pixels == kTilePixels;
+                      tile.pixel + kWidth < p.width && tile.pixels == kWidth;
   const int64_t top = tile.row - 1 - p.band.start;
   if (inside && p.input_norm.weight == nullptr && p.x.together(top, top + kTileRows + 1)) {
-    const int64_t pixel = p.C * int64_t(sizeof(T)), below = p.width * pixel;
+    const int64_t pixel = p.C * int64_t(sizeof(typename E::Type)), below = p.width * pixel;
     return {p.x.at(tile.image, top, below) + (tile.pixel - 1) * pixel, below, pixel};
   }
-  Conv2d as_is = p;
-  as_is.weight_scale = nullptr;
-  Gather<E>(as_is, l, tile, window, row)();
+  Gather<E>(p, l, tile, window, row)();
   return {window, l.row, l.pixel};
 }
 
@@ -95,148 +113,198 @@ struct Sums {
 };
 
 // int8: a scale for each position of a tile.
-template <class E>
-class TileScales {
+template <class T, class E>
+class TileValues {
  public:
   using Value = int8_t;
 
-  TileScales(const Pixels& seen, const Tile& tile, int64_t C, float* /*memory*/, int64_t /*chunks*/) {
-    Vec largest[kPositions];
+  TileValues(const Pixels& seen, const Tile& tile, int64_t C, float* /*scales*/) : C_(C) {
+    Vec largest[T::kPositions];
     for (Vec& v : largest) v = set1(0);
-    for_patches<E>(seen, tile.rows, tile.pixels, C,
-                   [&](int64_t, int64_t, Lanes, int i, const Four& x) __attribute__((always_inline)) {
+    for_patches<T, E>(seen, tile.rows, tile.pixels, C,
+                      [&](int64_t, int64_t, Lanes, int i, const Vec(&v)[T::kSeen]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-                     for (int j = 0; j < 4; ++j) largest[i + j] = magnitude_max(largest[i + j], x.v[j]);
-                   });
-    for (int i = 0; i < kPositions; ++i) {
+                        for (int j = 0; j < T::kSeen; ++j) largest[i + j] = magnitude_max(largest[i + j], v[j]);
+                      });
+    for (int i = 0; i < T::kPositions; ++i) {
       const RowScale found = row_scale(largest_magnitude(largest[i]));
       scale_[i] = found.scale, inverse_[i] = found.inverse;
     }
   }
 
-  void see(const Pixels&, int64_t, int64_t, int64_t) {}  // all was seen
-  const float* of_parts() const { return nullptr; }
+  // Of the patches that see some rows.
+  void write(const Pixels& seen, int64_t rows, int64_t pixels, const Values& values) {
+    // By value: int8_t* may point to anything, so that whatever is in reach would be loaded again after every store.
+    for_patches<T, E>(seen, rows, pixels, C_,
+                      [=, *this](int64_t patch, int64_t c, Lanes lanes, int i, const Vec(&v)[T::kSeen])
+                          __attribute__((always_inline)) {
+                            char* to = values.first + i * values.position + patch * values.patch + c;
+                            Vec y[T::kSeen];
+                            for (int j = 0; j < T::kSeen; ++j) y[j] = v[j] * set1(inverse_[i + j]);
+#pragma GCC unroll 4
+                            for (int j = 0; j < T::kSeen; ++j)
+                              store_int8(reinterpret_cast<int8_t*>(to + j * values.position), lanes, y[j]);
+                          });
+  }
 
-  // What a value of a patch, channel and position is multiplied by, and a sum of a position.
-  float inverse(int64_t, int64_t, int i) const { return inverse_[i]; }
-  static void store(int8_t* to, Lanes lanes, Vec x) { store_int8(to, lanes, x); }
-  Vec sum(int i, Vec m) const { return m * set1(scale_[i]); }
+  // What a sum of a position is multiplied by, here or in the products.
+  Vec scale(int i) const { return set1(scale_[i]); }
+  const float* of_parts(int) const { return nullptr; }
 
  private:
-  float scale_[kPositions], inverse_[kPositions];
+  float scale_[T::kPositions], inverse_[T::kPositions];
+  int64_t C_;
 };
 
-// int16: a scale for each patch and chunk of channels.
-template <class E>
-class PatchScales {
+inline float sum_of_squares(const float* x, int64_t count, float factor) {
+  Vec squares = set1(0);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec v = F32::load(x + i, kAllLanes) * set1(factor);
+    squares = fmadd(v, v, squares);
+  }
+  return sum(squares);
+}
+
+// The root of the sum of `count` squares, which lie outside of what floats hold well. NaN or infinite if a value is.
+inline float norm_of_extremes(const float* x, int64_t count) {
+  Vec most = set1(0);
+  for (int64_t i = 0; i < count; i += kLanes) most = magnitude_max(most, F32::load(x + i, kAllLanes));
+  const float largest = largest_magnitude(most), inverse = row_scale(largest, 1).inverse;
+  if (inverse == 0 || !(largest < INFINITY)) return largest;
+  return largest * sqrtf(sum_of_squares(x, count, inverse));
+}
+
+// int16: a scale for each patch, position and chunk of channels.
+template <class T, class E>
+class PatchValues {
  public:
   using Value = int16_t;
 
-  // memory: 2 x 32 x chunks floats.
-  PatchScales(const Pixels&, const Tile&, int64_t, float* memory, int64_t chunks)
-      : scale_(memory), inverse_(memory + kTilePixels * chunks), chunks_(chunks) {}
+  // scales: room for positions x chunks x 32.
+  PatchValues(const Pixels&, const Tile&, int64_t C, float* scales)
+      : C_(C), chunks_((C + kWinogradChunk - 1) / kWinogradChunk), scales_(scales) {}
 
-  // The patches that make some rows of the result.
-  void see(const Pixels& seen, int64_t rows, int64_t pixels, int64_t C) {
-    using T = typename E::Type;
-    const int64_t across = (pixels + 1) / 2;
+  void write(const Pixels& seen, int64_t rows, int64_t pixels, const Values& values) {
+    constexpr int kSeen = T::kSeen, kStep = T::kStep;
+    const int64_t across = (pixels + kStep - 1) / kStep;
+    float v[T::kPositions * kWinogradChunk], norm[T::kPositions + kLanes] = {};
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      const int64_t first = chunk * kWinogradChunk, count = C - first < kWinogradChunk ? C - first : kWinogradChunk;
-      for (int64_t down = 0; 2 * down < rows; ++down) {
-        const char* x = seen.first + 2 * down * seen.row + first * int64_t(sizeof(T));
-        const auto column = [&](const char* x) __attribute__((always_inline)) {
-          Vec largest = set1(0);
-          for (int i = 0; i < 4; ++i)
+      const int64_t first = chunk * kWinogradChunk, count = C_ - first < kWinogradChunk ? C_ - first : kWinogradChunk;
+      const int64_t padded = round_up(count, kLanes);
+      for (int64_t down = 0; kStep * down < rows; ++down)
+        for (int64_t i = 0; i < across; ++i) {
+          const char* x = seen.first + kStep * (down * seen.row + i * seen.pixel) + first * sizeof(typename E::Type);
+          for_vectors(count, [&](int64_t c, Lanes lanes) __attribute__((always_inline)) {
+            Vec column[kSeen][kSeen];
+            for (int j = 0; j < kSeen; ++j)
+              forward_column<T, E>(x + c * sizeof(typename E::Type) + j * seen.pixel, seen.row, lanes, column[j]);
+            for (int j = 0; j < kSeen; ++j) {
+              Vec row[kSeen];
+              forward_row<T>(column, j, row);
+              for (int k = 0; k < kSeen; ++k)
+                F32::store(v + (kSeen * j + k) * kWinogradChunk + c, kAllLanes, row[k]);
+            }
+          });
+          const int64_t patch = down * across + i;
+          char* to = values.first + patch * values.patch + first * int64_t(sizeof(Value));
+          for (int j = 0; j < T::kPositions; ++j) norm[j] = sum_of_squares(v + j * kWinogradChunk, padded, 1);
+          for (int j = 0; j < T::kPositions; j += kLanes)
+            F32::store(norm + j, kAllLanes, sqrt(F32::load(norm + j, kAllLanes)));
+          for (int j = 0; j < T::kPositions; ++j, to += values.position) {
+            const float* row = v + j * kWinogradChunk;
+            if (!(norm[j] > 0x1p-30f && norm[j] < 0x1p60f)) norm[j] = norm_of_extremes(row, padded);
+            const RowScale scale = row_scale(norm[j], 32767);
+            scales_[(j * chunks_ + chunk) * kTilePixels + patch] = scale.scale;
             for_vectors(count, [&](int64_t c, Lanes lanes) __attribute__((always_inline)) {
-              largest = magnitude_max(largest, E::load(reinterpret_cast<const T*>(x + i * seen.row) + c, lanes));
+              store_int16(reinterpret_cast<Value*>(to) + c, lanes, F32::load(row + c, lanes) * set1(scale.inverse));
             });
-          return largest;
-        };
-        Vec left = magnitude_max(column(x), column(x + seen.pixel));
-        for (int64_t patch = down * across; patch < (down + 1) * across; ++patch) {
-          x += 2 * seen.pixel;
-          const Vec right = magnitude_max(column(x), column(x + seen.pixel));
-          const RowScale found = row_scale(4 * largest_magnitude(magnitude_max(left, right)), 32767);
-          scale_[chunk * kTilePixels + patch] = found.scale, inverse_[chunk * kTilePixels + patch] = found.inverse;
-          left = right;
+          }
         }
-      }
     }
   }
-  const float* of_parts() const { return scale_; }
 
-  float inverse(int64_t patch, int64_t c, int) const { return inverse_[c / kWinogradChunk * kTilePixels + patch]; }
-  static void store(int16_t* to, Lanes lanes, Vec x) { store_int16(to, lanes, x); }
-  static Vec sum(int, Vec m) { return m; }
+  static Vec scale(int) { return set1(1); }
+  const float* of_parts(int i) const { return scales_ + i * chunks_ * kTilePixels; }
 
  private:
-  float *scale_, *inverse_;
-  int64_t chunks_;
+  int64_t C_, chunks_;
+  float* scales_;
 };
 
-// E: the type of x and of the result; M: the products of an instruction set, of int8 or int16; S: their scales.
-template <class E, class M, class S>
-void winograd_tile(const Conv2d& p, const WinogradLayout& l, const Tile& tile, char* memory) {
-  using Value = typename S::Value;
+// T: the transform; E: the type of x and of the result; M: the products of an instruction set, of int8 or int16; S: how
+// values are rounded to them.
+template <class T, class E, class M, template <class, class> class S>
+void winograd_tile(const Conv2d& of_integers, const Tile& tile, char* memory) {
+  using Value = typename S<T, E>::Value;
+  const WinogradLayout l = winograd_layout(of_integers);
+  const float* const weight_scale = of_integers.weight_scale;
+  Conv2d p = of_integers;
+  p.weight_scale = nullptr;  // the epilogue has none to do with
   char* const window = memory;
   char* const values = memory + l.seen.window;
   float* const products = reinterpret_cast<float*>(values + l.values);
-  float* const sums = products + kPositions * l.position_sums();
-  float* const row = sums + l.seen.group_sums();
+  float* const sums = products + T::kPositions * l.position_sums();
+  float* const row = sums + l.seen.groups * l.seen.group_sums();
   float* const result = row + round_up(p.C, 16);
-  float* const patch_scales = result + round_up(p.N, 16);
-  char* const buffer = reinterpret_cast<char*>(patch_scales + 2 * kTilePixels * l.chunks);
-  const int64_t panels = (p.N + 15) / 16, across = (tile.pixels + 1) / 2;
+  float* const part_scales = result + round_up(p.N, 16);
+  char* const buffer = reinterpret_cast<char*>(part_scales + T::kPositions * l.chunks * kTilePixels);
+  const int64_t panels = (p.N + 15) / 16, across = (tile.pixels + T::kStep - 1) / T::kStep;
   const int64_t K = l.products.pixel, position = l.products.row;  // of values, in bytes
 
-  const Pixels seen = seen_by<E>(p, l.seen, tile, window, row);
-  S scales(seen, tile, p.C, patch_scales, l.chunks);
+  const Pixels seen = seen_by<T, E>(p, l.seen, tile, window, row);
+  S<T, E> quantized(seen, tile, p.C, part_scales);
 
+  // From a result to the one below and beside: in the next row and pixel, or of other phases.
+  const int64_t below = p.phases == 4 ? 2 * l.seen.group_sums() : kTilePixels * l.seen.sums;
+  const int64_t beside = p.phases == 4 ? l.seen.group_sums() : l.seen.sums;
   if (K != p.C * int64_t(sizeof(Value))) memset(values, 0, l.values);  // beyond C
   Pending<E, Sums> pending(p, l.seen, result);
-  for (int64_t top = 0; top < tile.rows; top += kWinogradRows) {
-    const int64_t rows = top + kWinogradRows < tile.rows ? kWinogradRows : tile.rows - top;
-    const int64_t patches = (rows + 1) / 2 * across;
-    const Pixels seen_here = {seen.first + top * seen.row, seen.row, seen.pixel};
-    scales.see(seen_here, rows, tile.pixels, p.C);
-    // By value: int8_t* may point to anything, so that whatever is in reach would be loaded again after every store.
-    for_patches<E>(seen_here, rows, tile.pixels, p.C,
-                   [=](int64_t patch, int64_t c, Lanes lanes, int i, const Four& x) __attribute__((always_inline)) {
-                     char* to = values + i * position + patch * K + c * int64_t(sizeof(Value));
-                     Four y;
-                     for (int j = 0; j < 4; ++j) y.v[j] = x.v[j] * set1(scales.inverse(patch, c, i + j));
-#pragma GCC unroll 4
-                     for (int j = 0; j < 4; ++j)
-                       S::store(reinterpret_cast<Value*>(to + j * position), lanes, y.v[j]);
-                   });
+  for (int64_t top = 0; top < tile.rows; top += T::kPatches.rows()) {
+    const int64_t rows = top + T::kPatches.rows() < tile.rows ? T::kPatches.rows() : tile.rows - top;
+    const int64_t patches = (rows + T::kStep - 1) / T::kStep * across;
+    quantized.write({seen.first + top * seen.row, seen.row, seen.pixel}, rows, tile.pixels, {values, position, K});
     for (int64_t panel = 0; panel < panels; panel += kWinogradPanels) {
       const int64_t some = panel + kWinogradPanels < panels ? kWinogradPanels : panels - panel;
-      for (int i = 0; i < kPositions; ++i) {
-        const char* weight = static_cast<const char*>(p.weight) + (i * panels + panel) * l.products.panel;
+      for (int i = 0; i < T::kPositions; ++i) {
+        const char* weight = static_cast<const char*>(p.weight) + (panel * T::kPositions + i * some) * l.products.panel;
         const Products q = {l.products, values + i * position, weight, some, 1, patches, 1, 1, l.products.packed,
-                            products + i * l.position_sums(), buffer, scales.of_parts()};
+                            products + i * l.position_sums(), buffer, quantized.of_parts(i)};
         M::multiply_all(q, pending);
       }
-      for (int64_t patch = 0; patch < patches; ++patch)
-        for (int64_t n = 0; n < 16 * some; n += kLanes) {
-          const float* from = products + patch * l.products.sums + n;
-          float* to = sums + (patch / across * 2 * kTilePixels + patch % across * 2) * l.seen.sums + 16 * panel + n;
-          Four first, second;  // rows of the result
-          for (int j = 0; j < 4; ++j) {
-            Four m;
-            for (int i = 0; i < 4; ++i)
-              m.v[i] = scales.sum(4 * i + j, M::load(from + (4 * i + j) * l.position_sums()));
-            back(m, first.v[j], second.v[j]);
+      const int64_t columns = 16 * (panel + some) < p.N ? 16 * some : p.N - 16 * panel;
+      for (int64_t patch = 0; patch < patches; ++patch) {
+        const int64_t pixel = patch % across * T::kStep;
+        float* const to = sums + pixel / kTilePixels * l.seen.group_sums() +
+                          (patch / across * T::kStep * kTilePixels + pixel % kTilePixels) * l.seen.sums + 16 * panel;
+        const float* const from = products + patch * l.products.sums;
+        for_vectors(columns, [&](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+          Vec down[T::kSeen][T::kMade];  // rows of the result, of each column
+          for (int j = 0; j < T::kSeen; ++j) {
+            Vec m[T::kSeen];
+            for (int i = 0; i < T::kSeen; ++i) {
+              const int at = T::kSeen * i + j;
+              const Vec scale = F32::load(weight_scale + at * p.N + 16 * panel + n, lanes) * quantized.scale(at);
+              m[i] = M::load(from + at * l.position_sums() + n) * scale;
+            }
+            T::back(m, down[j]);
           }
-          Vec y[4];
-          back(first, y[0], y[1]), back(second, y[2], y[3]);
-          F32::store(to, kAllLanes, y[0]), F32::store(to + l.seen.sums, kAllLanes, y[1]);
-          to += kTilePixels * l.seen.sums;
-          F32::store(to, kAllLanes, y[2]), F32::store(to + l.seen.sums, kAllLanes, y[3]);
-        }
+          for (int i = 0; i < T::kMade; ++i) {
+            Vec m[T::kSeen], y[T::kMade];
+            for (int j = 0; j < T::kSeen; ++j) m[j] = down[j][i];
+            T::back(m, y);
+            for (int j = 0; j < T::kMade; ++j) F32::store(to + i * below + j * beside + n, kAllLanes, y[j]);
+          }
+        });
+      }
     }
-    pending.set({tile.image, tile.row + top, tile.pixel, rows, tile.pixels}, 0, 1, sums);
-    pending.finish();
+    for (int64_t group = 0; group < l.seen.groups; ++group) {
+      const int64_t first = p.phases == 4 ? 0 : group * kTilePixels;
+      const int64_t pixels = tile.pixels - first < kTilePixels ? tile.pixels - first : kTilePixels;
+      if (pixels <= 0) break;
+      pending.set({tile.image, tile.row + top, tile.pixel + first, rows, pixels}, p.phases == 4 ? group : 0, 1,
+                  sums + group * l.seen.group_sums());
+      pending.finish();
+    }
   }
 }
 

@@ -12,6 +12,7 @@ namespace sana {
 namespace {
 
 struct Int8 {
+  static constexpr bool kScaled = false;
   // The type that the instruction computes in: with __m512i, gcc 12 copies the sums about inside the loop.
   typedef int Sum __attribute__((vector_size(64)));
   static __m512i weights(const char* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
@@ -45,6 +46,7 @@ struct Int16 {
 };
 
 struct BFloat16 {
+  static constexpr bool kScaled = false;
   typedef __m512 Sum;
   static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
   static Sum dot(Sum sum, __m512i weights, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x); }
@@ -71,12 +73,14 @@ inline __m512i broadcast(const char* x) {
   return _mm512_set1_epi32(value);
 }
 
-// Adds the products of `bytes` of K: R rows of x, V vectors of columns, whose weights are `apart` bytes apart.
+// Adds the products of `bytes` of K: R rows of x, V vectors of columns, whose weights are `apart` bytes apart. Meanwhile
+// 16 * bytes from `next` on come into the second-level cache.
 template <class T, int R, int V>
 inline void multiply(typename T::Sum (&sum)[R][V], const char* x, int64_t stride, const char* weight, int64_t apart,
-                     int64_t bytes) {
+                     int64_t bytes, const char* next = nullptr) {
 #pragma GCC unroll 4  // 1 to 8 % of products in int8, int16 and fp32
   for (int64_t k = 0; k < bytes; k += 4) {
+    if (next != nullptr) _mm_prefetch(next + 16 * k, _MM_HINT_T1);
     __m512i w[V];
     for (int v = 0; v < V; ++v) w[v] = T::weights(weight + v * apart + k * 16);
     for (int r = 0; r < R; ++r) {

@@ -5,21 +5,23 @@ from torch import Tensor
 
 from sana_kernels.backend import call, define, register
 from sana_kernels.conv2d import cpu, cuda, reference
-from sana_kernels.conv2d.cpu import WINOGRAD_CHANNELS, winograd_is_faster
+from sana_kernels.conv2d.cpu import WINOGRAD_CHANNELS, winograd_integers
 from sana_kernels.conv2d.reference import ACTIVATIONS, TILE, Band, fold_upsample
 from sana_kernels.conv2d.weights import (
-    WINOGRAD,
     ConvWeight,
     as_weight,
     pack_conv2d,
     packed_shape,
     quantize_conv2d,
+    upsampled_channels,
     winograd_conv2d,
+    winograd_upsample,
 )
 
 __all__ = [
     "TILE", "WINOGRAD_CHANNELS", "Band", "ConvWeight", "Rows", "conv2d", "fold_upsample", "multi_scale", "pack_conv2d",
-    "quantize_conv2d", "rms_norm", "upsample", "winograd_conv2d", "winograd_is_faster",
+    "quantize_conv2d", "rms_norm", "upsample", "winograd_conv2d", "winograd_integers",
+    "winograd_upsample",
 ]  # fmt: skip
 
 
@@ -45,9 +47,9 @@ def conv2d(
     """RMSNorm(activation(conv3×3(x) + bias)) + residual, zero-padded by one pixel; each part where asked for.
 
     x: (B, H, W, in), contiguous, or two pieces (`Rows`). weight: (out, in, 3, 3) in x's dtype, or from `quantize_conv2d`
-    (W8A8, for a stride of 1 perhaps Winograd's) or `winograd_conv2d` (int16, a stride of 1), each perhaps through
-    `pack_conv2d`. bias: (out,). stride: 1 or 2. norm: weight and bias (out,) of an RMSNorm over channels. residual: like
-    the result, or two pieces. input_norm: weight and bias (in,); x becomes input_activation(RMSNorm(x)) first.
+    (W8A8) or `winograd_conv2d` (for a stride of 1), each perhaps through `pack_conv2d`. bias: (out,). stride: 1 or 2.
+    norm: weight and bias (out,) of an RMSNorm over channels. residual: like the result, or two pieces. input_norm: weight
+    and bias (in,); x becomes input_activation(RMSNorm(x)) first.
     activation, input_activation: "none", "silu" or "relu". band: rows to compute of an image of which x holds some; of a
     quantised weight it starts and ends at multiples of TILE[0] rows of the result, or with the image.
     Returns (B, ⌈H / stride⌉ or the band's rows, ⌈W / stride⌉, out), contiguous, in x's dtype. `reference.py` states the
@@ -56,12 +58,12 @@ def conv2d(
     """
     weight, (above, x) = as_weight(weight), _pieces("conv2d", "x", x)
     residual_above, residual = (None, None) if residual is None else _pieces("conv2d", "residual", residual)
-    winograd = weight.scale is not None and weight.shape[-1] == WINOGRAD
-    k = WINOGRAD if winograd else 3
+    k = (4 if weight.values.dtype == torch.int8 else 6) if weight.transformed else 3
     if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], k, k):
         raise ValueError(f"conv2d takes a weight (out, {x.shape[3]}, 3, 3) for x {tuple(x.shape)}; got {weight.shape}")
-    if stride not in (1, 2) or (winograd and stride == 2):
-        raise ValueError(f"conv2d takes a stride of {'1, of Winograd weights' if winograd else '1 or 2'}; got {stride}")
+    if stride not in (1, 2) or (weight.transformed and stride == 2):
+        strides = "1, of Winograd weights" if weight.transformed else "1 or 2"
+        raise ValueError(f"conv2d takes a stride of {strides}; got {stride}")
     if input_norm is None and input_activation != "none":
         raise ValueError("conv2d takes an input activation only beside an input norm")
     for name in (activation, input_activation):
@@ -94,20 +96,21 @@ def upsample(
     """conv3×3(nearest ×2 of x) + bias + the shortcut that moves channels into pixels (arXiv 2410.10733, section 3.2).
 
     x: (B, H, W, in), contiguous, or two pieces (`Rows`); weight: (4 · out, in, 2, 2), what `fold_upsample` makes of a
-    kernel, in x's dtype, or from `quantize_conv2d` (W8A8), either perhaps through `pack_conv2d(weight, phases=4)`; bias:
-    (out,); `in` divides 4 · out.
+    kernel, in x's dtype, or from `quantize_conv2d` (W8A8), either perhaps through `pack_conv2d(weight, phases=4)`, or from
+    `winograd_upsample`, of the kernel itself; bias: (out,); `in` divides 4 · out.
     A weight (4 · out, in, 3, 3) and bias (4 · out,), phase by phase, are conv3×3 and then a pixel shuffle.
     band: as `conv2d`, in rows of x, each of which makes two of the result.
     Returns (B, 2H, 2W, out), contiguous, in x's dtype. Errors as `conv2d`.
     """
     weight, (above, x) = as_weight(weight), _pieces("upsample", "x", x)
-    shape, kernels = weight.shape, ((x.shape[3], 2, 2), (x.shape[3], 3, 3))
-    if len(shape) != 4 or shape[1:] not in kernels or shape[0] % 4 or shape[0] % x.shape[3]:
+    shape, kernels = weight.shape, [(x.shape[3], k, k) for k in ((3,) if weight.transformed else (2, 3))]
+    quadrupled = shape[0] * (4 if weight.transformed else 1)
+    if len(shape) != 4 or shape[1:] not in kernels or quadrupled % 4 or quadrupled % x.shape[3]:
         raise ValueError(
             "upsample takes x (B, H, W, in) and a folded weight (4 · out, in, 2, 2) or phases (4 · out, in, 3, 3), 4 · out"
             f" a multiple of in; got {tuple(x.shape)} and {tuple(shape)}"
         )
-    biases = shape[0] // 4 if shape[2] == 2 else shape[0]
+    biases = shape[0] if shape[2] == 3 else shape[0] // 4
     if bias.shape != (biases,):
         raise ValueError(
             f"upsample takes a bias of (out,), of (4 · out,) beside 3 × 3 phases: ({biases},); got {tuple(bias.shape)}"
@@ -228,15 +231,17 @@ def _check_weight(op: str, x: Tensor, weight: ConvWeight, phases: int) -> None:
             f" makes of it, {packed_shape(weight, phases)}; got {tuple(values.shape)}"
         )
     integers, makers = (torch.int8,), "quantize_conv2d"
-    if shape[-1] == WINOGRAD:
-        integers, makers = (torch.int8, torch.int16), "quantize_conv2d or winograd_conv2d"
+    if weight.transformed:
+        integers = (torch.int8, torch.int16) if op == "conv2d" else (torch.int16,)
+        makers = f"winograd_{op}"
     if values.dtype not in ((x.dtype,) if scale is None else integers) or values.device != x.device:
         raise TypeError(
             f"{op} takes a weight in x's dtype and device, or from {makers}; got {x.dtype} on {x.device} and"
             f" {values.dtype} on {values.device}"
         )
-    if scale is not None and scale.shape != shape[:1]:
-        raise ValueError(f"{op} takes one scale per output channel ({shape[0]},); got {tuple(scale.shape)}")
+    scales = (*shape[2:], shape[0]) if weight.transformed else shape[:1]
+    if scale is not None and scale.shape != scales:
+        raise ValueError(f"{op} takes one scale per output channel {tuple(scales)}; got {tuple(scale.shape)}")
 
 
 def _check(op: str, x: Tensor, *rest: Tensor, like: tuple[Tensor, ...] = ()) -> None:
@@ -261,7 +266,8 @@ def _fake_conv2d(x, weight, weight_scale, weight_shape, bias, stride, *rest):
 
 
 def _fake_upsample(x, weight, weight_scale, weight_shape, bias, band, above, backend):
-    return x.new_empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4)
+    N = upsampled_channels(ConvWeight(weight, weight_scale, weight_shape))
+    return x.new_empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], N)
 
 
 def _fake_multi_scale(x, depthwise, grouped, band, backend):

@@ -5,21 +5,24 @@ from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
 from sana_kernels.conv2d.reference import ACTIVATIONS
-from sana_kernels.conv2d.weights import ConvWeight, pack_conv2d
+from sana_kernels.conv2d.weights import ConvWeight, pack_conv2d, upsampled_channels
 from sana_kernels.gemm.cpu import address, as_float
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 WITHOUT_HALF = (torch.float32, torch.bfloat16)
-WINOGRAD_CHANNELS = 64  # in and out, that a kernel needs for Winograd's products: int8 rows are padded to as many
+WINOGRAD_CHANNELS = 64  # in and out, that make a transformed kernel worth while: int8 rows are padded to as many
 
 
-def winograd_is_faster(channels: int = WINOGRAD_CHANNELS) -> bool:
-    """Is Winograd's product faster here than the direct one, for kernels of at least that many channels in and out?
+def winograd_integers(eight_bit: bool) -> torch.dtype | None:
+    """The integers of transformed kernels that are faster here than direct ones of bfloat16 or, `eight_bit`, of W8A8.
 
-    Of int8 beside int8, of int16 beside bf16. Tiles of AMX multiply eight times as fast as vectors, which would have to
-    transform for them.
+    None with AMX, whose tiles multiply eight times as fast as vectors, which would have to transform for them. int8 where
+    there are instructions for it, and of bfloat16 and without those int16, which is more exact. bench/notes/decoder.md.
     """
-    return channels >= WINOGRAD_CHANNELS and extension("_cpu")[0].isa() != "amx"
+    isa = extension("_cpu")[0].isa()
+    if isa == "amx":
+        return None
+    return torch.int8 if eight_bit and isa in ("avx512", "avxvnni") else torch.int16
 
 
 def accepts(x: Tensor, *args) -> str | None:
@@ -66,9 +69,10 @@ def upsample(
     above: Tensor | None,
 ) -> Tensor:
     """As the reference, of a weight that may be packed."""
-    out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], weight_shape[0] // 4, dtype=x.dtype)
-    vectors = weight_scale, bias, None, None, None, None
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
+    N = upsampled_channels(weight)
+    out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], N, dtype=x.dtype)
+    vectors = weight_scale, bias, None, None, None, None
     pieces, kind = _pieces(above, x), (1, weight_shape[2], 4)
     _run(x, weight, out, pieces, _pieces(None, None), vectors, band, kind, ("none", "none"), 0.0)
     return out
@@ -85,7 +89,10 @@ def _run(
     kind: tuple[int, int, int], activations: tuple[str, str], eps: float,
 ) -> None:  # fmt: skip
     packed, floats = pack_conv2d(weight, kind[2]).values, [as_float(t) for t in vectors]
-    kind, activations = (*kind, packed.element_size()), [ACTIVATION_CODES[name] for name in activations]
+    kind, activations = (
+        (*kind, weight.transformed, packed.element_size()),
+        [ACTIVATION_CODES[name] for name in activations],
+    )
     N = out.shape[3]
     extension("_cpu")[0].conv2d(
         pieces, residuals, [packed.data_ptr(), out.data_ptr()], [address(t) for t in floats],

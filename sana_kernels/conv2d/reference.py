@@ -30,22 +30,8 @@ included, share one scale:
 with the special cases of gemm's rows. Products are summed as int32, exactly, and y = sum · (tile's scale · weight's scale).
 The tile is a function of the place in the image, so a band of whole tiles sees what the whole image sees.
 
-W8A8 by Winograd's F(2 × 2, 3 × 3) (arXiv 1509.09308) takes 16 products for 2 × 2 results, not 36. Its weights are
-quantised as above, but 4 × 4: G g Gᵀ of every 3 × 3 kernel g, in fp32, rows first (`winograd_weight`). Of x, every patch d
-of 4 × 4 pixels, two pixels apart, becomes Bᵀ d B, likewise, and of a tile's 4 × 16 patches (of those that make a pixel of
-the result) the values at each of the 16 positions share one scale. With m the int32 sums over channels times their
-position's scale, 2 × 2 results are Aᵀ m A, rows first, times weight's scale.
-
-The same in int16, which makes of x in any dtype a result as exact as bfloat16: of every patch, CHUNK = 64 channels share one
-scale, the 16 positions together. None of them can be larger than four times the largest of the patch's pixels, so
-
-    scale = 4 max |x| / 32767        values = (Bᵀ d B) · (32767 / (4 max |x|)), rounded as above, at most 32767
-
-and m is the sum over chunks, in fp32, of their int32 sums times their scales. Weights are as large as such a sum allows: one
-scale per output channel, with which no chunk of a position has Σ |w| > 65504 before rounding, nor any |w| > 32767. (64
-roundings add 32 at most, and 65536 · 32767 < 2³¹.) Over an image, the error is within the rule for bfloat16 (design:
-tolerances), large values and channels included. It follows the patch, though, and not each result: one that does not see
-what is large in its patch, or whose weights for it are zero, keeps the rounding of steps of 2⁻¹³ of that.
+Kernels may also be transformed, for a stride of 1, so that fewer multiplications do, in int8 or, for what is as exact as
+bfloat16, in int16: transforms.py.
 
 Precision: sums are fp32. PyTorch rounds to x's dtype after every operation, also the sum of folded taps; of W8A8 all that
 follows the integers is fp32, rounded once. A kernel may leave out any rounding but the last.
@@ -57,13 +43,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_kernels.gemm.reference import SMALLEST, quantize
+from sana_kernels.conv2d.transforms import convolve_transformed
+from sana_kernels.gemm.reference import quantize
 
 ACTIVATIONS = {"none": lambda y: y, "silu": F.silu, "relu": F.relu}  # in the order of enum Activation in csrc/conv2d
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (dy, dx) of the pixels 2h + dy, 2w + dx that come of one
 TILE = (8, 32)  # rows and pixels that share the scale of their inputs
-CHUNK = 64  # channels that share the scale of a patch, in int16
-_MOST, _MOST_OF_A_CHUNK = 32767, 65504  # of int16 values and weights, and of the sum of a chunk's weights
 
 
 class Band(NamedTuple):
@@ -118,22 +103,6 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values[:, : weight[0].numel()].reshape(weight.shape), scale
 
 
-def quantize_int16(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Winograd's (out, in, 4, 4) floating → int16 values of that shape and scale (out,) fp32."""
-    magnitudes = weight.float().abs()
-    sums = torch.stack([chunk.sum(1).amax((1, 2)) for chunk in magnitudes.split(CHUNK, dim=1)]).amax(0)
-    scale = torch.maximum(magnitudes.amax((1, 2, 3)) / _MOST, sums / _MOST_OF_A_CHUNK)
-    zero = scale < torch.finfo(torch.float32).tiny
-    inverse = torch.where(zero, 0, 1 / scale)[:, None, None, None]
-    return (weight.float() * inverse).round().clamp(-_MOST, _MOST).to(torch.int16), scale.masked_fill(zero, 0)
-
-
-def winograd_weight(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) → (out, in, 4, 4), G g Gᵀ in fp32."""
-    rows = _three(weight.float(), 2)
-    return _three(rows, 3)
-
-
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -155,8 +124,8 @@ def conv2d(
 ) -> Tensor:
     """x (B, rows, W, in), weight (out, in, 3, 3) → (B, last − first, ⌈W / stride⌉, out), in x's dtype.
 
-    weight in x's dtype, or int8 with weight_scale (out,), then perhaps (out, in, 4, 4), Winograd's, also as int16; bias,
-    norm_weight, norm_bias (out,); residual like the result; input_weight, input_bias (in,). band: as `Band`. above,
+    weight in x's dtype, or int8 with weight_scale (out,), or transformed: (out, in, k, k) with weight_scale (k, k, out);
+    bias, norm_weight, norm_bias (out,); residual like the result; input_weight, input_bias (in,). band: as `Band`. above,
     residual_above: the rows that come before those of x and of the residual. weight_shape is that of weight, which kernels
     take packed.
     """
@@ -167,8 +136,8 @@ def conv2d(
     if weight_scale is None:
         y = convolve(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
-        if weight.shape[-1] == 4:  # Winograd's
-            y = (_winograd if weight.dtype == torch.int8 else _winograd_int16)(window, weight, weight_scale)
+        if weight_scale.ndim == 3:
+            y = convolve_transformed(window, weight, weight_scale, TILE)
         else:
             tiles = _tiles(window, stride)
             y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
@@ -192,12 +161,16 @@ def upsample(
     """x (B, rows, W, in), weight (4 · out, in, k, k) → (B, 2 (last − first), 2W, out), in x's dtype.
 
     The four phases stand one after the other in weight and weight_scale (4 · out,), of k = 2 (folded) or 3 (each phase a
-    whole kernel, which makes a convolution before a pixel shuffle); bias (out,), or (4 · out,). band, above: as `conv2d`.
+    whole kernel, which makes a convolution before a pixel shuffle); bias (out,), or (4 · out,). Or transformed: (out, in, 3,
+    3) with weight_scale (3, 3, out). band, above: as `conv2d`.
     """
     band, x = Band(*band), _in_one_piece(above, x)
     window = _window(x, band, 1)
     if weight_scale is None:
         phases = split_phases(convolve(window, weight), weight.shape[2])
+    elif weight_scale.ndim == 3:
+        y, bias = convolve_transformed(window, weight, weight_scale, TILE), bias.float()
+        phases = [y[:, :, dy::2, dx::2] for dy, dx in PHASES]
     else:
         tiles = _tiles(window, 1)
         sums = split_phases(_sums(tiles, weight, weight_scale), weight.shape[2])
@@ -272,63 +245,6 @@ def _sums(tiles: _Tiles, weight: Tensor, weight_scale: Tensor, stride: int = 1) 
     sums = F.conv2d(tiles.values, weight.double(), stride=stride)  # fp64 holds every sum exactly
     wide = weight_scale.dtype  # fp32, or fp64 for an oracle
     return sums.to(wide) * (tiles.scale.to(wide)[:, None] * weight_scale)[..., None, None]
-
-
-def _winograd(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """What a window (B, C, H + 2, W + 2) gives by Winograd's products: (B, out, H, W)."""
-    wide = weight_scale.dtype  # fp32, or fp64 for an oracle
-    outputs = [size - 2 for size in window.shape[2:]]
-    counts = [-(-size // tile) for size, tile in zip(outputs, TILE, strict=True)]
-    spare = [count * tile - size for count, tile, size in zip(counts, TILE, outputs, strict=True)]
-    patches = F.pad(window.float(), (0, spare[1], 0, spare[0])).unfold(2, 4, 2).unfold(3, 4, 2)
-    values = _four(_four(patches, 4), 5)
-    used = [torch.arange(values.shape[2 + i], device=window.device) * 2 < outputs[i] for i in (0, 1)]
-    values = torch.where((used[0][:, None] & used[1])[:, :, None, None], values, 0)
-    per_tile = values.unflatten(3, (counts[1], -1)).unflatten(2, (counts[0], -1))  # (B, C, down, 4, across, 16, 4, 4)
-    rows = per_tile.permute(0, 2, 4, 6, 7, 1, 3, 5)
-    integers, scale = quantize(rows.flatten(5))
-    integers = integers[..., : rows[0, 0, 0, 0, 0].numel()].reshape(rows.shape).double()
-    sums = torch.einsum("bdaijcyx,ocij->bdaijoyx", integers, weight.double()).to(wide)  # exact in fp64
-    m = sums * scale.to(wide)[..., None, None, None]
-    y = _two(_two(m, 3), 4)  # (B, down, across, 2, 2, out, 4, 16)
-    y = y.permute(0, 5, 1, 6, 3, 2, 7, 4).flatten(5).flatten(2, 4)[:, :, : outputs[0], : outputs[1]]
-    return y * weight_scale[:, None, None]
-
-
-def _winograd_int16(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """The same by products of int16."""
-    wide = weight_scale.dtype  # fp32, or fp64 for an oracle
-    outputs = [size - 2 for size in window.shape[2:]]
-    patches = F.pad(window.float(), (0, outputs[1] % 2, 0, outputs[0] % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
-    m = 0
-    for d, w in zip(patches.split(CHUNK, dim=1), weight.split(CHUNK, dim=1), strict=True):
-        largest = 4 * d.abs().amax((1, 4, 5), keepdim=True)
-        divisor = torch.full_like(largest, _MOST)  # dividing by or of a number, PyTorch may round twice
-        zero = largest < SMALLEST
-        values = (_four(_four(d, 4), 5) * torch.where(zero, 0, divisor / largest)).round()
-        sums = torch.einsum("bcijyx,ocyx->boijyx", values.double(), w.double()).to(wide)  # exact in fp64
-        m = m + sums * torch.where(zero, 0, largest / divisor).to(wide)
-    y = _two(_two(m, 4), 5)  # (B, out, down, across, 2, 2)
-    y = y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, : outputs[0], : outputs[1]]
-    return y * weight_scale[:, None, None]
-
-
-def _three(g: Tensor, dim: int) -> Tensor:
-    """G g along a dimension of 3 taps: 4 positions."""
-    a, b, c = g.unbind(dim)
-    return torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], dim)
-
-
-def _four(d: Tensor, dim: int) -> Tensor:
-    """Bᵀ d along a dimension of 4 pixels."""
-    a, b, c, d = d.unbind(dim)
-    return torch.stack([a - c, b + c, c - b, b - d], dim)
-
-
-def _two(m: Tensor, dim: int) -> Tensor:
-    """Aᵀ m along a dimension of 4 positions: 2 results."""
-    a, b, c, d = m.unbind(dim)
-    return torch.stack([a + b + c, b - c - d], dim)
 
 
 def _untile(y: Tensor, tiles: _Tiles, shape: torch.Size, stride: int = 1) -> Tensor:

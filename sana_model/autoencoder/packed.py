@@ -3,8 +3,9 @@
     pack_autoencoder(autoencoder, torch.int8, lambda op: "cpu")      replaces its convolutions and linear layers, in place
 
 In W8A8 the decoder's products and convolutions have int8 weights, one scale per output channel, and int8 activations; those
-that `kept` names stay in 16 bits. The 3 × 3 kernels of ResBlocks become Winograd's where that is faster, in int8 or, of
-bfloat16, in int16. bench/notes/decoder.md has the measurements behind these choices.
+that `kept` names stay in 16 bits. The 3 × 3 kernels of ResBlocks, and those after an upsampling, are transformed where that
+is faster (sana_kernels/conv2d/transforms.py), to int8 (not after an upsampling: it would cost a decibel) or int16.
+bench/notes/decoder.md has the measurements behind these choices.
 """
 
 import re
@@ -13,7 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sana_kernels.conv2d import ConvWeight, pack_conv2d, quantize_conv2d, winograd_conv2d, winograd_is_faster
+from sana_kernels.conv2d import (
+    WINOGRAD_CHANNELS,
+    ConvWeight,
+    pack_conv2d,
+    quantize_conv2d,
+    winograd_conv2d,
+    winograd_integers,
+    winograd_upsample,
+)
 from sana_model.autoencoder.blocks import (
     BatchNorm,
     Downsample,
@@ -79,9 +88,8 @@ def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, ba
         elif isinstance(block, Downsample):
             packer.convolution(name, block, "conv")
         elif isinstance(block, Upsample):
-            packer.convolution(
-                name, block, "conv", phases=1 if name == "decoder.conv_out" else 4
-            )  # the last has no shortcut
+            last = name == "decoder.conv_out"  # which has no shortcut
+            packer.convolution(name, block, "conv", phases=1 if last else 4, winograd=not last and not block.shuffle)
         elif isinstance(block, MultiScaleLinearAttention):
             qkv = torch.cat([block.to_q.weight, block.to_k.weight, block.to_v.weight])
             if packer.linear(name, block, "to_qkv", qkv, None, "gemm"):
@@ -109,18 +117,24 @@ class _Packer:
         return None if kept(name) else self._quantized
 
     def convolution(self, name: str, block: nn.Module, layer: str, phases: int = 1, winograd: bool = False) -> None:
-        """winograd: by Winograd's products, where they are faster."""
-        own, backend = getattr(block, layer), self.backend("conv2d" if phases == 1 else "upsample")
-        eight_bit = self.dtype(f"{name}.{layer}") is not None
-        if isinstance(own, nn.Conv2d) and (backend in PACKING or eight_bit):
-            weight, bias = (own.weight, own.bias) if phases == 1 else block.phases()
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-            winograd = winograd and backend == "cpu" and winograd_is_faster(min(weight.shape[:2]))
-            if eight_bit:
-                weight = quantize_conv2d(weight, winograd)
-            elif winograd and weight.dtype == torch.bfloat16:
-                weight = winograd_conv2d(weight)
-            setattr(block, layer, PackedConv2d(weight, bias, backend, phases))
+        """winograd: transformed, where that is faster."""
+        own, op = getattr(block, layer), "conv2d" if phases == 1 else "upsample"
+        backend, eight_bit = self.backend(op), self.dtype(f"{name}.{layer}") is not None
+        if not isinstance(own, nn.Conv2d) or (backend not in PACKING and not eight_bit):
+            return
+        integers = None
+        if winograd and backend == "cpu" and min(own.weight.shape[:2]) >= WINOGRAD_CHANNELS:
+            integers = winograd_integers(eight_bit) if eight_bit or own.weight.dtype == torch.bfloat16 else None
+        weight, bias = own.weight.detach(), own.bias
+        if integers is not None and phases == 1:
+            weight = winograd_conv2d(weight, integers)
+        elif integers == torch.int16:
+            weight = winograd_upsample(weight)
+        else:
+            weight, bias = (weight, bias) if phases == 1 else block.phases()
+            weight = quantize_conv2d(weight.detach()) if eight_bit else weight.detach()
+        bias = None if bias is None else bias.detach()
+        setattr(block, layer, PackedConv2d(weight, bias, backend, phases))
 
     def linear(self, name: str, block: nn.Module, layer: str, weight: Tensor, bias: Tensor | None, op: str) -> bool:
         """Rows (N, K) as a packed layer; False where the backend reads them as they are."""
