@@ -59,11 +59,8 @@ def decoder_macs(
         count, residual = config.decoder_layers[i], config.decoder_block_types[i] == "ResBlock"
         if i < last and count:  # the up-sampling convolution into this stage: at its resolution, or before it
             taps = 4 if folded and config.upsample == "interpolate" else 9  # a shuffle's 4C channels are as many pixels
-            if (
-                transformed == "int16"
-                and config.upsample == "interpolate"
-                and min(C, widths[i + 1]) >= WINOGRAD_CHANNELS
-            ):
+            wide = min(C, widths[i + 1]) >= WINOGRAD_CHANNELS
+            if transformed == "int16" and wide and config.upsample == "interpolate":
                 taps = 9 / 4
             total += round(pixels[i] * widths[i + 1] * C * taps)
         scales = len(config.decoder_qkv_multiscales[i])

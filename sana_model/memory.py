@@ -1,8 +1,8 @@
 """Will it fit? What a model and a picture need, and a refusal, before anything is allocated, that names what would fit.
 
-Weights are counted exactly, on networks without storage. Activations are the few large tensors that are
-alive at once, in units that scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 256
-to 2048 px), and tests/test_memory.py measures again.
+Weights are counted exactly, on networks without storage; on CPUs as the `cpu` backend has them, but the decoder's in W8A8
+as in 16 bits. Activations are the few large tensors that are alive at once, in units that scale with the picture; the
+factors were measured (peak resident memory, fp32 and bf16, 256 to 2048 px), and tests/test_memory.py measures again.
 """
 
 from collections.abc import Iterator
@@ -71,9 +71,7 @@ def estimate(
 
 def weights(config: ModelConfig, precisions: Precisions, device: torch.device | str = "cpu") -> dict[str, int]:
     """Bytes of the weights by part, as loaded."""
-    quantized, on_cpu = _in_blocks(config), torch.device(device).type == "cpu" and backend_status("cpu") is None
-    narrow = precisions["autoencoder"] in ("bf16", "w8a8")
-    transformed = on_cpu and narrow and winograd_integers(precisions["autoencoder"] == "w8a8") == torch.int16
+    quantized = _in_blocks(config)
 
     def of(part: str, count: int) -> int:
         precision = precisions[part]
@@ -82,7 +80,9 @@ def weights(config: ModelConfig, precisions: Precisions, device: torch.device | 
         return round(quantized[part] * BYTES[precision]) + (count - quantized[part]) * _size(precision)
 
     found = {part: of(part, count) for part, count in parameters(config).items()}
-    return found | {"autoencoder": found["autoencoder"] + transformed * _grown_by_transforms(config)}
+    if torch.device(device).type == "cpu" and backend_status("cpu") is None:
+        found["autoencoder"] += _grown_by_transforms(config, precisions["autoencoder"])
+    return found
 
 
 @lru_cache(maxsize=32)
@@ -110,13 +110,30 @@ def _in_blocks(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def _grown_by_transforms(config: ModelConfig, precision: str) -> int:
+    """Bytes by which the autoencoder's 3 × 3 kernels grow on CPUs: those of 16 bits become 6 × 6 of int16."""
+    if precision not in ("bf16", "w8a8"):
+        return 0
+    eight_bit = {"encoder": False, "decoder": precision == "w8a8"}
+    grown = [half for half in eight_bit if winograd_integers(eight_bit[half]) == torch.int16]
+    return sum(54 * count for half, count in _transformed_kernels(config).items() if half in grown)
+
+
 @lru_cache(maxsize=32)
-def _grown_by_transforms(config: ModelConfig) -> int:
-    """Bytes by which the autoencoder's 3 × 3 kernels of bf16 grow where they become 6 × 6 of int16, on CPUs."""
+def _transformed_kernels(config: ModelConfig) -> dict[str, int]:
+    """How many kernels of the encoder and the decoder, in times out, are wide enough to be transformed."""
     with torch.device("meta"):
-        blocks = [block for block in Autoencoder(config.autoencoder).modules() if isinstance(block, ResBlock)]
-    kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
-    return sum(54 * w[:, :, 0, 0].numel() for w in kernels if min(w.shape[:2]) >= WINOGRAD_CHANNELS)
+        halves = Autoencoder(config.autoencoder).named_children()
+    return {
+        half: sum(
+            conv.weight[:, :, 0, 0].numel()
+            for block in network.modules()
+            if isinstance(block, ResBlock)
+            for conv in (block.conv1, block.conv2)
+            if min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
+        )
+        for half, network in halves
+    }
 
 
 def _size(precision: str) -> int:

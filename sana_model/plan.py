@@ -201,7 +201,7 @@ class Plan:
 
     @property
     def transformed(self) -> str:
-        """The integers, "int8" or "int16", of the autoencoder's kernels from WINOGRAD_CHANNELS on; "" if they are direct."""
+        """The integers, "int8" or "int16", of the decoder's kernels from WINOGRAD_CHANNELS on; "" if they are direct."""
         precisions = {
             row.precision for row in self.rows if (row.part, row.op, row.backend) == ("autoencoder", "conv2d", "cpu")
         }
@@ -243,7 +243,7 @@ class Plan:
             if self.transformed == "int16":
                 kernels = "F(4 × 4, 3 × 3), and after an upsampling 9 products instead of 16"
             lines.append(
-                f"  autoencoder   from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's {kernels}"
+                f"  decoder       from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's {kernels}"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

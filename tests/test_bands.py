@@ -162,3 +162,7 @@ def test_the_plan_says_so():
         ]
         assert ["Winograd" in str(plan) for plan in plans] == [False, True, True]
         assert [plan.as_json()["transformed"] for plan in plans] == ["", "int16", "int8"]
+        with isa_cap("avx2"):
+            assert [plan.transformed for plan in plans] == ["", "int16", "int16"]
+    with emulated_tiles.cpu():
+        assert [plan.transformed for plan in plans] == ["", "", ""]

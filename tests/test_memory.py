@@ -143,14 +143,16 @@ def test_weights_are_counted_as_published_and_as_loaded():
         assert counted[part] == sum(p.nbytes for p in getattr(loaded, part).parameters())
 
 
-def test_kernels_are_counted_as_they_are_transformed():
-    with isa_cap("avx512"):
-        autoencoder = sana_model.load("sana-tiny-random", precision="bf16", backend="cpu").model.autoencoder
-        counted = memory.weights(TINY, BF16)["autoencoder"] - memory.weights(TINY, BF16, "cuda")["autoencoder"]
-    blocks = [block for block in autoencoder.modules() if isinstance(block, ResBlock)]
-    kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2) if conv.weight.transformed]
-    grown = sum(w.values.nbytes - 18 * w.shape[0] * w.shape[1] for w in kernels)
-    assert counted == grown > 1e6
+@pytest.mark.parametrize(("precision", "isa"), [("bf16", "avx512"), ("w8a8", "avx512"), ("w8a8", "avx2")])
+def test_kernels_are_counted_as_they_are_transformed(precision, isa):
+    with isa_cap(isa):
+        model = sana_model.load("sana-tiny-random", decoder_precision=precision, backend="cpu").model
+        asked = BF16 | {"autoencoder": precision}
+        counted = memory.weights(TINY, asked)["autoencoder"] - memory.weights(TINY, asked, "cuda")["autoencoder"]
+    blocks = [block for block in model.autoencoder.modules() if isinstance(block, ResBlock)]
+    kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
+    grown = [w.values.nbytes - 18 * w.shape[0] * w.shape[1] for w in kernels if w.values.dtype == torch.int16]
+    assert counted == sum(grown) > 1e5
 
 
 def test_the_estimate_grows_with_what_is_asked_for():

@@ -39,8 +39,7 @@ def test_f4_is_winograds_of_its_points():
     assert_close(G[:5] * scale[:, None], powers[:, :3], of_rms=1e-6)
     assert_close(A_T.t()[:5], powers[:, :4], of_rms=1e-12)
     for i, row in enumerate(B_T):  # zero at all other points
-        others = points[torch.arange(5) != i]
-        assert (powers[torch.arange(5) != i] @ row).abs().max() < 1e-12 and len(others) == (5 if i == 5 else 4)
+        assert (powers[torch.arange(5) != i] @ row).abs().max() < 1e-12
 
 
 def test_int8_patch_by_patch():
@@ -161,16 +160,20 @@ def test_int16_beside_one_large_value(variant):
 
 
 @pytest.mark.parametrize("variant", ["reference", *CPU])
-@pytest.mark.parametrize("large", [1e38, torch.inf, -torch.inf])
-def test_int16_beyond_what_a_transform_can_hold(variant, large):
-    """Not a number, or infinite, where it is seen, as of an infinite input; never a number that is wrong."""
-    x, weight = torch.randn(1, 8, 16, 40).bfloat16(), torch.randn(16, 40, 3, 3)
+@pytest.mark.parametrize("large", [1e30, 1e33, 1e36, 1e38, torch.inf, -torch.inf])
+def test_int16_beyond_what_sums_can_hold(variant, large):
+    """Not a number, or infinite; never a number that is wrong. In other patches nothing changes."""
+    x, weight = torch.randn(1, 8, 16, 40).bfloat16(), torch.randn(16, 40, 3, 3).bfloat16()
     x[0, 1, 5, 2] = large
-    y = compute(variant, "conv2d", x, winograd_conv2d(weight, INT16))[0]
-    same_patch = torch.zeros(8, 16, dtype=torch.bool)
-    same_patch[0:4, 4:8] = True
-    assert not y[:3, 4:7].isfinite().any()
-    assert not y[same_patch].isfinite().any() and y[~same_patch].isfinite().all()
+    y = compute(variant, "conv2d", x, winograd_conv2d(weight, INT16))[0].double()
+    exact = sana_kernels.conv2d(x.double(), weight.double(), backend="reference")[0]
+    sees, same_patch = torch.zeros(8, 16, dtype=torch.bool), torch.zeros(8, 16, dtype=torch.bool)
+    sees[:3, 4:7], same_patch[0:4, 4:8] = True, True
+    assert y[~same_patch].isfinite().all() and relative_rms(y[~same_patch], exact[~same_patch]) < 3e-3
+    assert (y[sees].isfinite().all() and relative_rms(y[sees], exact[sees]) < 3e-3) or not y[
+        same_patch
+    ].isfinite().any()
+    assert y[sees].isfinite().all() or large != 1e30
 
 
 @pytest.mark.parametrize("variant", CPU)
@@ -188,18 +191,20 @@ def test_int8_at_the_extremes(variant):
     assert_kernel(compute(variant, "conv2d", x, kernel), same, oracle)
 
 
+@pytest.mark.parametrize("size", [3.0, -3.0, 3e30, 3e-20])
 @pytest.mark.parametrize("variant", CPU)
-def test_int16_at_the_extremes(variant):
-    """Sums of 64 products that nearly fill 32 bits, of both signs."""
-    for sign in (1, -1):
-        x = torch.full((1, 12, 68, 128), 3.0 * sign).bfloat16()
-        values = torch.full((16, 128, 6, 6), 8188, dtype=torch.int16)
-        kernel = ConvWeight(values, torch.full((6, 6, 16), 1e-3), tuple(values.shape))
-        norm = 64 * 4096 * 8188  # of 64 values that are the same, 32767 / 8 is each
-        assert 0.999 * 2**31 < norm < 2**31
-        same = sana_kernels.conv2d(x, kernel, backend="reference")
-        oracle = sana_kernels.conv2d(x.double(), kernel._replace(scale=kernel.scale.double()), backend="reference")
-        assert_kernel(compute(variant, "conv2d", x, kernel), same, oracle)
+def test_int16_at_the_extremes(variant, size):
+    """Sums of 64 products that nearly fill 32 bits, of both signs; norms whose squares floats do not hold."""
+    x = torch.full((1, 12, 68, 128), size).bfloat16()
+    for k, N in ((6, 16), (3, 32)):
+        values = torch.full((N, 128, k, k), 8188, dtype=torch.int16)
+        kernel = ConvWeight(values, torch.full((k, k, N), 1e-3 / abs(size)), tuple(values.shape))
+        assert 0.999 * 2**31 < 64 * 4096 * 8188 < 2**31  # 64 values that are the same are 32767 / 8 each
+        exact = kernel._replace(scale=kernel.scale.double())
+        op, bias = ("conv2d", ()) if k == 6 else ("upsample", (torch.zeros(N),))
+        same = getattr(sana_kernels, op)(x, kernel, *(t.bfloat16() for t in bias), backend="reference")
+        oracle = getattr(sana_kernels, op)(x.double(), exact, *(t.double() for t in bias), backend="reference")
+        assert_kernel(compute(variant, op, x, kernel, *(t.bfloat16() for t in bias)), same, oracle)
 
 
 def test_int16_sums_fit_into_32_bits():
@@ -224,10 +229,10 @@ def test_transformed_weights_are_for_their_op_and_a_stride_of_one():
     for kernel in (winograd_conv2d(weight, INT8), winograd_conv2d(weight, INT16)):
         with pytest.raises(ValueError, match="of Winograd weights; got 2"):
             sana_kernels.conv2d(x, kernel, stride=2)
-        with pytest.raises(ValueError, match="upsample takes"):
+        with pytest.raises(ValueError, match="of winograd_upsample, not those of winograd_conv2d"):
             sana_kernels.upsample(x, kernel, torch.randn(16))
     kernel, bias = winograd_upsample(weight), torch.randn(16)
-    with pytest.raises(ValueError, match="conv2d takes a weight"):
+    with pytest.raises(ValueError, match="of winograd_conv2d, not those of winograd_upsample"):
         sana_kernels.conv2d(x, kernel)
     with pytest.raises(ValueError, match=r"bias of \(out,\).*: \(16,\); got \(4,\)"):
         sana_kernels.upsample(x, kernel, bias[:4])
@@ -240,3 +245,10 @@ def test_transformed_weights_are_for_their_op_and_a_stride_of_one():
         sana_kernels.conv2d(x, direct)
     with pytest.raises(ValueError, match="conv2d takes a weight"):  # floats of that shape
         sana_kernels.conv2d(x, torch.randn(16, 8, 4, 4))
+
+
+def test_what_cannot_be_transformed():
+    with pytest.raises(ValueError, match=r"floating \(out, in, 3, 3\); got torch.float32 \(32, 8, 2, 2\)"):
+        winograd_upsample(torch.randn(32, 8, 2, 2))
+    with pytest.raises(TypeError, match=r"torch.int8 or torch.int16; got torch.float32"):
+        winograd_conv2d(torch.randn(8, 8, 3, 3), torch.float32)

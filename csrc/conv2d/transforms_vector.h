@@ -1,5 +1,5 @@
 // The transforms of winograd_vector.h in one dimension, of vectors of channels or columns: what `kSeen` pixels become,
-// and the results that come of as many sums. In two dimensions they are done of the rows, then of the columns.
+// and the results that come of as many sums. In two dimensions they go down the columns, then along the rows.
 // sana_kernels/conv2d/transforms.py has them as matrices.
 #pragma once
 

@@ -1,5 +1,6 @@
 // 3 x 3 convolutions, plain or of an upsampled image, with a quarter to 9/16 of the multiplications: the minimal
-// filtering of Winograd (arXiv 1509.09308), on vectors, in int8 for W8A8 and in int16 for 16-bit floats.
+// filtering of Winograd (arXiv 1509.09308), on vectors, in int8 for W8A8 and in int16 for 16-bit floats (and for W8A8
+// without int8 dot products).
 //
 // Algorithm (sana_kernels/conv2d/transforms.py), for each tile of the result, on one thread:
 //     gather      the pixels of x that the tile sees, as they are; where all of them are inside the image and in one
@@ -18,13 +19,13 @@
 //     F(4x4, 3x3)    conv2d, int16     6, 4    8 x 64              2.25 C N, not 9
 //     Upsampling     upsample, int16   3, 2    8 x 32              2.25 C N, not 4 of folded phases
 //
-// Tiling: 32 patches at a time. At C = N = 512 in int16, their values are 1.2 MB (a position's are 33 KB, and stay in the
-// first-level cache for as long as they are multiplied), the sums of 128 columns 0.6 MB, and what the epilogue reads 1 MB;
-// all of that comes from the second-level cache, or from the last, in long runs.
+// Tiling: 32 patches at a time. At C = N = 512 in int16, their values are 1.2 MB (33 KB at each position), the sums of 128
+// columns 0.6 MB, and what the epilogue reads 1 MB; all of that comes from the second-level cache, or from the last, in
+// long runs.
 //
-// FLOPs: twice the multiplications. Besides, for each pixel and vector of channels or columns, about 50 vector
-// instructions for the way there (forward, norms, rounding) and 15 for the way back. Bytes: x as conv2d.cpp; the weights
-// (36 x 2 C N in int16) once for 512 pixels, so that at C = N = 512 a core takes 4 bytes per cycle from the last cache.
+// FLOPs: twice the multiplications. Besides, by F(4x4, 3x3), for each pixel and vector of channels about 40 vector
+// instructions (forward, norms, rounding), of columns about 15 for the way back. Bytes: x as conv2d.cpp; the weights
+// (36 x 2 C N) once for 512 pixels, so that at C = N = 512 a core takes 4 bytes per cycle from the last cache.
 // Bound: the multiply unit. Where bf16 and int8 run on AMX tiles, eight times as fast as on vectors, transforms would
 // take longest: there the direct convolution is faster. Measured: bench/notes/decoder.md.
 #pragma once
@@ -165,13 +166,14 @@ inline float sum_of_squares(const float* x, int64_t count, float factor) {
   return sum(squares);
 }
 
-// The root of the sum of `count` squares, which lie outside of what floats hold well. NaN or infinite if a value is.
+// The root of the sum of `count` squares that floats do not hold well. NaN or infinite if a value is; where it is far below
+// what a scale may be, the largest of them.
 inline float norm_of_extremes(const float* x, int64_t count) {
   Vec most = set1(0);
   for (int64_t i = 0; i < count; i += kLanes) most = magnitude_max(most, F32::load(x + i, kAllLanes));
-  const float largest = largest_magnitude(most), inverse = row_scale(largest, 1).inverse;
-  if (inverse == 0 || !(largest < INFINITY)) return largest;
-  return largest * sqrtf(sum_of_squares(x, count, inverse));
+  const float largest = largest_magnitude(most);
+  if (!(largest > 0x1p-110f && largest < INFINITY)) return largest;
+  return largest * sqrtf(sum_of_squares(x, count, 1 / largest));
 }
 
 // int16: a scale for each patch, position and chunk of channels.
@@ -239,7 +241,7 @@ void winograd_tile(const Conv2d& of_integers, const Tile& tile, char* memory) {
   const WinogradLayout l = winograd_layout(of_integers);
   const float* const weight_scale = of_integers.weight_scale;
   Conv2d p = of_integers;
-  p.weight_scale = nullptr;  // the epilogue has none to do with
+  p.weight_scale = nullptr;  // they are applied here, not in the epilogue
   char* const window = memory;
   char* const values = memory + l.seen.window;
   float* const products = reinterpret_cast<float*>(values + l.values);

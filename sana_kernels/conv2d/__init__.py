@@ -59,6 +59,8 @@ def conv2d(
     weight, (above, x) = as_weight(weight), _pieces("conv2d", "x", x)
     residual_above, residual = (None, None) if residual is None else _pieces("conv2d", "residual", residual)
     k = (4 if weight.values.dtype == torch.int8 else 6) if weight.transformed else 3
+    if weight.transformed and weight.shape[-1] != k:
+        raise ValueError("conv2d takes transformed kernels of winograd_conv2d, not those of winograd_upsample")
     if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], k, k):
         raise ValueError(f"conv2d takes a weight (out, {x.shape[3]}, 3, 3) for x {tuple(x.shape)}; got {weight.shape}")
     if stride not in (1, 2) or (weight.transformed and stride == 2):
@@ -105,6 +107,8 @@ def upsample(
     weight, (above, x) = as_weight(weight), _pieces("upsample", "x", x)
     shape, kernels = weight.shape, [(x.shape[3], k, k) for k in ((3,) if weight.transformed else (2, 3))]
     quadrupled = shape[0] * (4 if weight.transformed else 1)
+    if weight.transformed and shape[-1] != 3:
+        raise ValueError("upsample takes transformed kernels of winograd_upsample, not those of winograd_conv2d")
     if len(shape) != 4 or shape[1:] not in kernels or quadrupled % 4 or quadrupled % x.shape[3]:
         raise ValueError(
             "upsample takes x (B, H, W, in) and a folded weight (4 · out, in, 2, 2) or phases (4 · out, in, 3, 3), 4 · out"

@@ -5,7 +5,8 @@ one at each position,
 
     y = Aᵀ [ Σ over channels (G g Gᵀ) ⊙ (Bᵀ d B) ] A
 
-where patches lie `step` pixels apart and the transforms are done of the rows first. There are three, known by k:
+where patches lie `step` pixels apart and the transforms go down the columns first, then along the rows. Three are known, by
+k:
 
     k = 4   F(2 × 2, 3 × 3)   16 products for 4 results, where the convolution has 36; in int8
     k = 6   F(4 × 4, 3 × 3)   36 for 16, where it has 144, of the points 0, ±3/4, ±3/2 and ∞; in int16
@@ -27,8 +28,9 @@ they are what Aᵀ … A takes, in fp32.
 
 In int16 the result is as exact as bfloat16: over an image, the error is within the rule for it (design: tolerances), large
 values and channels included. It follows the patch, though, and not each result: one that does not see what is large in its
-patch, or whose weights for it are zero, keeps the rounding of steps of 2⁻¹⁵ of that, times what Aᵀ … A makes of them. Values
-beyond 10³⁷ are infinite in a patch's transform: then its results are not numbers.
+patch, or whose weights for it are zero, keeps the rounding of steps of 2⁻¹⁵ of that, times what Aᵀ … A makes of them. Of
+values from 10³⁰ on, sums may leave fp32: then a patch's results are infinite or not numbers. Norms below 2⁻¹⁰⁰ and weights'
+scales below 2⁻¹²⁶ count as zero.
 """
 
 from typing import NamedTuple
@@ -129,9 +131,8 @@ def _of_int8(values: Tensor, weight: Tensor, used: list[int], tiles: list[int], 
     """(B, in, down, across, k, k) → sums (B, out, down, across, k, k), of which the first `used` patches make results."""
     makes = [torch.arange(values.shape[2 + i], device=values.device) < used[i] for i in (0, 1)]
     values = torch.where((makes[0][:, None] & makes[1])[:, :, None, None], values, 0)
-    per_tile = values.unflatten(3, (tiles[1], -1)).unflatten(
-        2, (tiles[0], -1)
-    )  # B, in, tiles, down, tiles, across, k, k
+    # B, in, rows of tiles, rows in one, columns of tiles, columns in one, k, k
+    per_tile = values.unflatten(3, (tiles[1], -1)).unflatten(2, (tiles[0], -1))
     rows = per_tile.permute(0, 2, 4, 6, 7, 1, 3, 5)
     integers, scale = quantize(rows.flatten(5))
     integers = integers[..., : rows[0, 0, 0, 0, 0].numel()].reshape(rows.shape).double()

@@ -12,9 +12,7 @@ from sana_kernels.gemm.reference import STEP
 
 PACKED = (torch.float32, torch.bfloat16, torch.int8, torch.int16)
 PANEL = 16  # output channels that lie side by side
-PANELS = (
-    8  # of a transformed kernel that are multiplied at a time, position by position: kWinogradPanels in csrc/conv2d
-)
+PANELS = 8  # of a transformed kernel that are multiplied at a time (kWinogradPanels in csrc/conv2d)
 
 
 class ConvWeight(NamedTuple):
@@ -53,9 +51,12 @@ def winograd_upsample(weight: Tensor) -> ConvWeight:
 
 
 def _transformed(weight: Tensor, k: int, integers: torch.dtype) -> ConvWeight:
-    parts = [
-        quantize_transformed(transform_weight(some, k), integers) for some in weight.split(64)
-    ]  # which caches hold
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
+        raise ValueError(f"a kernel to transform is floating (out, in, 3, 3); got {weight.dtype} {tuple(weight.shape)}")
+    if integers not in (torch.int8, torch.int16):
+        raise TypeError(f"kernels are transformed to torch.int8 or torch.int16; got {integers}")
+    # Some at a time, which caches hold.
+    parts = [quantize_transformed(transform_weight(some, k), integers) for some in weight.split(64)]
     values, scales = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))  # (k, k, out, in), (k, k, out)
     return ConvWeight(values.permute(2, 3, 0, 1), scales, (*weight.shape[:2], k, k))
 

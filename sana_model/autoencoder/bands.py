@@ -9,7 +9,8 @@ whole network pass bands of rows along: every row is made once, out of the very 
 so no seam can arise. Memory is a few bands for each layer, whatever the height of the image, and bands that stay in the
 cache are also faster.
 
-Bands end at multiples of 8 rows, the height of the tiles that share a scale in W8A8 (sana_kernels/conv2d/reference.py).
+Bands end at multiples of 8 rows, the height of the tiles that share a scale in W8A8 (sana_kernels/conv2d/reference.py), and
+twice that of the patches that make results together (transforms.py there).
 """
 
 import ctypes

@@ -4,8 +4,8 @@
 
 In W8A8 the decoder's products and convolutions have int8 weights, one scale per output channel, and int8 activations; those
 that `kept` names stay in 16 bits. The 3 × 3 kernels of ResBlocks, and those after an upsampling, are transformed where that
-is faster (sana_kernels/conv2d/transforms.py), to int8 (not after an upsampling: it would cost a decibel) or int16.
-bench/notes/decoder.md has the measurements behind these choices.
+is faster (sana_kernels/conv2d/transforms.py): of bfloat16 to int16, of W8A8 to int8 (not after an upsampling: it would cost
+a decibel), or where a processor has no instructions for that, to int16 too. bench/notes/decoder.md has the measurements.
 """
 
 import re
