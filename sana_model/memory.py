@@ -69,8 +69,8 @@ def estimate(
     }
 
 
-def weights(config: ModelConfig, precisions: Precisions, device: torch.device | str = "cpu") -> dict[str, int]:
-    """Bytes of the weights by part, as loaded."""
+def weights(config: ModelConfig, precisions: Precisions, device: torch.device | str | None = None) -> dict[str, int]:
+    """Bytes of the weights by part, as loaded; on a CPU as its kernels then have them."""
     quantized = _in_blocks(config)
 
     def of(part: str, count: int) -> int:
@@ -80,7 +80,7 @@ def weights(config: ModelConfig, precisions: Precisions, device: torch.device | 
         return round(quantized[part] * BYTES[precision]) + (count - quantized[part]) * _size(precision)
 
     found = {part: of(part, count) for part, count in parameters(config).items()}
-    if torch.device(device).type == "cpu" and backend_status("cpu") is None:
+    if device is not None and torch.device(device).type == "cpu" and backend_status("cpu") is None:
         found["autoencoder"] += _grown_by_transforms(config, precisions["autoencoder"])
     return found
 

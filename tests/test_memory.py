@@ -138,7 +138,7 @@ def test_weights_are_counted_as_published_and_as_loaded():
     assert memory.parameters(FULL)["dit"] == 1_604_462_752
     assert memory.parameters(FULL)["autoencoder"] == 153_027_104 + 159_223_171
     loaded = sana_model.load("sana-tiny-random", text_precision="fp32", backend="reference").model
-    counted = memory.weights(TINY, BF16 | {"text_encoder": "fp32"}, "cuda")
+    counted = memory.weights(TINY, BF16 | {"text_encoder": "fp32"})
     for part in PARTS:
         assert counted[part] == sum(p.nbytes for p in getattr(loaded, part).parameters())
 
@@ -148,7 +148,7 @@ def test_kernels_are_counted_as_they_are_transformed(precision, isa):
     with isa_cap(isa):
         model = sana_model.load("sana-tiny-random", decoder_precision=precision, backend="cpu").model
         asked = BF16 | {"autoencoder": precision}
-        counted = memory.weights(TINY, asked)["autoencoder"] - memory.weights(TINY, asked, "cuda")["autoencoder"]
+        counted = memory.weights(TINY, asked, CPU)["autoencoder"] - memory.weights(TINY, asked)["autoencoder"]
     blocks = [block for block in model.autoencoder.modules() if isinstance(block, ResBlock)]
     kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
     grown = [w.values.nbytes - 18 * w.shape[0] * w.shape[1] for w in kernels if w.values.dtype == torch.int16]
