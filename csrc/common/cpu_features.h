@@ -5,8 +5,8 @@
 namespace sana {
 
 // In order: each tier includes those before it, but for avxvnni, which some processors with AVX-512 lack. avx2 stands for
-// AVX2 + FMA + F16C; avxvnni for that and dot products of 256 bits, of int8 and int16; avx512 for F, BW, DQ, VL, VNNI and BF16; amx for
-// tiles of int8 and bf16.
+// AVX2 + FMA + F16C; avxvnni for that and dot products of 256 bits, of int8 and int16; avx512 for F, BW, DQ, VL, VNNI and
+// BF16; amx for tiles of int8 and bf16.
 enum class Isa : int { portable, avx2, avxvnni, avx512, amx };
 constexpr int kIsas = 5;
 

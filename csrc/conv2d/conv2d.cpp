@@ -69,11 +69,11 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
   const bool partial = p.weight_scale == nullptr && p.C % 32 != 0;  // steps, of bf16
-  const bool is_int16 = p.transformed && p.weight_bytes == 2;
-  const Conv2dKernels& kernels = floats        ? choose(kFloat)
-                                 : partial     ? choose(kPartialSteps)
-                                 : is_int16    ? choose(kInt16)
-                                               : choose(kNarrow);
+  const bool int16 = p.transformed && p.weight_bytes == 2;
+  const Conv2dKernels& kernels = floats    ? choose(kFloat)
+                                 : partial ? choose(kPartialSteps)
+                                 : int16   ? choose(kInt16)
+                                           : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
   const WinogradLayout transformed = winograd_layout(p);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;

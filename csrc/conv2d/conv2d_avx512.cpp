@@ -27,7 +27,7 @@ struct Multiply {
     float* const to = q.to(row, pixel) + 16 * panel;
     const int64_t sums = l.sums;
     // A transform's weights are read in the order of memory, each by 32 patches only: a panel of the next columns comes
-    // with each 8 of them. (Those of int8 are a quarter of the size, and gained nothing.)
+    // with each 8 of them. (Those of int8 take less than a quarter of the bytes.)
     const char* const next = T::kScaled ? weight + (V + pixel / 8) * l.panel : nullptr;
     typename T::Sum sum[R][V] = {};
     for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {

@@ -122,18 +122,17 @@ class _Packer:
         backend, eight_bit = self.backend(op), self.dtype(f"{name}.{layer}") is not None
         if not isinstance(own, nn.Conv2d) or (backend not in PACKING and not eight_bit):
             return
-        integers = None
-        if winograd and backend == "cpu" and min(own.weight.shape[:2]) >= WINOGRAD_CHANNELS:
-            integers = winograd_integers(eight_bit) if eight_bit or own.weight.dtype == torch.bfloat16 else None
-        weight, bias = own.weight.detach(), own.bias
-        if integers is not None and phases == 1:
-            weight = winograd_conv2d(weight, integers)
-        elif integers == torch.int16:
-            weight = winograd_upsample(weight)
-        else:
-            weight, bias = (weight, bias) if phases == 1 else block.phases()
-            weight = quantize_conv2d(weight.detach()) if eight_bit else weight.detach()
-        bias = None if bias is None else bias.detach()
+        integers, wide = None, min(own.weight.shape[:2]) >= WINOGRAD_CHANNELS
+        if winograd and wide and backend == "cpu" and (eight_bit or own.weight.dtype == torch.bfloat16):
+            integers = winograd_integers(eight_bit)
+        if phases == 4 and integers == torch.int8:
+            integers = None
+        weight, bias = (own.weight, own.bias) if phases == 1 or integers is not None else block.phases()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if integers is not None:
+            weight = winograd_conv2d(weight, integers) if phases == 1 else winograd_upsample(weight)
+        elif eight_bit:
+            weight = quantize_conv2d(weight)
         setattr(block, layer, PackedConv2d(weight, bias, backend, phases))
 
     def linear(self, name: str, block: nn.Module, layer: str, weight: Tensor, bias: Tensor | None, op: str) -> bool:
