@@ -233,22 +233,21 @@ def _rms_norm(name: str, side: int, C: int) -> Case:
     return Case("rms_norm", name, {"H": side, "W": side, "C": C}, 2 * side * side * C, make)
 
 
-def _upsample(name: str, side: int, channels: int, C: int, *, transformed: bool = False) -> Case:
+def _upsample(name: str, side: int, channels: int, C: int, integers: torch.dtype | None = None) -> Case:
     """To twice `side`, from `channels` to C; the folded 3 × 3 convolution has 16 taps per pixel and channel.
 
-    transformed: 9 products instead, of int16.
+    integers: those of a transformed kernel, which has 9.
     """
 
     def make(inputs: Inputs) -> tuple:
-        if transformed:
-            weight, scale, _ = winograd_upsample(inputs(C, channels, 3, 3, scale=channels**-0.5 / 3))
+        if integers is not None:
+            weight, scale, _ = winograd_upsample(inputs(C, channels, 3, 3, scale=channels**-0.5 / 3), integers)
         else:
             weight, scale = inputs.kernel(4 * C, channels, 2)
         return inputs(1, side, side, channels), weight, scale, list(weight.shape), inputs(C), [0, 0, side, side], None
 
-    shape, taps = {"H": side, "W": side, "in": channels, "out": C}, 9 if transformed else 16
-    precisions = TRANSFORMED[torch.int16 if transformed else None]
-    return Case("upsample", name, shape, side**2 * taps * C * channels, make, precisions)
+    shape, taps = {"H": side, "W": side, "in": channels, "out": C}, 16 if integers is None else 9
+    return Case("upsample", name, shape, side**2 * taps * C * channels, make, TRANSFORMED[integers])
 
 
 def _conv2d(
@@ -258,7 +257,7 @@ def _conv2d(
 
     integers: those of a transformed kernel.
     """
-    rows, taps = min(side, 64), {None: 9, torch.int8: 4, torch.int16: 9 / 4}[integers]
+    rows, taps = min(side, 64), 9 if integers is None else 9 / 4
 
     def make(inputs: Inputs) -> tuple:
         if integers is None:
@@ -331,7 +330,7 @@ def _published() -> list[Case]:
     kinds = (None, ""), (torch.int8, "_winograd_int8"), (torch.int16, "_winograd_int16")
     for i in (2, 4):
         size, label = (512 >> i, widths[i + 1], widths[i]), f"decoder_stage{i}_1024"
-        cases += [_upsample(label, *size), _upsample(f"{label}_winograd_int16", *size, transformed=True)]
+        cases += [_upsample(f"{label}{kind}", *size, integers) for integers, kind in kinds]
     for i in (0, 1, 2):  # 85 % of the decoder's work
         size, label = (1024 >> i, widths[i], widths[i]), f"decoder_stage{i}_1024"
         for integers, kind in kinds:

@@ -251,7 +251,7 @@ class ImageBench:
             row["stages_ms"] = {stage: median[stage] for stage in (*STAGES, "per_step")}
         return row | {"work": self.work(median, name, common["plan"]), "check": checked}
 
-    def macs(self, transformed: str) -> dict[str, int]:
+    def macs(self, transformed: bool) -> dict[str, int]:
         """Multiply-adds of each stage that can't be avoided, for the whole batch. `transformed`: as `work.decoder_macs`."""
         w, config = self.workload, self.config
         scale = config.autoencoder.spatial_compression
@@ -266,7 +266,7 @@ class ImageBench:
     def work(self, stages: dict[str, float], name: RunName, plan: dict) -> dict:
         """GMAC of the stages, and what share of the measured peak that is."""
         macs, precisions = (
-            self.macs(plan.get("transformed", "")),
+            self.macs(bool(plan.get("transformed"))),
             {"denoise": name.precision, "decode": name.precisions["autoencoder"]},
         )
         percent = {

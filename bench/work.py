@@ -43,13 +43,13 @@ def denoise_macs(config: DiTConfig, tokens: int, steps: int, lengths: tuple[int,
 
 
 def decoder_macs(
-    config: AutoencoderConfig, height: int, width: int, *, folded: bool = True, transformed: str = ""
+    config: AutoencoderConfig, height: int, width: int, *, folded: bool = True, transformed: bool = False
 ) -> int:
     """One decode of an image of height × width pixels.
 
     `folded`: of a convolution after nearest ×2, only the 4 taps of each pixel that are different ones, not all 9.
-    `transformed`: to "int8" or "int16", of what is wide enough (WINOGRAD_CHANNELS) only the products of each pixel that
-    transforms leave: of a ResBlock's 4 by F(2×2, 3×3) or 9/4 by F(4×4, 3×3), of int16 after nearest ×2 9/4.
+    `transformed`: of what is wide enough (WINOGRAD_CHANNELS), only the 9/4 products of each pixel that transforms leave, in
+    ResBlocks and after nearest ×2.
     """
     widths, last = config.widths, len(config.widths) - 1
     pixels = [(height >> i) * (width >> i) for i in range(len(widths))]
@@ -60,11 +60,11 @@ def decoder_macs(
         if i < last and count:  # the up-sampling convolution into this stage: at its resolution, or before it
             taps = 4 if folded and config.upsample == "interpolate" else 9  # a shuffle's 4C channels are as many pixels
             wide = min(C, widths[i + 1]) >= WINOGRAD_CHANNELS
-            if transformed == "int16" and wide and config.upsample == "interpolate":
+            if transformed and wide and config.upsample == "interpolate":
                 taps = 9 / 4
             total += round(pixels[i] * widths[i + 1] * C * taps)
         scales = len(config.decoder_qkv_multiscales[i])
-        taps = {"": 9, "int8": 4, "int16": 9 / 4}[transformed if C >= WINOGRAD_CHANNELS else ""]
+        taps = 9 / 4 if transformed and C >= WINOGRAD_CHANNELS else 9
         total += round(pixels[i] * count * (2 * C * C * taps if residual else _efficientvit_macs(config, C, scales)))
     return total
 

@@ -111,12 +111,12 @@ def _in_blocks(config: ModelConfig) -> dict[str, int]:
 
 
 def _grown_by_transforms(config: ModelConfig, precision: str) -> int:
-    """Bytes by which the autoencoder's 3 × 3 kernels grow on CPUs: those of 16 bits become 6 × 6 of int16."""
+    """Bytes by which the autoencoder's 3 × 3 kernels of 16 bits grow on CPUs: to 6 × 6 of int16, or of int8 and a little."""
     if precision not in ("bf16", "w8a8"):
         return 0
     eight_bit = {"encoder": False, "decoder": precision == "w8a8"}
-    grown = [half for half in eight_bit if winograd_integers(eight_bit[half]) == torch.int16]
-    return sum(54 * count for half, count in _transformed_kernels(config).items() if half in grown)
+    grown = {None: 0, torch.int16: 54, torch.int8: 20}
+    return sum(grown[winograd_integers(eight_bit[half])] * n for half, n in _transformed_kernels(config).items())
 
 
 @lru_cache(maxsize=32)

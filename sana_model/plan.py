@@ -239,11 +239,9 @@ class Plan:
                 f"  {row.part:<13} {row.op:<17} {row.backend:<10} {row.precision:<5}" + f"   ({why})" * bool(why)
             )
         if self.transformed:
-            kernels = "F(2 × 2, 3 × 3)"
-            if self.transformed == "int16":
-                kernels = "F(4 × 4, 3 × 3), and after an upsampling 9 products instead of 16"
             lines.append(
-                f"  decoder       from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's {kernels}"
+                f"  decoder       from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's F(4 × 4, 3 × 3), and"
+                " after an upsampling 9 products instead of 16"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

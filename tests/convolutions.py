@@ -86,8 +86,8 @@ def quantized(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight
 
 def quantized_upsample(weight: torch.Tensor, precision: str) -> torch.Tensor | ConvWeight:
     """Of a kernel (out, in, 3, 3), what `upsample` takes."""
-    if precision == "winograd int16":
-        return winograd_upsample(weight)
+    if precision.startswith("winograd"):
+        return winograd_upsample(weight, getattr(torch, precision.removeprefix("winograd ")))
     folded = reference.fold_upsample(weight)
     return quantize_conv2d(folded) if precision in INTEGERS else folded
 

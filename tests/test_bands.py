@@ -129,15 +129,15 @@ def test_kernels_are_transformed_where_that_is_faster(precision):
     direct = {
         (block, width): {(size, dtype)} for block, size in (("ResBlock", 3), ("Upsample", 2)) for width in (16, 32, 64)
     }
-    size, integers = {"w8a8": (4, torch.int8), "bf16": (6, torch.int16)}.get(precision, (3, dtype))
-    transformed = direct | {("ResBlock", 64): {(size, integers)}}
-    if precision == "bf16":
-        transformed |= {("Upsample", 64): {(3, torch.int16)}}
+    transformed = {
+        integers: direct | {("ResBlock", 64): {(6, integers)}, ("Upsample", 64): {(3, integers)}}
+        for integers in (torch.int8, torch.int16)
+    }
     with isa_cap("avx512"):
-        assert kernels() == transformed
+        assert kernels() == {"w8a8": transformed[torch.int8], "bf16": transformed[torch.int16]}.get(precision, direct)
     if precision == "w8a8":  # without instructions for int8
         with isa_cap("avx2"):
-            assert kernels() == direct | {("ResBlock", 64): {(6, torch.int16)}, ("Upsample", 64): {(3, torch.int16)}}
+            assert kernels() == transformed[torch.int16]
     with emulated_tiles.cpu():
         assert kernels() == direct
 

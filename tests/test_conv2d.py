@@ -57,7 +57,7 @@ def test_conv2d_against_fp64(variant, precision, case):
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
     if precision in ("w8a8", "winograd int8") and "input" in case.around:  # values between two steps may go either way
-        assert relative_rms(y, oracle) < (1.5e-2 if precision == "winograd int8" else 1e-2)
+        assert relative_rms(y, oracle) < (2e-2 if precision == "winograd int8" else 1e-2)
     else:
         assert_kernel(y, same, oracle, f"{variant} {case}")
 
@@ -72,8 +72,8 @@ def test_integers_between_floats(variant, precision, case):
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
     y = compute(variant, "conv2d", x, weight, **around)
-    if precision == "winograd int16":  # values between two steps may go either way
-        assert relative_rms(y, oracle) < 5e-5
+    if "winograd" in precision:  # values between two steps may go either way
+        assert relative_rms(y, oracle) < (5e-5 if precision == "winograd int16" else 2e-3)
     else:
         assert_kernel(y, same, oracle, f"{variant} {case}")
 
@@ -281,7 +281,7 @@ def test_a_nan_reaches_whatever_sees_it(variant, precision, channels):
     y = compute(variant, "conv2d", x, weight)
     nan, touched = y[0].isnan().any(-1), torch.zeros(20, 70, dtype=torch.bool)
     touched[9:12, 39:42] = True
-    if precision == "winograd int16":
+    if "winograd" in precision:
         patches = torch.zeros(20, 70, dtype=torch.bool)
         patches[8:12, 36:44] = True  # whose scales it is
         assert nan[touched].all() and not nan[~patches].any()

@@ -116,10 +116,17 @@ inline float largest_magnitude(Vec magnitudes) {
   return float_from_bits(uint32_t(_mm_cvtsi128_si32(most)));
 }
 
-inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
+inline int64_t int8_of(Vec x) {
   const __m256i wide = _mm256_cvtps_epi32(x);
   const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-  const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(half, half));
+  return _mm_cvtsi128_si64(_mm_packs_epi16(half, half));
+}
+inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
+  const int64_t bytes = int8_of(x);
+  memcpy(to, &bytes, lanes);
+}
+inline void store_uint8(uint8_t* to, Lanes lanes, Vec x) {  // 128 more
+  const int64_t bytes = int8_of(x) ^ int64_t(0x8080808080808080);
   memcpy(to, &bytes, lanes);
 }
 

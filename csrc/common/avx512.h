@@ -89,6 +89,10 @@ inline float largest_magnitude(Vec magnitudes) {
 inline void store_int8(int8_t* to, Lanes lanes, Vec x) {  // vpmovsdb under a mask to memory is slow on Zen
   _mm_mask_storeu_epi8(to, lanes, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+inline void store_uint8(uint8_t* to, Lanes lanes, Vec x) {  // 128 more
+  const __m128i narrow = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
+  _mm_mask_storeu_epi8(to, lanes, _mm_xor_si128(narrow, _mm_set1_epi8(-128)));
+}
 inline void store_int16(int16_t* to, Lanes lanes, Vec x) {
   _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
 }

@@ -52,6 +52,7 @@ inline float largest_magnitude(Vec magnitudes) { return magnitudes; }
 
 // To the nearest integer, ties to even; x lies in the type's range or is NaN.
 inline void store_int8(int8_t* to, Lanes, Vec x) { *to = x == x ? int8_t(lrintf(x)) : int8_t(0); }
+inline void store_uint8(uint8_t* to, Lanes, Vec x) { *to = uint8_t(x == x ? 128 + lrintf(x) : 128); }  // 128 more
 inline void store_int16(int16_t* to, Lanes, Vec x) { *to = x == x ? int16_t(lrintf(x)) : int16_t(0); }
 
 inline Vec silu(Vec x) { return x / (1 + expf(-x)); }

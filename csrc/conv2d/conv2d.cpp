@@ -44,9 +44,10 @@ constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&con
 constexpr const Conv2dKernels* kPartialSteps[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
                                                        SANA_AVX512(&conv2d_avx512), nullptr};
 
-// There are no tiles of int16.
-constexpr const Conv2dKernels* kInt16[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2),
-                                                SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512(&conv2d_avx512), nullptr};
+// Transformed kernels are for vectors.
+constexpr const Conv2dKernels* kTransformed[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2),
+                                                      SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512(&conv2d_avx512),
+                                                      nullptr};
 
 // A task is a tile, or some side by side where an epilogue runs beside the products of the next one.
 constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
@@ -54,8 +55,7 @@ constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
 bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
   const bool four = p.phases == 4 && (p.kernel == 2 || p.kernel == 3) && p.stride == 1 && p.norm.weight == nullptr;
-  const bool transformed = (p.phases == 1 ? p.kernel == (p.weight_bytes == 1 ? 4 : 6)
-                                          : four && p.kernel == 3 && p.weight_bytes == 2 && !p.bias_by_phase) &&
+  const bool transformed = (p.phases == 1 ? p.kernel == 6 : four && p.kernel == 3 && !p.bias_by_phase) &&
                            p.stride == 1 && p.weight_scale != nullptr && p.weight_bytes <= 2;
   const bool direct = (one || four) && (p.weight_scale == nullptr || p.weight_bytes == 1);
   return (p.transformed ? transformed : direct) && p.B > 0 && p.x.count > 0 && p.width > 0 && p.C > 0 && p.N > 0 &&
@@ -69,17 +69,16 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return Status::bad_dtype;
   const bool floats = p.dtype == DType::f32 && p.weight_scale == nullptr;
   const bool partial = p.weight_scale == nullptr && p.C % 32 != 0;  // steps, of bf16
-  const bool int16 = p.transformed && p.weight_bytes == 2;
-  const Conv2dKernels& kernels = floats    ? choose(kFloat)
-                                 : partial ? choose(kPartialSteps)
-                                 : int16   ? choose(kInt16)
-                                           : choose(kNarrow);
+  const Conv2dKernels& kernels = floats          ? choose(kFloat)
+                                 : partial       ? choose(kPartialSteps)
+                                 : p.transformed ? choose(kTransformed)
+                                                 : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
   const WinogradLayout transformed = winograd_layout(p);
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;
   const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
-  const int64_t bytes = p.transformed ? transformed.memory + kernels.buffer * transformed.products.packed : layout.memory;
+  const int64_t bytes = p.transformed ? transformed.memory + kernels.buffer * transformed.products.panel / 16 : layout.memory;
   const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
   const int64_t side_by_side = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most);
   const int64_t run = p.transformed ? patches_of(p.kernel).width : side_by_side * kTilePixels;

@@ -12,7 +12,7 @@ namespace {
 template <>
 constexpr int64_t kPart<Float> = 64;
 template <>
-constexpr int64_t kPart<Int16> = kWinogradChunk * sizeof(int16_t);
+constexpr int64_t kStart<Int8Chunks> = kStartBytes;
 
 template <class T>
 struct Multiply {
@@ -31,15 +31,18 @@ struct Multiply {
         for (int i = 0; i < T::kSums; ++i) sum[r][i] = T::zero();
     };
     clear();
-    for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
-      multiply<T>(sum, seen + x, q.stride * l.pixel, panel + k / 4 * T::kBytes, bytes);
+    for_parts<T>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
+      const char* const part = panel + k / 4 * T::kBytes;
+      if constexpr (kStart<T> != 0)
+        for (int r = 0; r < R; ++r) T::start(sum[r], part);
+      multiply<T>(sum, seen + x, q.stride * l.pixel, part + kStart<T> / 4 * T::kBytes, bytes);
       if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
-        const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
+        const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
         for (int r = 0; r < R; ++r)
           for (int half = 0; half < 2; ++half) {
             float* const at = to + r * l.sums + 8 * half;
             const Vec before = k == 0 ? set1(0) : _mm256_loadu_ps(at);
-            _mm256_storeu_ps(at, T::add(before, sum[r][half], T::kScaled ? scale[r] : 1));
+            _mm256_storeu_ps(at, T::add(before, sum[r], half, T::kScaled ? scale[r] : 1));
           }
         clear();
       }
@@ -65,7 +68,7 @@ struct Multiply {
 };
 
 void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
-  tiles_any<Multiply, Float, BFloat16, Int8, Int16>(p, layout, tiles, memory);
+  tiles_any<Multiply, Float, BFloat16, Int8, Int8Chunks, Int16Chunks>(p, layout, tiles, memory);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 template <>
 constexpr int64_t kPart<Float> = 64;
 template <>
-constexpr int64_t kPart<Int16> = kWinogradChunk * sizeof(int16_t);
+constexpr int64_t kStart<Int8Chunks> = kStartBytes;
 
 template <class T>
 struct Multiply {
@@ -27,14 +27,20 @@ struct Multiply {
     float* const to = q.to(row, pixel) + 16 * panel;
     const int64_t sums = l.sums;
     // A transform's weights are read in the order of memory, each by 32 patches only: a panel of the next columns comes
-    // with each 8 of them. (Those of int8 take less than a quarter of the bytes.)
+    // with each 8 of them.
     const char* const next = T::kScaled ? weight + (V + pixel / 8) * l.panel : nullptr;
     typename T::Sum sum[R][V] = {};
-    for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
-      multiply<T>(sum, seen + x, q.stride * l.pixel, weight + 16 * k, l.panel, bytes,
+    for_parts<T>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
+      const char* const part = weight + 16 * k;
+      if constexpr (kStart<T> != 0)
+        for (int v = 0; v < V; ++v) {
+          const auto start = (typename T::Sum)T::weights(part + v * l.panel);
+          for (int r = 0; r < R; ++r) sum[r][v] = start;
+        }
+      multiply<T>(sum, seen + x, q.stride * l.pixel, part + 16 * kStart<T>, l.panel, bytes,
                   T::kScaled ? next + 16 * k : nullptr);
       if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
-        const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
+        const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
         const __mmask16 before = k == 0 ? 0 : 0xffff;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -79,7 +85,7 @@ struct Multiply {
 };
 
 void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
-  tiles_any<Multiply, Float, BFloat16, Int8, Int16>(p, layout, tiles, memory);
+  tiles_any<Multiply, Float, BFloat16, Int8, Int8Chunks, Int16Chunks>(p, layout, tiles, memory);
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ struct Patches {
 };
 
 constexpr Patches patches_of(int kernel) {
-  return kernel == 6 ? Patches{6, 4, 4, 64} : kernel == 4 ? Patches{4, 2, 2, 32} : Patches{3, 1, 2, 32};
+  return kernel == 6 ? Patches{6, 4, 4, 64} : Patches{3, 1, 2, 32};
 }
 
 struct Conv2dKernels {
@@ -72,10 +72,11 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   return l;
 }
 
-// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums; in int16
-// also the scales of each patch, position and chunk of channels.
+// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums; also the
+// scales of each patch, position and chunk of channels.
 constexpr int64_t kWinogradPanels = 8;
-constexpr int64_t kWinogradChunk = 64;  // CHUNK of sana_kernels/conv2d/transforms.py
+constexpr int64_t kChunkBytes = 128;  // 128 channels of int8, 64 of int16: CHUNK of sana_kernels/conv2d/transforms.py
+constexpr int64_t kStartBytes = 4;    // before each chunk of int8 weights, as int32: -128 times the chunk's sum
 
 struct WinogradLayout {
   Layout seen;      // of x, and of the sums: a group for 32 pixels side by side, or for each phase
@@ -100,10 +101,10 @@ static inline WinogradLayout winograd_layout(const Conv2d& p) {
   Layout& at = l.products;
   at.pixel = at.taps = at.packed = round_up(p.C * p.weight_bytes, 64);
   at.row = kTilePixels * at.pixel + 64;  // a power of 2 would put all positions in the same lines of the first-level cache
-  at.panel = 16 * at.packed;
   at.sums = 16 * kWinogradPanels;
   l.values = patches.positions() * at.row;
-  l.chunks = (p.C + kWinogradChunk - 1) / kWinogradChunk;
+  l.chunks = (at.packed + kChunkBytes - 1) / kChunkBytes;
+  at.panel = 16 * (at.packed + (p.weight_bytes == 1 ? kStartBytes * l.chunks : 0));
   const int64_t floats = patches.positions() * (l.position_sums() + kTilePixels * l.chunks) +
                          l.seen.groups * l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
   l.memory = l.seen.window + l.values + floats * int64_t(sizeof(float));
@@ -119,16 +120,14 @@ struct Products {
   int64_t bytes;  // of a row of taps that take part: layout.taps, or with the padding layout.packed
   float* sums;    // rows x 32 pixels x layout.sums
   char* buffer;   // Conv2dKernels::buffer bytes for each byte of K
-  const float* scale = nullptr;  // of int16: chunks of K x 32 pixels of the one row
+  const float* scale = nullptr;  // of a transform: chunks of K x 32 patches
 
   // What pixel `pixel` of row `row` sees, and where its sums go.
   const char* x(int64_t row, int64_t pixel) const {
     return window + stride * (row * layout.row + pixel * layout.pixel);
   }
-  // What multiplies the sums of the pixels from `pixel` on over the part of K from byte k on.
-  const float* part_scale(int64_t pixel, int64_t k) const {
-    return scale + k / (kWinogradChunk * int64_t(sizeof(int16_t))) * kTilePixels + pixel;
-  }
+  // What multiplies the sums of the patches from `pixel` on over the chunk that begins at byte x of them.
+  const float* chunk_scale(int64_t pixel, int64_t x) const { return scale + x / kChunkBytes * kTilePixels + pixel; }
   float* to(int64_t row, int64_t pixel) const { return sums + (row * kTilePixels + pixel) * layout.sums; }
 };
 

@@ -11,7 +11,7 @@ namespace {
 template <>
 constexpr int64_t kPart<Float> = 64;
 template <>
-constexpr int64_t kPart<Int16> = kWinogradChunk * sizeof(int16_t);
+constexpr int64_t kStart<Int8Chunks> = kStartBytes;
 
 template <class T>
 struct Multiply {
@@ -26,12 +26,12 @@ struct Multiply {
       for (int64_t row = 0; row < q.rows; ++row)
         for (int64_t pixel = 0; pixel < q.pixels; ++pixel) {
           typename std::conditional<T::kScaled, float, typename T::Sum>::type sum[kColumns] = {};
-          for_parts<kPart<T>>(q, [&](int64_t x, int64_t k, int64_t bytes) {
+          for_parts<T>(q, [&](int64_t x, int64_t k, int64_t bytes) {
             typename T::Sum part[kColumns] = {};
             multiply<T>(part, reinterpret_cast<const Element*>(q.x(row, pixel) + x),
-                        reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * k),
+                        reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * (k + kStart<T>)),
                         bytes / int64_t(sizeof(Element)));
-            const float* const scale = T::kScaled ? q.part_scale(pixel, k) : nullptr;
+            const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
             for (int i = 0; i < kColumns; ++i)
               if constexpr (T::kScaled) sum[i] += part[i] * *scale;
               else sum[i] += part[i];
@@ -42,7 +42,7 @@ struct Multiply {
 };
 
 void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory) {
-  tiles_any<Multiply, Float, BFloat16, Int8, Int16>(p, layout, tiles, memory);
+  tiles_any<Multiply, Float, BFloat16, Int8, Int8Chunks, Int16Chunks>(p, layout, tiles, memory);
 }
 
 }  // namespace

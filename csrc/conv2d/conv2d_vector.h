@@ -11,17 +11,21 @@ namespace sana {
 namespace {
 
 // Bytes of K that are summed apart first, or 0: all of them in one chain. fp32 needs it; rounding to 16 bits hides what
-// a chain loses, and integers lose nothing. Of int16, so many products fit into 32 bits (kWinogradChunk).
+// a chain loses, and integers lose nothing. Of a transform, a chunk, which has a scale.
 template <class T>
-constexpr int64_t kPart = 0;
+constexpr int64_t kPart = T::kScaled ? kChunkBytes : 0;
+
+// Bytes of the weights' K that stand before those of a part: what its sums start with.
+template <class T>
+constexpr int64_t kStart = 0;
 
 // f(x, k, bytes) for consecutive parts of K: where a pixel sees them, how far they are in the weights' K, their size.
-template <int64_t kMost, class F>
+template <class T, class F>
 inline __attribute__((always_inline)) void for_parts(const Products& q, F f) {
-  const int64_t most = kMost == 0 ? q.bytes : kMost;
+  const int64_t most = kPart<T> == 0 ? q.bytes : kPart<T>;
   for (int64_t i = 0; i < q.kernel; ++i)
-    for (int64_t j = 0; j < q.bytes; j += most)
-      f(i * q.layout.row + j, i * q.layout.packed + j, most < q.bytes - j ? most : q.bytes - j);
+    for (int64_t j = 0, k = i * q.layout.packed; j < q.bytes; j += most, k += most + kStart<T>)
+      f(i * q.layout.row + j, k, most < q.bytes - j ? most : q.bytes - j);
 }
 
 // What the products of a group's pixels are off by, where a type has such a thing (gemm/multiply_avx512.h).

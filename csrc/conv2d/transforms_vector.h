@@ -15,14 +15,6 @@ struct TransformShape {
   static constexpr int kPositions = kSeen * kSeen;
 };
 
-// F(2, 3): 2 results of a kernel of 3 taps, with 4 products.
-struct Winograd2 : TransformShape<4> {
-  static void forward(const Vec (&d)[4], Vec (&v)[4]) {
-    v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
-  }
-  static void back(const Vec (&m)[4], Vec (&y)[2]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
-};
-
 // F(4, 3): 4 results with 6 products, of the points 0, a, -a, b, -b and infinity.
 struct Winograd4 : TransformShape<6> {
   static constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;

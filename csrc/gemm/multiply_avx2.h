@@ -21,6 +21,7 @@ inline int load_int(const char* x) {
 // Widened to float, two vectors for each k; so bf16 runs at the rate of fp32. Per 2 of K and row: 1 broadcast, 2 shifts
 // and masks, 4 multiply-adds.
 struct BFloat16 {
+  static constexpr bool kScaled = false;
   static constexpr int kRows = 6, kSums = 2;
   static constexpr int kBytes = 2 * kPanel * 4;  // of a panel, for each 4 bytes of K
   using Sum = Vec;
@@ -77,15 +78,14 @@ struct Float {
     }
   }
 
-  static Vec add(Vec parts, Sum sum, float) { return parts + sum; }
+  static Vec add(Vec parts, const Sum (&sum)[kSums], int half, float) { return parts + sum[half]; }
   static Vec result(const Sum (&sum)[kSums], int half, int) { return sum[half]; }
   static int correction(const char*, int64_t) { return 0; }
 };
 
-// A part of K is summed as integers, the parts with a scale each as floats. Without dot products, vpmaddwd and an
-// addition.
-struct Int16 {
-  static constexpr bool kScaled = true;  // the parts
+// Chunks of K are summed as integers, and with a scale each as floats. Without dot products, vpmaddwd and an addition.
+struct Int16Chunks {
+  static constexpr bool kScaled = true;
   static constexpr int kRows = 6, kSums = 2;
   static constexpr int kBytes = 64;
   typedef int Sum __attribute__((vector_size(32)));
@@ -108,8 +108,8 @@ struct Int16 {
     }
   }
 
-  static Vec add(Vec parts, Sum sum, float scale) {
-    return fmadd(_mm256_cvtepi32_ps((__m256i)sum), set1(scale), parts);
+  static Vec add(Vec chunks, const Sum (&sum)[kSums], int half, float scale) {
+    return fmadd(_mm256_cvtepi32_ps((__m256i)sum[half]), set1(scale), chunks);
   }
   static int correction(const char*, int64_t) { return 0; }
 };
@@ -117,6 +117,7 @@ struct Int16 {
 #if defined(__AVXVNNI__)
 // The dot products of AVX-512 (gemm/multiply_avx512.h tells how signed bytes are multiplied).
 struct Int8 {
+  static constexpr bool kScaled = false;
   static constexpr int kRows = 6, kSums = 2;
   static constexpr int kBytes = 64;
   // The type that the instruction computes in: with __m256i, gcc 12 copies the sums about inside the loop.
@@ -150,6 +151,21 @@ struct Int8 {
     return 128 * (_mm_cvtsi128_si32(four) + _mm_extract_epi32(four, 1));
   }
 };
+
+// x is unsigned, 128 more than its values; sums start with what that adds, negative.
+struct Int8Chunks : Int16Chunks {
+  static void start(Sum (&sum)[kSums], const char* panel) { memcpy(sum, panel, sizeof sum); }
+
+  template <int R>
+  static void step(Sum (&sum)[R][kSums], const char* panel, const char* x, int64_t stride) {
+    __m256i w[kSums];
+    for (int i = 0; i < kSums; ++i) w[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * i));
+    for (int r = 0; r < R; ++r) {
+      const __m256i four = _mm256_set1_epi32(load_int(x + r * stride));
+      for (int i = 0; i < kSums; ++i) sum[r][i] = (Sum)_mm256_dpbusd_avx_epi32((__m256i)sum[r][i], four, w[i]);
+    }
+  }
+};
 #else
 // Without int8 dot products: bytes are widened to 16 bits, and vpmaddwd adds pairs of their products into 32.
 // (vpmaddubsw would take bytes, but its 16-bit sums saturate: 2 x 127 x 255 does not fit.)
@@ -157,6 +173,7 @@ struct Int8 {
 // Per 4 of K: 4 loads, 3 x (broadcast, widen), 12 multiplies and 12 additions, about 9 cycles of a processor with three
 // vector ports: 21 products per cycle, 1.3 times the rate of fp32.
 struct Int8 {
+  static constexpr bool kScaled = false;
   static constexpr int kRows = 3, kSums = 4;
   static constexpr int kBytes = 4 * 32;
   using Sum = __m256i;
@@ -172,9 +189,9 @@ struct Int8 {
   }
 
   template <int R>
-  static void step(Sum (&sum)[R][kSums], const char* panel, const char* x, int64_t stride) {
+  static void step(Sum (&sum)[R][kSums], const char* panel, const char* x, int64_t stride, int flip = 0) {
     __m256i four[R];
-    for (int r = 0; r < R; ++r) four[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(load_int(x + r * stride)));
+    for (int r = 0; r < R; ++r) four[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(load_int(x + r * stride) ^ flip));
     for (int i = 0; i < kSums; ++i) {
       const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32 * i));
       for (int r = 0; r < R; ++r) sum[r][i] = _mm256_add_epi32(sum[r][i], _mm256_madd_epi16(w, four[r]));
@@ -187,6 +204,22 @@ struct Int8 {
     return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(mixed, 0xd8));
   }
   static int correction(const char*, int64_t) { return 0; }
+};
+
+// x is unsigned, 128 more than its values, which are taken off again.
+struct Int8Chunks : Int8 {
+  static constexpr bool kScaled = true;
+
+  static void start(Sum (&sum)[kSums], const char*) {
+    for (Sum& each : sum) each = zero();
+  }
+  template <int R>
+  static void step(Sum (&sum)[R][kSums], const char* panel, const char* x, int64_t stride) {
+    Int8::step(sum, panel, x, stride, int(0x80808080));
+  }
+  static Vec add(Vec chunks, const Sum (&sum)[kSums], int half, float scale) {
+    return fmadd(result(sum, half, 0), set1(scale), chunks);
+  }
 };
 #endif
 

@@ -4,8 +4,8 @@
 // Per type: Sum, a vector of sums; `weights` loads 4 bytes of K of 16 columns, `dot` multiplies them by a row's 4
 // bytes; `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others.
 //
-// vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, that is by
-// adding 128, and 128 * sum(x) is taken off the result.
+// vpdpbusd multiplies unsigned by signed bytes. The weights of Int8 become unsigned by flipping their top bit, that is
+// by adding 128, and 128 * sum(x) is taken off the result.
 #pragma once
 
 namespace sana {
@@ -31,18 +31,28 @@ struct Int8 {
   }
 };
 
-// A part of K is summed as integers, the parts with a scale each as floats.
-struct Int16 {
-  static constexpr bool kScaled = true;  // the parts
+// Chunks of K are summed as integers, and with a scale each as floats.
+struct Chunks {
+  static constexpr bool kScaled = true;
   typedef int Sum __attribute__((vector_size(64)));
   static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
+  static __m512 add(__m512 chunks, Sum sum, float scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(scale), chunks);
+  }
+  static int correction(const char*, int64_t) { return 0; }
+};
+
+struct Int16Chunks : Chunks {
   static Sum dot(Sum sum, __m512i weights, __m512i x) {
     return (Sum)_mm512_dpwssd_epi32((__m512i)sum, weights, x);
   }
-  static __m512 add(__m512 parts, Sum sum, float scale) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(scale), parts);
+};
+
+// x is unsigned, 128 more than its values; sums start with what that adds, negative.
+struct Int8Chunks : Chunks {
+  static Sum dot(Sum sum, __m512i weights, __m512i x) {
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, x, weights);
   }
-  static int correction(const char*, int64_t) { return 0; }
 };
 
 struct BFloat16 {

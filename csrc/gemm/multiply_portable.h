@@ -14,15 +14,23 @@ struct Int8 {
   using Sum = int32_t;
   static constexpr int kInner = 4;  // elements of K that lie side by side
   static int32_t wide(int8_t x) { return x; }
+  static int32_t value(int8_t x) { return x; }
 };
 
-// A part of K is summed as integers, the parts with a scale each as floats.
-struct Int16 {
-  static constexpr bool kScaled = true;  // the parts
+// Chunks of K are summed as integers, and with a scale each as floats.
+struct Int16Chunks {
+  static constexpr bool kScaled = true;
   using Element = int16_t;
   using Sum = int32_t;
   static constexpr int kInner = 2;
   static int32_t wide(int16_t x) { return x; }
+  static int32_t value(int16_t x) { return x; }
+};
+
+// x is unsigned, 128 more than its values.
+struct Int8Chunks : Int8 {
+  static constexpr bool kScaled = true;
+  static int32_t value(int8_t x) { return int32_t(uint8_t(x)) - 128; }
 };
 
 struct BFloat16 {
@@ -31,6 +39,7 @@ struct BFloat16 {
   using Sum = float;
   static constexpr int kInner = 2;
   static float wide(uint16_t x) { return bf16_to_float(x); }
+  static float value(uint16_t x) { return bf16_to_float(x); }
 };
 
 struct Float {
@@ -39,6 +48,7 @@ struct Float {
   using Sum = float;
   static constexpr int kInner = 1;
   static float wide(float x) { return x; }
+  static float value(float x) { return x; }
 };
 
 // Adds the products of K elements: a row of x, and 16 columns of weights.
@@ -48,7 +58,7 @@ inline void multiply(typename T::Sum (&sum)[kColumns], const typename T::Element
   for (int64_t k = 0; k < K; k += T::kInner)
     for (int i = 0; i < kColumns; ++i)
       for (int j = 0; j < T::kInner; ++j)
-        sum[i] += T::wide(x[k + j]) * T::wide(weight[k * kColumns + i * T::kInner + j]);
+        sum[i] += T::value(x[k + j]) * T::wide(weight[k * kColumns + i * T::kInner + j]);
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ def conv2d(
     """
     weight, (above, x) = as_weight(weight), _pieces("conv2d", "x", x)
     residual_above, residual = (None, None) if residual is None else _pieces("conv2d", "residual", residual)
-    k = (4 if weight.values.dtype == torch.int8 else 6) if weight.transformed else 3
+    k = 6 if weight.transformed else 3
     if weight.transformed and weight.shape[-1] != k:
         raise ValueError("conv2d takes transformed kernels of winograd_conv2d, not those of winograd_upsample")
     if len(weight.shape) != 4 or weight.shape[1:] != (x.shape[3], k, k):
@@ -236,8 +236,7 @@ def _check_weight(op: str, x: Tensor, weight: ConvWeight, phases: int) -> None:
         )
     integers, makers = (torch.int8,), "quantize_conv2d"
     if weight.transformed:
-        integers = (torch.int8, torch.int16) if op == "conv2d" else (torch.int16,)
-        makers = f"winograd_{op}"
+        integers, makers = (torch.int8, torch.int16), f"winograd_{op}"
     if values.dtype not in ((x.dtype,) if scale is None else integers) or values.device != x.device:
         raise TypeError(
             f"{op} takes a weight in x's dtype and device, or from {makers}; got {x.dtype} on {x.device} and"

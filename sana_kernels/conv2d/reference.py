@@ -137,7 +137,7 @@ def conv2d(
         y = convolve(window, weight, None if bias is None else bias.to(x.dtype), stride)
     else:
         if weight_scale.ndim == 3:
-            y = convolve_transformed(window, weight, weight_scale, TILE)
+            y = convolve_transformed(window, weight, weight_scale)
         else:
             tiles = _tiles(window, stride)
             y = _untile(_sums(tiles, weight, weight_scale, stride), tiles, window.shape, stride)
@@ -169,7 +169,7 @@ def upsample(
     if weight_scale is None:
         phases = split_phases(convolve(window, weight), weight.shape[2])
     elif weight_scale.ndim == 3:
-        y, bias = convolve_transformed(window, weight, weight_scale, TILE), bias.float()
+        y, bias = convolve_transformed(window, weight, weight_scale), bias.float()
         phases = [y[:, :, dy::2, dx::2] for dy, dx in PHASES]
     else:
         tiles = _tiles(window, 1)

@@ -5,32 +5,32 @@ one at each position,
 
     y = Aᵀ [ Σ over channels (G g Gᵀ) ⊙ (Bᵀ d B) ] A
 
-where patches lie `step` pixels apart and the transforms go down the columns first, then along the rows. Three are known, by
+where patches lie `step` pixels apart and the transforms go down the columns first, then along the rows. Two are known, by
 k:
 
-    k = 4   F(2 × 2, 3 × 3)   16 products for 4 results, where the convolution has 36; in int8
-    k = 6   F(4 × 4, 3 × 3)   36 for 16, where it has 144, of the points 0, ±3/4, ±3/2 and ∞; in int16
-    k = 3   `upsample`        9 for the 4 results that come of a pixel, where folded phases have 16; in int16
+    k = 6   F(4 × 4, 3 × 3)   36 products for 16 results, where the convolution has 144, of the points 0, ±3/4, ±3/2 and ∞
+    k = 3   `upsample`        9 for the 4 results that come of a pixel, where folded phases have 16
 
-The last: of a pixel b between a and c, nearest ×2 and a kernel (g₀, g₁, g₂) make g₀a + (g₁ + g₂)b and (g₀ + g₁)b + g₂c,
+The second: of a pixel b between a and c, nearest ×2 and a kernel (g₀, g₁, g₂) make g₀a + (g₁ + g₂)b and (g₀ + g₁)b + g₂c,
 which is Sb + g₀(a − b) and Sb + g₂(c − b) with S = g₀ + g₁ + g₂: three products per dimension instead of four.
 
-Weights G g Gᵀ, in fp32, are integers with a scale for each position and output channel, and so are values Bᵀ d B:
+Weights G g Gᵀ, in fp32, are integers with a scale for each position and output channel; values Bᵀ d B are integers with one
+for each patch, position and chunk of channels:
 
-    int8    of a tile's patches (reference.TILE; of those that make a result) the values at a position share one scale, as
-            rows in sana_kernels/gemm/reference.py, and so do a position's weights of an output channel
-    int16   of a patch, CHUNK = 64 channels of a position share one scale, ‖values‖ / 32767, and a position's weights of an
-            output channel have the scale max(‖weights of any 64 channels‖ / 65504, max |weight| / 32767)
+    int8    chunks of 128 channels; scales max |values| / 127 and max |weights| / 127
+    int16   chunks of 64 channels; scales ‖values‖ / 32767 and max(‖weights of any 64 channels‖ / 65504, max |weight| / 32767)
 
 By Cauchy and Schwarz, a sum of 64 products of int16 cannot leave an int32: with what rounding adds, at most (32767 + 4) ·
-(65504 + 4) < 2³¹. Such sums, times the values' scale, are added in fp32; times the weights' scale, and of int8 the values',
-they are what Aᵀ … A takes, in fp32.
+(65504 + 4) < 2³¹. The sums of chunks, times the values' scale, are added in fp32; times the weights' scale, they are what
+Aᵀ … A takes, in fp32.
 
-In int16 the result is as exact as bfloat16: over an image, the error is within the rule for it (design: tolerances), large
-values and channels included. It follows the patch, though, and not each result: one that does not see what is large in its
-patch, or whose weights for it are zero, keeps the rounding of steps of 2⁻¹⁵ of that, times what Aᵀ … A makes of them. Of
-values from 10³⁰ on, sums may leave fp32: then a patch's results are infinite or not numbers. Norms below 2⁻¹⁰⁰ and weights'
-scales below 2⁻¹²⁶ count as zero.
+Values have scales of their own in every patch because Aᵀ … A subtracts products that nearly cancel: coarse steps, for the
+sake of a large value elsewhere, would be left over. In int8 the result is about as exact as that of the direct convolution
+in W8A8, whose tiles share one scale; in int16 as bfloat16: over an image, the error is within the rule for it (design:
+tolerances), large values and channels included. It follows the patch, though, and not each result: one that does not see
+what is large in its patch, or whose weights for it are zero, keeps the rounding of steps of 2⁻¹⁵ of that (in int8 2⁻⁷),
+times what Aᵀ … A makes of them. Of values from 10³⁰ on, sums may leave fp32: then a patch's results are infinite or not
+numbers. Largest values and norms below 2⁻¹⁰⁰ and weights' scales below 2⁻¹²⁶ count as zero.
 """
 
 from typing import NamedTuple
@@ -39,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_kernels.gemm.reference import SMALLEST, quantize
+from sana_kernels.gemm.reference import SMALLEST
 
-CHUNK = 64  # channels of a patch that share a scale, in int16
-_MOST, _MOST_NORM = 32767, 65504  # of int16 weights and of values' norms; of the norm of a chunk's weights
+CHUNK = {torch.int8: 128, torch.int16: 64}  # channels of a patch that share a scale: 128 bytes
+MOST = {torch.int8: 127, torch.int16: 32767}
+_MOST_NORM = 65504  # of a chunk's weights, in int16
 
 
 class Transform(NamedTuple):
@@ -70,12 +71,6 @@ def _f4(a: float, b: float) -> Transform:
 
 
 TRANSFORMS = {
-    4: Transform(
-        torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
-        torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]),
-        torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]]),
-        2,
-    ),
     6: _f4(3 / 4, 3 / 2),
     3: Transform(
         torch.tensor([[1.0, -1, 0], [0, 1, 0], [0, -1, 1]]),
@@ -95,58 +90,43 @@ def transform_weight(weight: Tensor, k: int) -> Tensor:
 
 def quantize_transformed(weight: Tensor, integers: torch.dtype) -> tuple[Tensor, Tensor]:
     """(k, k, out, in) fp32 → torch.int8 or int16 values of that shape, and scale (k, k, out) fp32."""
-    if integers == torch.int8:
-        values, scale = quantize(weight)
-        values = values[..., : weight.shape[-1]]
-    else:
-        chunks = weight.split(CHUNK, dim=-1)
+    scale = weight.abs().amax(-1) / MOST[integers]
+    if integers == torch.int16:
+        chunks = weight.split(CHUNK[integers], dim=-1)
         norms = [torch.linalg.vector_norm(chunk, dim=-1, dtype=torch.float64) for chunk in chunks]
-        scale = torch.maximum(torch.stack(norms).amax(0).float() / _MOST_NORM, weight.abs().amax(-1) / _MOST)
-        zero = scale < torch.finfo(torch.float32).tiny
-        inverse = torch.where(zero, 0, 1 / scale)[..., None]
-        values, scale = (weight * inverse).round_().clamp_(-_MOST, _MOST).to(torch.int16), scale.masked_fill(zero, 0)
-    return values, scale
+        scale = torch.maximum(torch.stack(norms).amax(0).float() / _MOST_NORM, scale)
+    zero = scale < torch.finfo(torch.float32).tiny
+    inverse = torch.where(zero, 0, 1 / scale)[..., None]
+    values = (weight * inverse).round_().clamp_(-MOST[integers], MOST[integers]).to(integers)
+    return values, scale.masked_fill(zero, 0)
 
 
-def convolve_transformed(window: Tensor, weight: Tensor, weight_scale: Tensor, tile: tuple[int, int]) -> Tensor:
+def convolve_transformed(window: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """A window (B, in, H + 2, W + 2) and a transformed weight → (B, out, H, W), of k = 3 (B, out, 2H, 2W), in fp32.
 
-    weight (out, in, k, k), int8 or int16; weight_scale (k, k, out), fp64 for an oracle; tile: rows and pixels.
+    weight (out, in, k, k), int8 or int16; weight_scale (k, k, out), fp64 for an oracle.
     """
     data, _, result, step = TRANSFORMS[weight.shape[-1]]
     data, result, k = data.to(window.device), result.to(weight_scale), weight.shape[-1]
-    outputs = [size - 2 for size in window.shape[2:]]
-    tiles = [-(-size // side) for size, side in zip(outputs, tile, strict=True)]
-    spare = [count * side - size for count, side, size in zip(tiles, tile, outputs, strict=True)]
-    patches = F.pad(window.float(), (0, spare[1], 0, spare[0])).unfold(2, k, step).unfold(3, k, step)
-    values = (data @ patches) @ data.t()  # (B, in, down, across, k, k)
-    products = _of_int8 if weight.dtype == torch.int8 else _of_int16
-    m = products(values, weight, [-(-size // step) for size in outputs], tiles, weight_scale.dtype)
+    H, W = (size - 2 for size in window.shape[2:])
+    patches = F.pad(window.float(), (0, -W % step, 0, -H % step)).unfold(2, k, step).unfold(3, k, step)
+    m = _products((data @ patches) @ data.t(), weight, weight_scale.dtype)
     y = (result @ (m * weight_scale.permute(2, 0, 1)[:, None, None])) @ result.t()
     made = len(result) // step  # pixels of the result, one way, for one of x
-    return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, : made * outputs[0], : made * outputs[1]]
+    return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, : made * H, : made * W]
 
 
-def _of_int8(values: Tensor, weight: Tensor, used: list[int], tiles: list[int], wide: torch.dtype) -> Tensor:
-    """(B, in, down, across, k, k) → sums (B, out, down, across, k, k), of which the first `used` patches make results."""
-    makes = [torch.arange(values.shape[2 + i], device=values.device) < used[i] for i in (0, 1)]
-    values = torch.where((makes[0][:, None] & makes[1])[:, :, None, None], values, 0)
-    # B, in, rows of tiles, rows in one, columns of tiles, columns in one, k, k
-    per_tile = values.unflatten(3, (tiles[1], -1)).unflatten(2, (tiles[0], -1))
-    rows = per_tile.permute(0, 2, 4, 6, 7, 1, 3, 5)
-    integers, scale = quantize(rows.flatten(5))
-    integers = integers[..., : rows[0, 0, 0, 0, 0].numel()].reshape(rows.shape).double()
-    sums = torch.einsum("bdaijcyx,ocij->bodyaxij", integers, weight.double()).to(wide)  # exact in fp64
-    return (sums * scale.to(wide)[:, None, :, None, :, None]).flatten(4, 5).flatten(2, 3)
-
-
-def _of_int16(values: Tensor, weight: Tensor, used: list[int], tiles: list[int], wide: torch.dtype) -> Tensor:
-    m = 0
-    for v, w in zip(values.split(CHUNK, dim=1), weight.split(CHUNK, dim=1), strict=True):
-        norm = torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=torch.float64).float()
-        divisor = torch.full_like(norm, _MOST)  # dividing by or of a number, PyTorch may round twice
-        zero = norm < SMALLEST
-        integers = (v * torch.where(zero, 0, divisor / norm)).round()
+def _products(values: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """(B, in, down, across, k, k) → sums (B, out, down, across, k, k), without the weights' scale."""
+    m, chunk = 0, CHUNK[weight.dtype]
+    for v, w in zip(values.split(chunk, dim=1), weight.split(chunk, dim=1), strict=True):
+        if weight.dtype == torch.int8:
+            size = v.abs().amax(1, keepdim=True)
+        else:
+            size = torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=torch.float64).float()
+        divisor = torch.full_like(size, MOST[weight.dtype])  # dividing by or of a number, PyTorch may round twice
+        zero = size < SMALLEST
+        integers = (v * torch.where(zero, 0, divisor / size)).round()
         sums = torch.einsum("bcyxij,ocij->boyxij", integers.double(), w.double()).to(wide)  # exact in fp64
-        m = m + sums * torch.where(zero, 0, norm / divisor).to(wide)
+        m = m + sums * torch.where(zero, 0, size / divisor).to(wide)
     return m

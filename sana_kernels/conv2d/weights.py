@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_kernels.conv2d import reference
-from sana_kernels.conv2d.transforms import quantize_transformed, transform_weight
+from sana_kernels.conv2d.transforms import CHUNK, quantize_transformed, transform_weight
 from sana_kernels.gemm.reference import STEP
 
 PACKED = (torch.float32, torch.bfloat16, torch.int8, torch.int16)
@@ -38,16 +38,16 @@ def quantize_conv2d(weight: Tensor) -> ConvWeight:
 def winograd_conv2d(weight: Tensor, integers: torch.dtype) -> ConvWeight:
     """(out, in, 3, 3) floating → its transform, in integers, for `conv2d` with a stride of 1; `transforms.py` specifies it.
 
-    integers: torch.int8, for W8A8, with 4/9 of the multiplications; torch.int16, which makes of x in any dtype a result as
-    exact as bfloat16, with a quarter of them.
+    A quarter of the multiplications. integers: torch.int8, for W8A8; torch.int16, which makes of x in any dtype a result as
+    exact as bfloat16.
     """
-    return _transformed(weight, 4 if integers == torch.int8 else 6, integers)
+    return _transformed(weight, 6, integers)
 
 
-def winograd_upsample(weight: Tensor) -> ConvWeight:
-    """(out, in, 3, 3) floating, of a convolution after nearest ×2, → its transform in int16, for `upsample`: as exact as
-    bfloat16, with 9/16 of what the folded kernel multiplies."""
-    return _transformed(weight, 3, torch.int16)
+def winograd_upsample(weight: Tensor, integers: torch.dtype) -> ConvWeight:
+    """(out, in, 3, 3) floating, of a convolution after nearest ×2, → its transform, for `upsample`: with 9/16 of what the
+    folded kernel multiplies. integers: as `winograd_conv2d`."""
+    return _transformed(weight, 3, integers)
 
 
 def _transformed(weight: Tensor, k: int, integers: torch.dtype) -> ConvWeight:
@@ -67,8 +67,10 @@ def pack_conv2d(weight: Tensor | ConvWeight, phases: int = 1, backend: str = "cp
     weight: (out, in, k, k), float32, bfloat16, int8 or int16. For "cpu": (phases, out / 16, k, K / n, 16 · n) with n
     elements in 4 bytes, where the K values of a row of taps are k times `in`, padded to 4 bytes each and together to 64, and
     out / phases is padded to a multiple of 16; k × k positions of a transform are phases of k = 1, in an order of their own:
-    PANELS · 16 output channels of all positions, then the next. For "cuda" the same values, their channels last in memory,
-    as NVIDIA's library reads them. Other backends read it as it is. Raises TypeError for another dtype.
+    PANELS · 16 output channels of all positions, then the next. In int8, before each chunk of a transform's K stand 4
+    bytes, the int32 −128 · (the chunk's sum), for kernels whose other operand is unsigned: 128 more than the values.
+    For "cuda" the same values, their channels last in memory, as NVIDIA's library reads them. Other backends read it as it
+    is. Raises TypeError for another dtype.
     """
     weight = as_weight(weight)
     if backend == "cuda":
@@ -85,6 +87,10 @@ def pack_conv2d(weight: Tensor | ConvWeight, phases: int = 1, backend: str = "cp
     taps = values.unflatten(0, (phases, -1)).permute(0, 1, 3, 4, 2)  # (phases, out, k, k, in)
     taps = F.pad(taps, (0, -taps.shape[-1] % n)).flatten(3)
     taps = F.pad(taps, (0, -taps.shape[-1] % (STEP // size), 0, 0, 0, -taps.shape[1] % PANEL))
+    if weight.transformed and size == 1:
+        chunks = taps.contiguous().split(CHUNK[torch.int8], dim=-1)
+        starts = [(-128 * chunk.sum(-1, keepdim=True, dtype=torch.int32)).view(torch.int8) for chunk in chunks]
+        taps = torch.cat([piece for pair in zip(starts, chunks, strict=True) for piece in pair], dim=-1)
     panels = taps.contiguous().view(torch.int32).unflatten(1, (-1, PANEL))  # (phases, panels, 16, k, K / n)
     some = panels.split(PANELS if weight.transformed else panels.shape[1], dim=1)
     packed = torch.cat([t.permute(0, 1, 3, 4, 2).flatten() for t in some])
@@ -99,6 +105,8 @@ def packed_shape(weight: ConvWeight, phases: int) -> tuple[int, ...]:
     size = weight.values.element_size()
     n = max(1, 4 // size)
     taps = -(-k * -(-channels // n) * n * size // STEP) * STEP // size
+    if weight.transformed and size == 1:
+        taps += 4 * -(-taps // CHUNK[torch.int8])
     return phases, -(-out // phases // PANEL), k, taps // n, PANEL * n
 
 

@@ -4,8 +4,8 @@
 
 In W8A8 the decoder's products and convolutions have int8 weights, one scale per output channel, and int8 activations; those
 that `kept` names stay in 16 bits. The 3 × 3 kernels of ResBlocks, and those after an upsampling, are transformed where that
-is faster (sana_kernels/conv2d/transforms.py): of bfloat16 to int16, of W8A8 to int8 (not after an upsampling: it would cost
-a decibel), or where a processor has no instructions for that, to int16 too. bench/notes/decoder.md has the measurements.
+is faster (sana_kernels/conv2d/transforms.py): of bfloat16 to int16, of W8A8 to int8, or where a processor has no
+instructions for that, to int16 too. bench/notes/decoder.md has the measurements.
 """
 
 import re
@@ -125,12 +125,10 @@ class _Packer:
         integers, wide = None, min(own.weight.shape[:2]) >= WINOGRAD_CHANNELS
         if winograd and wide and backend == "cpu" and (eight_bit or own.weight.dtype == torch.bfloat16):
             integers = winograd_integers(eight_bit)
-        if phases == 4 and integers == torch.int8:
-            integers = None
         weight, bias = (own.weight, own.bias) if phases == 1 or integers is not None else block.phases()
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if integers is not None:
-            weight = winograd_conv2d(weight, integers) if phases == 1 else winograd_upsample(weight)
+            weight = (winograd_conv2d if phases == 1 else winograd_upsample)(weight, integers)
         elif eight_bit:
             weight = quantize_conv2d(weight)
         setattr(block, layer, PackedConv2d(weight, bias, backend, phases))
