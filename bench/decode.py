@@ -285,7 +285,9 @@ class DecodeBench:
         if not measured.samples:
             return None
         ms = statistics_ms(measured.samples)
-        macs = work.decoder_macs(self.config.autoencoder, size, size, transformed=bool(measured.plan.get("transformed")))
+        macs = work.decoder_macs(
+            self.config.autoencoder, size, size, transformed=bool(measured.plan.get("transformed"))
+        )
         percent = self.peaks.percent(2 * macs, ms["median"] / 1e3, name.precision)
         failures = [f"it runs at {percent:.0f} % of the measured peak"] if percent is not None and percent > 100 else []
         passed = measured.check["passed"] and not failures

@@ -240,8 +240,8 @@ class Plan:
             )
         if self.transformed:
             lines.append(
-                f"  decoder       from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's F(4 × 4, 3 × 3), and"
-                " after an upsampling 9 products instead of 16"
+                f"  decoder       from {WINOGRAD_CHANNELS} channels on in {self.transformed}: Winograd's F(4 × 4, 3 × 3),"
+                " and after an upsampling 9 products instead of 16"
             )
         if self.clock.cuda:
             lines.append("  denoising loop: " + (f"eager ({self.eager})" if self.eager else "one CUDA graph per shape"))

@@ -18,7 +18,7 @@ Weights G g Gᵀ, in fp32, are integers with a scale for each position and outpu
 for each patch, position and chunk of channels:
 
     int8    chunks of 128 channels; scales max |values| / 127 and max |weights| / 127
-    int16   chunks of 64 channels; scales ‖values‖ / 32767 and max(‖weights of any 64 channels‖ / 65504, max |weight| / 32767)
+    int16   chunks of 64 channels; scales ‖values‖ / 32767 and max(‖weights of any 64‖ / 65504, max |weights| / 32767)
 
 By Cauchy and Schwarz, a sum of 64 products of int16 cannot leave an int32: with what rounding adds, at most (32767 + 4) ·
 (65504 + 4) < 2³¹. The sums of chunks, times the values' scale, are added in fp32; times the weights' scale, they are what
