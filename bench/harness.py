@@ -6,7 +6,6 @@ file says how often. Percentages are of the highest peak seen in the same run, o
 uses.
 """
 
-import ctypes
 import datetime
 import gc
 import itertools
@@ -29,7 +28,7 @@ import torch
 from sana_bench import schema
 from sana_kernels import diagnostics
 from sana_kernels.backend import extension
-from sana_model import files
+from sana_model import files, heap
 from sana_model.errors import MissingError
 
 WINDOWS, WINDOW_SECONDS = 5, 0.1
@@ -394,7 +393,6 @@ def _command() -> str:
 def free_memory() -> None:
     """Return what is no longer used, so that the next run finds it, and its memory can be told from that of the last."""
     gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps it otherwise
-        ctypes.CDLL(None).malloc_trim(0)
+    heap.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,14 +6,12 @@ torch before a command runs: `sana --help` is immediate.
 """
 
 import argparse
-import ctypes
 import io
 import math
 import os
 import signal
 import sys
 import warnings
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -21,6 +19,7 @@ from traceback import walk_stack
 
 from sana_bench.cli import add_parser as add_bench_parser
 from sana_bench.cli import add_tune_parser
+from sana_model import heap
 from sana_model.commands.export import add_parser as add_export_parser
 from sana_model.config import BUILT_IN, DIALECTS
 from sana_model.errors import UserError
@@ -43,27 +42,12 @@ MODEL_HELP = f"a diffusers folder, a .safetensors or .pth of a DiT, a hub id, or
 _HELP = argparse.RawDescriptionHelpFormatter
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep up to half a GB of what is freed, in pieces of 32 MB or less.
-
-    It used to give the decoder's bands back to the system and to ask for them again: page faults were a tenth of a decode.
-    Nothing happens where it has no such setting, or where the environment makes one.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
-        return
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 512 << 20)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. (argparse itself exits: 0 after --help, 2 after a wrong flag.)"""
     # PyTorch's threads busy-wait for one another. When another process has one of the cores, that makes every small op
     # take a scheduler slice (30 ms instead of 0.1): wait briefly, then sleep. Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    keep_freed_memory()
+    heap.keep_freed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"

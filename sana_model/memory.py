@@ -1,20 +1,23 @@
 """Will it fit? What a model and a picture need, and a refusal, before anything is allocated, that names what would fit.
 
 Weights are counted exactly, on networks without storage; on CPUs as the `cpu` backend has them, but the decoder's in W8A8
-as in 16 bits. Activations are the few large tensors that are alive at once, in units that scale with the picture; the
-factors were measured (peak resident memory, fp32 and bf16, 256 to 2048 px), and tests/test_memory.py measures again.
+as in 16 bits where they are not transformed. Activations are the few large tensors that are alive at once, in units that
+scale with the picture; the factors were measured (peak resident memory, fp32 and bf16, 256 to 2048 px), and
+tests/test_memory.py measures again.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import psutil
 import torch
 
 from sana_kernels.backend import backend_status
-from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_integers
+from sana_kernels.conv2d import WINOGRAD_CHANNELS, ConvWeight, packed_shape, winograd_integers
+from sana_model import heap
 from sana_model.autoencoder.bands import BAND_BYTES, rows_of_a_band
 from sana_model.autoencoder.blocks import ResBlock
 from sana_model.autoencoder.dc_ae import Autoencoder
@@ -111,27 +114,31 @@ def _in_blocks(config: ModelConfig) -> dict[str, int]:
 
 
 def _grown_by_transforms(config: ModelConfig, precision: str) -> int:
-    """Bytes by which the autoencoder's 3 × 3 kernels of 16 bits grow on CPUs: to 6 × 6 of int16, or of int8 and a little."""
+    """Bytes by which the autoencoder's 3 × 3 kernels of 16 bits grow on CPUs, to 6 × 6 of int16 or int8; without scales."""
     if precision not in ("bf16", "w8a8"):
         return 0
-    eight_bit = {"encoder": False, "decoder": precision == "w8a8"}
-    grown = {None: 0, torch.int16: 54, torch.int8: 20}
-    return sum(grown[winograd_integers(eight_bit[half])] * n for half, n in _transformed_kernels(config).items())
+    grown, eight_bit = 0, {"encoder": False, "decoder": precision == "w8a8"}
+    for half, kernels in _transformed_kernels(config).items():
+        integers = winograd_integers(eight_bit[half])
+        for N, C in kernels if integers is not None else ():
+            kernel = ConvWeight(torch.empty(0, dtype=integers), torch.empty(0, 0, 0), (N, C, 6, 6))
+            grown += prod(packed_shape(kernel, 1)) * integers.itemsize - 9 * N * C * torch.bfloat16.itemsize
+    return grown
 
 
 @lru_cache(maxsize=32)
-def _transformed_kernels(config: ModelConfig) -> dict[str, int]:
-    """How many kernels of the encoder and the decoder, in times out, are wide enough to be transformed."""
+def _transformed_kernels(config: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+    """Channels, out and in, of the kernels of the encoder and the decoder that are wide enough to be transformed."""
     with torch.device("meta"):
         halves = Autoencoder(config.autoencoder).named_children()
     return {
-        half: sum(
-            conv.weight[:, :, 0, 0].numel()
+        half: [
+            tuple(conv.weight.shape[:2])
             for block in network.modules()
             if isinstance(block, ResBlock)
             for conv in (block.conv1, block.conv2)
             if min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        )
+        ]
         for half, network in halves
     }
 
@@ -147,9 +154,10 @@ def check_load(
     """Raise MissingError unless the weights fit into the memory of `device`, and of the CPU, which reads them first."""
     device, parts = torch.device(device), weights(config, precisions, device)
     for place in dict.fromkeys((torch.device("cpu"), device)):
-        room, needed = available(place), sum(parts.values())
+        needed = sum(parts.values())
         if low_memory and place.type == "cuda":
             needed = parts["autoencoder"] + max(parts["text_encoder"], parts["dit"])
+        room = _room(place, needed)
         if needed > room:
             fits = list(_lighter_loads(config, precisions, place, room))
             raise MissingError(
@@ -173,10 +181,11 @@ def check_run(
     `low_memory` has let the text encoder go by then; `in_bands` as `estimate`.
     """
     device = torch.device(device)
-    room, needed = available(device), _peak(config, settings, precisions, device, in_bands)
+    needed, own = _peak(config, settings, precisions, device, in_bands), 0
     if not loaded:
         parts = weights(config, precisions, device)
-        room -= parts["dit"] + parts["autoencoder"] + (0 if low_memory else parts["text_encoder"])
+        own = parts["dit"] + parts["autoencoder"] + (0 if low_memory else parts["text_encoder"])
+    room = _room(device, needed + own) - own
     if needed > room:
         fits = list(_lighter_runs(config, settings, precisions, device, room, low_memory, in_bands))
         pictures = f"{settings.count} pictures" if settings.count > 1 else "a picture"
@@ -192,6 +201,13 @@ def available(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min([psutil.virtual_memory().available, *cgroup_rooms()])
+
+
+def _room(device: torch.device, needed: int) -> int:
+    """Bytes available; where that is too little, what the C library keeps is given back first."""
+    if device.type == "cpu" and available(device) < needed:
+        heap.give_back()
+    return available(device)
 
 
 def cgroup_rooms(root: Path = Path("/")) -> Iterator[int]:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from sana_export import layout
-from sana_model import graph, memory, scheduler
+from sana_model import graph, heap, memory, scheduler
 from sana_model.autoencoder.family import with_decoder
 from sana_model.bins import nearest_bin, resize_and_crop
 from sana_model.config import ModelConfig
@@ -141,6 +141,7 @@ class Pipeline:
             negative, positive = None, encoder.encode(prompts, settings.instruction)
         if self.low_memory:
             self._prompt_encoder = self.model.text_encoder = None
+            heap.give_back()
             self.dit.to(self.device)
         return negative, positive
 

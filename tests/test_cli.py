@@ -1,6 +1,5 @@
 """The command line as a person meets it: files, metadata, exit statuses, one-line errors, Ctrl-C."""
 
-import ctypes
 import json
 import os
 import signal
@@ -389,25 +388,3 @@ def test_help_is_light():
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
-
-
-@pytest.mark.parametrize(("setting", "faults"), [({}, (0, 1000)), ({"GLIBC_TUNABLES": ""}, (20000, 10**9))], ids=str)
-def test_what_bands_free_is_kept(setting, faults):
-    """160 MB, twice; and a setting of the environment stays."""
-    if not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("the C library has no mallopt")
-    code = """
-import resource, torch
-from sana_model import cli
-cli.keep_freed_memory()
-def bands():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    rows = [torch.ones(2 << 20) for _ in range(20)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-bands()
-print(bands())
-"""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment | setting, capture_output=True, text=True, check=True)
-    assert faults[0] <= int(done.stdout) <= faults[1]

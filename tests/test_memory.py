@@ -13,7 +13,7 @@ import torch
 from variants import isa_cap
 
 import sana_model
-from sana_model import memory, pipeline
+from sana_model import heap, memory, pipeline
 from sana_model.autoencoder import family
 from sana_model.autoencoder.blocks import ResBlock
 from sana_model.autoencoder.dc_ae import Autoencoder
@@ -93,6 +93,8 @@ IN_BANDS = {  # the model, the decoder's precision, width and height
 
 
 def peak_of_decoding_in_bands(config: ModelConfig, precision: str, width: int, height: int) -> int:
+    """As the command line does."""
+    heap.keep_freed()
     autoencoder = Autoencoder(config.autoencoder).bfloat16().eval().requires_grad_(False)
     plan = resolve(config, "cpu", CPU, dict.fromkeys(PARTS, precision))
     plan.prepare("autoencoder", autoencoder)
@@ -152,7 +154,7 @@ def test_kernels_are_counted_as_they_are_transformed(precision, isa):
     blocks = [block for block in model.autoencoder.modules() if isinstance(block, ResBlock)]
     kernels = [conv.weight for block in blocks for conv in (block.conv1, block.conv2)]
     grown = [w.values.nbytes - 18 * w.shape[0] * w.shape[1] for w in kernels if w.transformed]
-    assert sum(grown) > 1e5 and counted == pytest.approx(sum(grown), rel=0.02)
+    assert sum(grown) > 1e5 and counted == sum(grown)
 
 
 def test_the_estimate_grows_with_what_is_asked_for():

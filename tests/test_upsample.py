@@ -71,7 +71,7 @@ def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
     assert_kernel(y, same, block(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach())
 
 
-@pytest.mark.parametrize("shape", [*UPSAMPLE_SHAPES, (1, 19, 70, 136, 68)], ids=str)
+@pytest.mark.parametrize("shape", [*UPSAMPLE_SHAPES, (1, 19, 70, 136, 68), (1, 5, 33, 136, 272)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("integers", [torch.int8, torch.int16], ids=str)
 @pytest.mark.parametrize("variant", CPU)

@@ -7,7 +7,7 @@
 //                 each other, and the next pixel's begin C elements further: operand rows of a matrix that never exists
 //     epilogue    of each pixel: scales, bias, activation, RMSNorm over channels, residual or shortcut, rounding
 // An upsampling is four such products with 2 x 2 taps, each of which makes every other pixel of every other row. There
-// is another way for both, for a stride of 1, with a quarter to 9/16 of the multiplications: winograd_vector.h.
+// is another way for both, for a stride of 1, with a quarter or 9/16 of the multiplications: winograd_vector.h.
 //
 // Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of 512
 // KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at
@@ -78,7 +78,8 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
   const int64_t down = (rows + kTileRows - 1) / kTileRows;
   const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
-  const int64_t bytes = p.transformed ? transformed.memory + kernels.buffer * transformed.products.panel / 16 : layout.memory;
+  const int64_t bytes_transformed = transformed.memory + kernels.buffer * transformed.products.panel / 16;
+  const int64_t bytes = p.transformed ? bytes_transformed : layout.memory;
   const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
   const int64_t side_by_side = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most);
   const int64_t run = p.transformed ? patches_of(p.kernel).width : side_by_side * kTilePixels;

@@ -42,8 +42,8 @@ struct Band {
 //
 // weight: packed as pack_conv2d says (sana_kernels/conv2d/weights.py), of x's dtype (f32 or bf16) or int8. Where it is
 // `transformed` (stride 1), it holds kernel x kernel positions of a 3 x 3 kernel's transform, int8 or int16, with a scale
-// for each position and column: of phases 1 by F(2x2, 3x3) (kernel 4, int8) or F(4x4, 3x3) (6, int16), of phases 4 by the
-// upsampling's (3, int16) (sana_kernels/conv2d/transforms.py).
+// for each position and column: of phases 1 by F(4x4, 3x3) (kernel 6), of phases 4 by the upsampling's (3); in int8, what
+// sums start with stands before each chunk (sana_kernels/conv2d/transforms.py).
 
 struct Conv2d {
   Rows x;                     // of `dtype`

@@ -14,6 +14,12 @@ constexpr int64_t kPart<Float> = 64;
 template <>
 constexpr int64_t kStart<Int8Chunks> = kStartBytes;
 
+template <class T, int R>
+inline __attribute__((always_inline)) void clear(typename T::Sum (&sum)[R][T::kSums]) {
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < T::kSums; ++i) sum[r][i] = T::zero();
+}
+
 template <class T>
 struct Multiply {
   static Vec load(const float* sums) { return _mm256_loadu_ps(sums); }
@@ -26,15 +32,12 @@ struct Multiply {
     const char* const seen = q.x(row, pixel);
     float* const to = q.to(row, pixel) + n;
     typename T::Sum sum[R][T::kSums];
-    const auto clear = [&]() __attribute__((always_inline)) {
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < T::kSums; ++i) sum[r][i] = T::zero();
-    };
-    clear();
+    if constexpr (kPart<T> == 0) clear<T>(sum);
     for_parts<T>(q, [&](int64_t x, int64_t k, int64_t bytes) __attribute__((always_inline)) {
       const char* const part = panel + k / 4 * T::kBytes;
       if constexpr (kStart<T> != 0)
         for (int r = 0; r < R; ++r) T::start(sum[r], part);
+      else if constexpr (kPart<T> != 0) clear<T>(sum);
       multiply<T>(sum, seen + x, q.stride * l.pixel, part + kStart<T> / 4 * T::kBytes, bytes);
       if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
         const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
@@ -44,7 +47,6 @@ struct Multiply {
             const Vec before = k == 0 ? set1(0) : _mm256_loadu_ps(at);
             _mm256_storeu_ps(at, T::add(before, sum[r], half, T::kScaled ? scale[r] : 1));
           }
-        clear();
       }
     });
     if constexpr (kPart<T> == 0)

@@ -34,7 +34,7 @@ struct Multiply {
       const char* const part = weight + 16 * k;
       if constexpr (kStart<T> != 0)
         for (int v = 0; v < V; ++v) {
-          const auto start = (typename T::Sum)T::weights(part + v * l.panel);
+          const auto start = T::start(part + v * l.panel);
           for (int r = 0; r < R; ++r) sum[r][v] = start;
         }
       multiply<T>(sum, seen + x, q.stride * l.pixel, part + 16 * kStart<T>, l.panel, bytes,

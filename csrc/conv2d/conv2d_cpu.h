@@ -72,7 +72,7 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   return l;
 }
 
-// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums; also the
+// What winograd_vector.h keeps: x as it is, the values of 32 patches, their products with some columns, sums, and the
 // scales of each patch, position and chunk of channels.
 constexpr int64_t kWinogradPanels = 8;
 constexpr int64_t kChunkBytes = 128;  // 128 channels of int8, 64 of int16: CHUNK of sana_kernels/conv2d/transforms.py

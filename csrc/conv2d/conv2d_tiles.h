@@ -8,7 +8,7 @@
 namespace sana {
 namespace {
 
-// `Multiply` of an instruction set: for pairs of bf16 and for int8, with floats, and of transformed kernels.
+// `Multiply` of an instruction set: for pairs of bf16 and for int8.
 template <template <class> class Multiply, class BFloat16, class Int8>
 void tiles_narrow(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
   if (p.weight_scale == nullptr) return tiles_of<BF16, Multiply<BFloat16>>(p, l, tiles, memory);
@@ -26,6 +26,7 @@ void tiles_transformed(const Conv2d& p, const Tile& tiles, char* memory) {
   winograd_tile<Winograd4, BF16, M, Integers>(p, tiles, memory);
 }
 
+// The same, with floats, and of transformed kernels.
 template <template <class> class Multiply, class Float, class BFloat16, class Int8, class Int8Chunks, class Int16Chunks>
 void tiles_any(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory) {
   if (p.transformed && p.weight_bytes == 1)

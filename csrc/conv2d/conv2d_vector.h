@@ -34,6 +34,11 @@ struct Corrections {
   int of[kTileRows][kTilePixels];
 
   explicit Corrections(const Products& q) {
+    if constexpr (kPart<T> == 0) of_all(q);  // others have none
+  }
+
+ private:
+  void of_all(const Products& q) {
     int of_taps[2 * (kTileRows - 1) + 3][kTilePixels];  // of a row of taps, which several rows of the result see
     for (int64_t row = 0; row < q.stride * (q.rows - 1) + q.kernel; ++row)
       for (int64_t pixel = 0; pixel < q.pixels; ++pixel)

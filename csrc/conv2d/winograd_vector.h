@@ -197,7 +197,7 @@ void winograd_tile(const Conv2d& of_integers, const Tile& tile, char* memory) {
   // From a result to the one below and beside: in the next row and pixel, or of other phases.
   const int64_t below = p.phases == 4 ? 2 * l.seen.group_sums() : kTilePixels * l.seen.sums;
   const int64_t beside = p.phases == 4 ? l.seen.group_sums() : l.seen.sums;
-  if (K != p.C * of_integers.weight_bytes) memset(values, 0, l.values);  // beyond C
+  if (K != p.C * int64_t(sizeof(typename Integers::Value))) memset(values, 0, l.values);  // beyond C
   Pending<E, Sums> pending(p, l.seen, result);
   for (int64_t top = 0; top < tile.rows; top += T::kPatches.rows()) {
     const int64_t rows = top + T::kPatches.rows() < tile.rows ? T::kPatches.rows() : tile.rows - top;

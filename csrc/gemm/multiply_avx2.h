@@ -3,14 +3,14 @@
 //
 // Per type: `panel` brings 16 columns of weights into the form that `step` reads, perhaps in a buffer; `step` adds the
 // products of 4 bytes of K; `result` turns sums into floats, given the row's `correction`; `add` adds the sum of a part
-// of K to others.
+// of K to others, whose sums `start` begins where that is not with zero.
 #pragma once
 
 namespace sana {
 namespace {
 
 constexpr int kPanel = 16;    // columns
-constexpr int kScratch = 32;  // bytes of the buffer for each byte of a row: what both types take
+constexpr int kScratch = 32;  // bytes of the buffer for each byte of a row: the most that a type takes
 
 inline int load_int(const char* x) {
   int value;
@@ -111,7 +111,6 @@ struct Int16Chunks {
   static Vec add(Vec chunks, const Sum (&sum)[kSums], int half, float scale) {
     return fmadd(_mm256_cvtepi32_ps((__m256i)sum[half]), set1(scale), chunks);
   }
-  static int correction(const char*, int64_t) { return 0; }
 };
 
 #if defined(__AVXVNNI__)

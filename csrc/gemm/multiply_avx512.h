@@ -2,7 +2,8 @@
 // (BF16), or floats, 16 columns per vector. For gemm and conv2d; include common/avx512.h first.
 //
 // Per type: Sum, a vector of sums; `weights` loads 4 bytes of K of 16 columns, `dot` multiplies them by a row's 4
-// bytes; `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others.
+// bytes; `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others,
+// `start` is what such a sum starts with, where that is not zero.
 //
 // vpdpbusd multiplies unsigned by signed bytes. The weights of Int8 become unsigned by flipping their top bit, that is
 // by adding 128, and 128 * sum(x) is taken off the result.
@@ -39,7 +40,6 @@ struct Chunks {
   static __m512 add(__m512 chunks, Sum sum, float scale) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(scale), chunks);
   }
-  static int correction(const char*, int64_t) { return 0; }
 };
 
 struct Int16Chunks : Chunks {
@@ -50,6 +50,7 @@ struct Int16Chunks : Chunks {
 
 // x is unsigned, 128 more than its values; sums start with what that adds, negative.
 struct Int8Chunks : Chunks {
+  static Sum start(const char* p) { return (Sum)_mm512_loadu_si512(p); }
   static Sum dot(Sum sum, __m512i weights, __m512i x) {
     return (Sum)_mm512_dpbusd_epi32((__m512i)sum, x, weights);
   }

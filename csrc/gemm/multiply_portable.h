@@ -13,7 +13,7 @@ struct Int8 {
   using Element = int8_t;
   using Sum = int32_t;
   static constexpr int kInner = 4;  // elements of K that lie side by side
-  static int32_t wide(int8_t x) { return x; }
+  static int32_t weight(int8_t x) { return x; }
   static int32_t value(int8_t x) { return x; }
 };
 
@@ -23,7 +23,7 @@ struct Int16Chunks {
   using Element = int16_t;
   using Sum = int32_t;
   static constexpr int kInner = 2;
-  static int32_t wide(int16_t x) { return x; }
+  static int32_t weight(int16_t x) { return x; }
   static int32_t value(int16_t x) { return x; }
 };
 
@@ -38,7 +38,7 @@ struct BFloat16 {
   using Element = uint16_t;
   using Sum = float;
   static constexpr int kInner = 2;
-  static float wide(uint16_t x) { return bf16_to_float(x); }
+  static float weight(uint16_t x) { return bf16_to_float(x); }
   static float value(uint16_t x) { return bf16_to_float(x); }
 };
 
@@ -47,7 +47,7 @@ struct Float {
   using Element = float;
   using Sum = float;
   static constexpr int kInner = 1;
-  static float wide(float x) { return x; }
+  static float weight(float x) { return x; }
   static float value(float x) { return x; }
 };
 
@@ -58,7 +58,7 @@ inline void multiply(typename T::Sum (&sum)[kColumns], const typename T::Element
   for (int64_t k = 0; k < K; k += T::kInner)
     for (int i = 0; i < kColumns; ++i)
       for (int j = 0; j < T::kInner; ++j)
-        sum[i] += T::value(x[k + j]) * T::wide(weight[k * kColumns + i * T::kInner + j]);
+        sum[i] += T::value(x[k + j]) * T::weight(weight[k * kColumns + i * T::kInner + j]);
 }
 
 }  // namespace
