@@ -30,11 +30,14 @@ def _convert(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding, o
 
 
 def _dot(self, a, b, sums, *options):
+    """Of fp32, rounded once: what a machine's BLAS makes of it differs from the next one's by as much as a tolerance."""
+    wide = np.float64 if a.dtype.scalar == b.dtype.scalar == tl.float32 else sums.data.dtype
     a, b = (
         _convert(x.data, x.dtype.scalar, tl.float32, None).view(np.float32) if x.dtype.scalar in ROUNDED else x.data
         for x in (a, b)
     )
-    return interpreter.TensorHandle(np.matmul(a, b, dtype=sums.data.dtype) + sums.data, sums.dtype.scalar)
+    total = np.matmul(a, b, dtype=wide) + sums.data
+    return interpreter.TensorHandle(total.astype(sums.data.dtype), sums.dtype.scalar)
 
 
 interpreter._convert_float = _convert

@@ -6,8 +6,8 @@
 //     gather      the pixels of x that the tile sees, as they are; where all of them are inside the image and in one
 //                 piece, they are read in place
 //     forward     every patch of k x k pixels, of which there is one for r x r results, becomes k x k values per
-//                 channel. A position of a patch has a scale for every chunk of channels, of their largest value (int8) or
-//                 of their norm (int16)
+//                 channel. A position of a patch has a scale for every chunk of channels, of their largest value
+//                 (int8) or of their norm (int16)
 //     products    at each position, patches x C times C x N: a 1 x 1 convolution of Conv2dKernels, panel by panel. A
 //                 chunk's products fit into an int32 (norms see to that in int16); the chunks are added as floats
 //     back        of k x k sums per patch and column, times their weights' scales, r x r results
@@ -18,12 +18,13 @@
 //     Upsampling     upsample  3, 2    8 x 32              2.25 C N, not 4 of folded phases
 //
 // Tiling: 32 patches at a time. At C = N = 512 in int16, their values are 1.2 MB (33 KB at each position; half of it in
-// int8), the sums of 128 columns 0.6 MB, and what the epilogue reads 1 MB; all of that comes from the second-level cache, or
-// from the last, in long runs.
+// int8), the sums of 128 columns 0.6 MB, and what the epilogue reads 1 MB; all of that comes from the second-level cache,
+// or from the last, in long runs.
 //
 // FLOPs: twice the multiplications. Besides, by F(4x4, 3x3), for each pixel and vector of channels about 40 vector
-// instructions (forward, scales, rounding), of columns about 15 for the way back. Bytes: x as conv2d.cpp; the weights (36 C
-// N integers) once for 512 pixels, so that at C = N = 512 in int16 a core takes 4 bytes per cycle from the last cache.
+// instructions (forward, scales, rounding), of columns about 15 for the way back. Bytes: x as conv2d.cpp; the weights
+// (36 C N integers) once for 512 pixels, so that at C = N = 512 in int16 a core takes 4 bytes per cycle from the last
+// cache.
 // Bound: the multiply unit. Where bf16 and int8 run on AMX tiles, eight times as fast as on vectors, transforms would
 // take longest: there the direct convolution is faster. Measured: bench/notes/decoder.md.
 #pragma once
@@ -103,8 +104,8 @@ inline float norm_of_extremes(const float* x, int64_t count) {
   return largest * sqrtf(sum_of_squares(x, count, 1 / largest));
 }
 
-// The integers that values become: `most` steps of a size, which `sizes` finds for some positions, `count` values each,
-// kChunk apart; it may write a vector beyond.
+// The integers that values become: kMost of them are as much as a size, which `sizes` finds for some positions, `count`
+// values each, kChunk apart; it may write a vector beyond.
 struct NormInt16 {
   using Value = int16_t;
   static constexpr float kMost = 32767;
