@@ -112,7 +112,8 @@ class Pool {
   void work(int number) {
     for (int r = 0; r < ranges_; ++r) {
       Range& range = range_[(number + r) % ranges_];
-      for (int64_t index; (index = range.next.fetch_add(1)) < range.end;) task_(context_, index);
+      while (range.next.load() < range.end)  // first only read: the line may be every core's
+        if (const int64_t index = range.next.fetch_add(1); index < range.end) task_(context_, index);
     }
   }
 

@@ -1,8 +1,8 @@
 // Runs numbered tasks on a pool of threads that belongs to this module.
 //
-// Which thread runs which task is not fixed, so a result must depend on the task's number only. Any number of Python
-// threads may call at once: the first gets the pool, the others do their tasks themselves. After a fork the child makes
-// a new pool.
+// Neighbouring tasks mostly run on one thread, but which runs which is not fixed, so a result must depend on the task's
+// number only. Any number of Python threads may call at once: the first gets the pool, the others do their tasks
+// themselves. After a fork the child makes a new pool.
 #pragma once
 
 #include <cstdint>

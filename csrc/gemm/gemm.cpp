@@ -4,12 +4,12 @@
 // operands, int32 sums and one scale per row of x and per column of the result.
 //
 // Tiling: the columns are cut into nearly equal blocks, about as many as there are threads or a multiple of that, whose
-// weights fill at most half of a core's second-level cache (on AMX more, GemmKernels::eighths); a task is one such block
-// times some of the rows. Tasks of one block follow each other, so a thread that goes on to the next finds its weights
-// where it left them, and x (a few MB) streams past. No sum is ever split between tasks: the bytes of the result do not
-// depend on the number of threads.
+// weights fill at most half of a core's second-level cache (on AMX more, GemmKernels::eighths); a task is one such
+// block times some of the rows. Tasks of one block follow each other, and a thread begins with a range of its own of
+// them, so that it finds the weights where it left them, other cores need not read them, and x (a few MB) streams past.
+// No sum is ever split between tasks: the bytes of the result do not depend on the number of threads.
 //
-// FLOPs: 2 M N K. Bytes: x once per column block, the weights once per thread, the result once. At SANA's sizes
+// FLOPs: 2 M N K. Bytes: x once per column block, the weights and the result once. At SANA's sizes
 // (M = 2048, K, N >= 1152) that is more than 400 FLOP per byte, so the bound is the multiply unit.
 #include "gemm/gemm.h"
 
