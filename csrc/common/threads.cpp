@@ -18,7 +18,7 @@
 namespace sana {
 namespace {
 
-constexpr int kMostRanges = 64;
+constexpr int kMostRanges = 64;  // threads beyond share one
 
 // Tasks of one thread's share that nobody has begun, on a cache line of their own.
 struct alignas(64) Range {
