@@ -285,7 +285,8 @@ class DiT(nn.Module):
 
     def embed(self, latents: Tensor, positions: Tensor | None = None) -> Tensor:
         """(B, in channels, H, W) → tokens (B, N, C), row-major, with the position embedding of the 2K and 4K models."""
-        x = self.patch_embed(latents.to(self.dtype).flatten(2).transpose(1, 2))
+        # Contiguous: else PyTorch makes one product of it or one for each image, by whether weights require gradients.
+        x = self.patch_embed(latents.to(self.dtype).flatten(2).transpose(1, 2).contiguous())
         if positions is None:
             positions = self.positions(*latents.shape[-2:], x.device)
         return x if positions is None else (x + positions).to(x)

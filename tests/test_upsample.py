@@ -21,7 +21,7 @@ def diffusers_upsample(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach()
 
 
-UPSAMPLE_SHAPES = [(1, 1, 1, 64, 32), (2, 3, 5, 32, 32), (1, 7, 2, 128, 64), (1, 9, 33, 16, 12)]
+UPSAMPLE_SHAPES = [(1, 1, 1, 64, 32), (1, 1, 4, 64, 32), (2, 3, 5, 32, 32), (1, 7, 2, 128, 64), (1, 9, 33, 16, 12)]
 
 
 @pytest.mark.parametrize("shape", UPSAMPLE_SHAPES, ids=str)

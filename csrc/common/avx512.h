@@ -39,9 +39,8 @@ struct F32 {
 struct F16 {
   using Type = uint16_t;
   static Vec load(const uint16_t* x, Lanes lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x)); }
-  static void store(uint16_t* x, Lanes lanes, Vec y) {
-    _mm256_mask_storeu_epi16(x, lanes, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static __m256i rounded(Vec y) { return _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT); }
+  static void store(uint16_t* x, Lanes lanes, Vec y) { _mm256_mask_storeu_epi16(x, lanes, rounded(y)); }
 };
 
 struct BF16 {
@@ -49,9 +48,8 @@ struct BF16 {
   static Vec load(const uint16_t* x, Lanes lanes) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x)), 16));
   }
-  static void store(uint16_t* x, Lanes lanes, Vec y) {
-    _mm256_mask_storeu_epi16(x, lanes, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
-  }
+  static __m256i rounded(Vec y) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)); }
+  static void store(uint16_t* x, Lanes lanes, Vec y) { _mm256_mask_storeu_epi16(x, lanes, rounded(y)); }
 };
 
 inline Vec set1(float x) { return _mm512_set1_ps(x); }

@@ -38,7 +38,16 @@ struct Multiply {
       if constexpr (kStart<T> != 0)
         for (int r = 0; r < R; ++r) T::start(sum[r], part);
       else if constexpr (kPart<T> != 0) clear<T>(sum);
-      multiply<T>(sum, seen + x, q.stride * l.pixel, part + kStart<T> / 4 * T::kBytes, bytes);
+      if constexpr (kQuarters<T> && R == 1) {
+        Vec chain[4][1][2] = {};
+        for_quarters(bytes, [&](int64_t i, int64_t from, int64_t some) __attribute__((always_inline)) {
+          multiply<T>(chain[i], seen + x + from, 0, part + from / 4 * T::kBytes, some);
+        });
+        for (int half = 0; half < 2; ++half)
+          sum[0][half] = (chain[0][0][half] + chain[1][0][half]) + (chain[2][0][half] + chain[3][0][half]);
+      } else {
+        multiply<T>(sum, seen + x, q.stride * l.pixel, part + kStart<T> / 4 * T::kBytes, bytes);
+      }
       if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
         const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
         for (int r = 0; r < R; ++r)

@@ -37,8 +37,18 @@ struct Multiply {
           const auto start = T::start(part + v * l.panel);
           for (int r = 0; r < R; ++r) sum[r][v] = start;
         }
-      multiply<T>(sum, seen + x, q.stride * l.pixel, part + 16 * kStart<T>, l.panel, bytes,
-                  T::kScaled ? next + 16 * k : nullptr);
+      if constexpr (kQuarters<T> && R <= 2) {  // as many as there are registers for
+        Vec chain[4][R][V] = {};
+        for_quarters(bytes, [&](int64_t i, int64_t from, int64_t some) __attribute__((always_inline)) {
+          multiply<T>(chain[i], seen + x + from, q.stride * l.pixel, part + 16 * from, l.panel, some);
+        });
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v)
+            sum[r][v] = (chain[0][r][v] + chain[1][r][v]) + (chain[2][r][v] + chain[3][r][v]);
+      } else {
+        multiply<T>(sum, seen + x, q.stride * l.pixel, part + 16 * kStart<T>, l.panel, bytes,
+                    T::kScaled ? next + 16 * k : nullptr);
+      }
       if constexpr (kPart<T> != 0) {  // the sums of parts are in memory: the registers are full
         const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
         const __mmask16 before = k == 0 ? 0 : 0xffff;
@@ -66,9 +76,9 @@ struct Multiply {
       if (V == 1)  // 8 sums are too few to hide the latency of a dot product
         for (; i + 16 <= q.pixels; i += 16) block<V == 1 ? 16 : 8, V>(q, panel, row, i, corrections);
       for (; i + 8 <= q.pixels; i += 8) block<8, V>(q, panel, row, i, corrections);
-      if (q.pixels - i >= 4) block<4, V>(q, panel, row, i, corrections), i += 4;
-      if (q.pixels - i >= 2) block<2, V>(q, panel, row, i, corrections), i += 2;
-      if (q.pixels - i >= 1) block<1, V>(q, panel, row, i, corrections);
+      if (!kQuarters<T> && q.pixels - i >= 4) block<4, V>(q, panel, row, i, corrections), i += 4;
+      for (; i + 2 <= q.pixels; i += 2) block<2, V>(q, panel, row, i, corrections);
+      if (i < q.pixels) block<1, V>(q, panel, row, i, corrections);
     }
   }
 

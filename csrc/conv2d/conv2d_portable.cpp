@@ -28,9 +28,18 @@ struct Multiply {
           typename std::conditional<T::kScaled, float, typename T::Sum>::type sum[kColumns] = {};
           for_parts<T>(q, [&](int64_t x, int64_t k, int64_t bytes) {
             typename T::Sum part[kColumns] = {};
-            multiply<T>(part, reinterpret_cast<const Element*>(q.x(row, pixel) + x),
-                        reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * (k + kStart<T>)),
-                        bytes / int64_t(sizeof(Element)));
+            const auto* const seen = reinterpret_cast<const Element*>(q.x(row, pixel) + x);
+            const auto* const weight =
+                reinterpret_cast<const Element*>(q.weight + panel * l.panel + 16 * (k + kStart<T>));
+            if constexpr (kQuarters<T>) {
+              float chain[4][kColumns] = {};
+              for_quarters(bytes, [&](int64_t i, int64_t from, int64_t some) {
+                multiply<T>(chain[i], seen + from / 4, weight + 4 * from, some / 4);
+              });
+              for (int i = 0; i < kColumns; ++i) part[i] = (chain[0][i] + chain[1][i]) + (chain[2][i] + chain[3][i]);
+            } else {
+              multiply<T>(part, seen, weight, bytes / int64_t(sizeof(Element)));
+            }
             const float* const scale = T::kScaled ? q.chunk_scale(pixel, x) : nullptr;
             for (int i = 0; i < kColumns; ++i)
               if constexpr (T::kScaled) sum[i] += part[i] * *scale;

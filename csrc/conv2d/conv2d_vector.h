@@ -28,6 +28,20 @@ inline __attribute__((always_inline)) void for_parts(const Products& q, F f) {
       f(i * q.layout.row + j, k, most < q.bytes - j ? most : q.bytes - j);
 }
 
+// Are parts of floats, which few pixels sum as four chains? They have the registers for them, and one chain would wait
+// for each sum. Four also round less: a library may sum so few as the lanes of a vector, and is as exact as that.
+template <class T>
+constexpr bool kQuarters = kPart<T> != 0 && !T::kScaled;
+
+// f(i, from, bytes) for the quarters of such a part.
+template <class F>
+inline __attribute__((always_inline)) void for_quarters(int64_t bytes, F f) {
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t from = 16 * i < bytes ? 16 * i : bytes;
+    f(i, from, bytes - from < 16 ? bytes - from : 16);
+  }
+}
+
 // What the products of a group's pixels are off by, where a type has such a thing (gemm/multiply_avx512.h).
 template <class T>
 struct Corrections {

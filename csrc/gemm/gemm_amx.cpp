@@ -36,19 +36,17 @@ struct alignas(64) Sums {
 template <class E>
 struct Streamed {
   static void store(typename E::Type* x, Lanes, Vec y) {
-    alignas(64) typename E::Type row[kLanes];
-    E::store(row, kAllLanes, y);
     if constexpr (sizeof *x == 4)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(x), _mm512_load_si512(row));
+      _mm512_stream_ps(x, y);
     else
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm256_load_si256(reinterpret_cast<const __m256i*>(row)));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(x), E::rounded(y));
   }
 };
 
-// Rows of x that are wanted next, fetched a few cache lines at a time.
+// Rows that are wanted soon, fetched a few cache lines at a time.
 struct Ahead {
   const char* row;
-  int64_t stride, bytes;
+  int64_t stride, bytes;  // bytes: a multiple of a line
   int rows;
   int64_t k = 0;
 
@@ -60,32 +58,35 @@ struct Ahead {
   }
 };
 
-// What runs beside the steps of a block: the epilogue of the one before, a few rows at a time, and fetching ahead.
+// What runs beside the steps of a block: the epilogue of the one before, a few rows at a time, and fetching the next rows
+// of x, and the block's residual for its own epilogue.
 template <class T, class E, class Out>
 struct Pending {
-  const Gemm& p;
-  Ahead ahead;
+  Ahead next_x;
   const int64_t lines;  // of it, at a step
+  Epilogue<E, 2, Out> finish;
+  int64_t m;
+  Ahead residual = {};
   const Sums<T>* sums = nullptr;
-  int64_t m = 0, n = 0;
-  int row = 0, rows = 0, vectors = 0;
+  int row = 0, rows = 0;
 
   void run(int count) {
-    ahead.run(lines);
+    next_x.run(lines);
+    residual.run(count * residual.bytes / kLine);
     for (const int end = row + count < rows ? row + count : rows; row < end; ++row)
-      for (int v = 0; v < vectors; ++v)
-        finish<E, Out>(p, m + row, n + 16 * v, Columns(p, n + 16 * v), T::load(&sums->at[row][16 * v]));
+      finish(m + row, {T::load(&sums->at[row][0]), T::load(&sums->at[row][16])});
   }
 };
 
 // Rows m to m + rows - 1 of the result, in the columns of `block`. `x`: 32 rows, of which the last may be padding.
 template <class T, class E, class Out>
-void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block, const Ahead& ahead) {
+void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block, const Ahead& next_x) {
   const int64_t blocks = (block.last_column - block.first_column + kColumns - 1) / kColumns;
   const int64_t bytes = row_bytes(p), steps = bytes / 64;
   const int64_t parts = (steps + kSteps - 1) / kSteps, part = (steps + parts - 1) / parts;
   Sums<T> waiting[kChunk / kColumns], done[2];
-  Pending<T, E, Out> pending{p, ahead, (kRows + blocks - 1) / blocks};
+  Pending<T, E, Out> pending{next_x, (kRows + blocks - 1) / blocks, {p, block.first_column, kAllLanes, 0}, m};
+  constexpr int64_t kBytes = sizeof(typename E::Type);
   int buffer = 0;
   for (int64_t chunk = block.first_column; chunk < block.last_column; chunk += kChunk) {
     const int64_t end = chunk + kChunk < block.last_column ? chunk + kChunk : block.last_column;
@@ -96,6 +97,9 @@ void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, co
         const char* weight = static_cast<const char*>(p.weight) + n * bytes + 1024 * first;
         Sums<T>& partial = waiting[(n - chunk) / kColumns];
         first == 0 ? zero_sums() : load_sums(&partial, sizeof partial.at[0]);
+        if (p.residual != nullptr && first + count == steps)
+          pending.residual = {static_cast<const char*>(p.residual) + (m * p.out_stride + n) * kBytes, p.out_stride * kBytes,
+                              kColumns * kBytes, rows};
         multiply<T>(x + 64 * first, stride, weight, whole ? 16 * bytes : 0, count, pending);
         if (first + count < steps) {
           store_sums(&partial, sizeof partial.at[0]);
@@ -104,9 +108,9 @@ void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, co
         pending.run(kRows);
         buffer = 1 - buffer;
         store_sums(&done[buffer], sizeof done[buffer].at[0]);
+        pending.finish = {p, n, kAllLanes, whole ? 16 : 0};
         pending.sums = &done[buffer];
-        pending.m = m, pending.n = n;
-        pending.row = 0, pending.rows = rows, pending.vectors = whole ? 2 : 1;
+        pending.row = 0, pending.rows = rows;
       }
     }
   }
@@ -120,9 +124,9 @@ void block_of(const Gemm& p, const Block& block, char* buffer) {
   for (int64_t m = block.first_row; m < block.last_row; m += kRows) {
     const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
     const int64_t left = block.last_row - m, next = left - kRows;
-    const Ahead ahead = {x + kRows * p.x_stride, p.x_stride, bytes, int(next < kRows ? next : kRows)};
+    const Ahead next_x = {x + kRows * p.x_stride, p.x_stride, bytes, int(next < kRows ? next : kRows)};
     if (left >= kRows && p.x_stride % 1024 != 0) {
-      panel<T, E, Out>(p, x, p.x_stride, m, kRows, block, ahead);
+      panel<T, E, Out>(p, x, p.x_stride, m, kRows, block, next_x);
       continue;
     }
     for (int64_t r = 0; r < kRows; ++r)  // tiles have 16 rows: the last ones of x may not be there
@@ -130,7 +134,7 @@ void block_of(const Gemm& p, const Block& block, char* buffer) {
         _mm512_storeu_si512(buffer + r * apart + k,
                             r < left ? _mm512_loadu_si512(x + r * p.x_stride + k) : _mm512_setzero_si512());
     asm volatile("" : : : "memory");  // gcc does not know that a tile load reads memory
-    panel<T, E, Out>(p, buffer, apart, m, int(left < kRows ? left : kRows), block, ahead);
+    panel<T, E, Out>(p, buffer, apart, m, int(left < kRows ? left : kRows), block, next_x);
   }
   _tile_release();
   _mm_sfence();  // streamed stores are seen by other threads before whatever this thread does next

@@ -22,9 +22,8 @@ void product(const Gemm& p, int64_t m, int64_t n, const char* panel, const int* 
     for (auto& s : row) s = T::zero();
   multiply<T>(sum, x, stride, panel, bytes);
   for (int half = 0; half < 2; ++half) {
-    const Columns columns(p, n + 8 * half);
-    for (int r = 0; r < R; ++r)
-      finish<E>(p, m + r, n + 8 * half, columns, T::result(sum[r], half, correction[r]));
+    const Epilogue<E> finish(p, n + 8 * half);
+    for (int r = 0; r < R; ++r) finish(m + r, {T::result(sum[r], half, correction[r])});
   }
 }
 

@@ -22,9 +22,8 @@ void product(const Gemm& p, int64_t m, int64_t n, const int* correction) {
   typename T::Sum sum[R][V] = {};
   multiply<T>(sum, x, stride, weight, 16 * bytes, bytes);
   for (int v = 0; v < V; ++v) {
-    const Columns columns(p, n + 16 * v);
-    for (int r = 0; r < R; ++r)
-      finish<E>(p, m + r, n + 16 * v, columns, T::result(sum[r][v], correction[r]));
+    const Epilogue<E> finish(p, n + 16 * v);
+    for (int r = 0; r < R; ++r) finish(m + r, {T::result(sum[r][v], correction[r])});
   }
 }
 

@@ -128,12 +128,12 @@ void columns(const GemmW4A16& p, int64_t n, int64_t count, const int32_t* x, int
 
 template <class E>
 void finish_block(const Gemm& p, const Block& block, const float* sums) {
-  for (int64_t m = block.first_row; m < block.last_row; ++m, sums += kW4A16Columns) {
-    for_vectors(block.last_column - block.first_column, [&](int64_t i, Lanes lanes) {
-      const int64_t n = block.first_column + i;
-      finish<E>(p, m, n, Columns(p, n, lanes), F32::load(sums + i, lanes), lanes);
-    });
-  }
+  for_vectors(block.last_column - block.first_column, [&](int64_t i, Lanes lanes) {
+    const Epilogue<E> finish(p, block.first_column + i, lanes);
+    const float* sum = sums + i;
+    for (int64_t m = block.first_row; m < block.last_row; ++m, sum += kW4A16Columns)
+      finish(m, {F32::load(sum, lanes)});
+  });
 }
 
 template <class Step>
