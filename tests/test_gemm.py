@@ -54,6 +54,7 @@ CASES = [
     Case(1, 40, 2240, 32, silu=True, gated="gate"),  # 35 steps of 64
     Case(1, 66, 1280, 560),  # more columns than a chunk of 512, longer rows than a part of 18 steps
     Case(1, 65, 2048, 64, silu=True),  # rows a multiple of 1 KB apart
+    Case(2, 150, 2240, 144, gated="gate"),  # rows that take turns at fresh weights, and some that do not
 ]
 
 

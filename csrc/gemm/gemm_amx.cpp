@@ -7,7 +7,9 @@
 // the parts the sums of 512 columns wait in a buffer on the stack.
 //
 // The next 32 rows of x are prefetched into the second-level cache meanwhile: out of order alone, a core sees two steps
-// ahead, less than the last cache's latency.
+// ahead, less than the last cache's latency. Weights that a core has not read yet come from memory, at perhaps 4 bytes per
+// cycle, where a step wants 2 KB in 64: so the first 256 rows take turns at every 32 columns, whose weights were prefetched
+// during the turns before. After that the block's weights are in the second-level cache.
 //
 // Rows of x that lie a multiple of 1 KB apart would meet in a few sets of the first-level cache (K = 2048 and 9216 of the text
 // encoder): such rows are copied to where they are 64 bytes more apart.
@@ -24,7 +26,8 @@
 namespace sana {
 namespace {
 
-constexpr int kChunk = 512;  // columns whose sums wait between two parts of K
+constexpr int kChunk = 512;           // columns whose sums of 32 rows wait between two parts of K
+constexpr int64_t kTogether = 8 * kRows;  // rows that take turns at weights that come from memory
 
 // Sums of a block that wait for the next part of K, or for the epilogue.
 template <class T>
@@ -43,7 +46,8 @@ struct Streamed {
   }
 };
 
-// Rows that are wanted soon, fetched a few cache lines at a time.
+// Rows that are wanted soon, fetched a few cache lines at a time, into the first-level cache or the second.
+template <_mm_hint kHint>
 struct Ahead {
   const char* row;
   int64_t stride, bytes;  // bytes: a multiple of a line
@@ -52,65 +56,78 @@ struct Ahead {
 
   void run(int64_t lines) {
     for (; lines > 0 && rows > 0; --lines) {
-      _mm_prefetch(row + k, _MM_HINT_T1);
+      _mm_prefetch(row + k, kHint);
       if ((k += kLine) == bytes) row += stride, k = 0, --rows;
     }
   }
 };
 
-// What runs beside the steps of a block: the epilogue of the one before, a few rows at a time, and fetching the next rows
-// of x, and the block's residual for its own epilogue.
+// What runs beside the steps of a block: the epilogue of the one before, a few rows at a time, and fetching what is wanted
+// soon: rows of x, weights, and the block's residual for its own epilogue.
 template <class T, class E, class Out>
 struct Pending {
-  Ahead next_x;
-  const int64_t lines;  // of it, at a step
+  Ahead<_MM_HINT_T1> next_x;
+  const int64_t lines_of_x, lines_of_weights;  // at a step
   Epilogue<E, 2, Out> finish;
-  int64_t m;
-  Ahead residual = {};
+  Ahead<_MM_HINT_T0> weights = {}, residual = {};
   const Sums<T>* sums = nullptr;
+  int64_t m = 0;
   int row = 0, rows = 0;
 
   void run(int count) {
-    next_x.run(lines);
+    next_x.run(lines_of_x);
+    weights.run(lines_of_weights);
     residual.run(count * residual.bytes / kLine);
     for (const int end = row + count < rows ? row + count : rows; row < end; ++row)
       finish(m + row, {T::load(&sums->at[row][0]), T::load(&sums->at[row][16])});
   }
 };
 
-// Rows m to m + rows - 1 of the result, in the columns of `block`. `x`: 32 rows, of which the last may be padding.
+// Rows m to m + rows - 1 of the result, in the columns of `block`: at most 32, or a multiple of 32, which then take turns at
+// every 32 columns. `x`: these rows, of which the last of 32 may be padding.
 template <class T, class E, class Out>
-void panel(const Gemm& p, const char* x, int64_t stride, int64_t m, int rows, const Block& block, const Ahead& next_x) {
-  const int64_t blocks = (block.last_column - block.first_column + kColumns - 1) / kColumns;
+void panels(const Gemm& p, const char* x, int64_t stride, int64_t m, int64_t rows, const Block& block,
+            const Ahead<_MM_HINT_T1>& next_x) {
+  constexpr int64_t kBytes = sizeof(typename E::Type);
+  const bool fresh = rows > kRows;  // weights, which are fetched 32 columns ahead
+  const int64_t turns = (rows + kRows - 1) / kRows, columns = fresh ? kColumns : kChunk;
+  const int64_t blocks = (block.last_column - block.first_column + kColumns - 1) / kColumns * turns;
   const int64_t bytes = row_bytes(p), steps = bytes / 64;
   const int64_t parts = (steps + kSteps - 1) / kSteps, part = (steps + parts - 1) / parts;
   Sums<T> waiting[kChunk / kColumns], done[2];
-  Pending<T, E, Out> pending{next_x, (kRows + blocks - 1) / blocks, {p, block.first_column, kAllLanes, 0}, m};
-  constexpr int64_t kBytes = sizeof(typename E::Type);
+  Pending<T, E, Out> pending{next_x, (kRows + blocks - 1) / blocks, (2 * 16 + turns - 1) / turns,
+                             {p, block.first_column, kAllLanes, 0}};
   int buffer = 0;
-  for (int64_t chunk = block.first_column; chunk < block.last_column; chunk += kChunk) {
-    const int64_t end = chunk + kChunk < block.last_column ? chunk + kChunk : block.last_column;
+  for (int64_t chunk = block.first_column; chunk < block.last_column; chunk += columns) {
+    const int64_t end = chunk + columns < block.last_column ? chunk + columns : block.last_column;
     for (int64_t first = 0; first < steps; first += part) {
       const int64_t count = steps - first < part ? steps - first : part;
+      const bool last = first + count == steps;
+      Sums<T>* partial = waiting;
       for (int64_t n = chunk; n < end; n += kColumns) {
         const bool whole = n + kColumns <= block.last_column;  // else the second half is a copy of the first
         const char* weight = static_cast<const char*>(p.weight) + n * bytes + 1024 * first;
-        Sums<T>& partial = waiting[(n - chunk) / kColumns];
-        first == 0 ? zero_sums() : load_sums(&partial, sizeof partial.at[0]);
-        if (p.residual != nullptr && first + count == steps)
-          pending.residual = {static_cast<const char*>(p.residual) + (m * p.out_stride + n) * kBytes, p.out_stride * kBytes,
-                              kColumns * kBytes, rows};
-        multiply<T>(x + 64 * first, stride, weight, whole ? 16 * bytes : 0, count, pending);
-        if (first + count < steps) {
-          store_sums(&partial, sizeof partial.at[0]);
-          continue;
+        if (fresh)
+          pending.weights = {weight + (last ? kColumns * bytes - 1024 * first : 1024 * count), 16 * bytes, 1024 * count, 2};
+        for (int64_t i = 0; i < rows; i += kRows, ++partial) {
+          const int left = int(rows - i < kRows ? rows - i : kRows);
+          if (last && p.residual != nullptr)
+            pending.residual = {static_cast<const char*>(p.residual) + ((m + i) * p.out_stride + n) * kBytes,
+                                p.out_stride * kBytes, kColumns * kBytes, left};
+          first == 0 ? zero_sums() : load_sums(partial, sizeof partial->at[0]);
+          multiply<T>(x + i * stride + 64 * first, stride, weight, whole ? 16 * bytes : 0, count, pending);
+          if (!last) {
+            store_sums(partial, sizeof partial->at[0]);
+            continue;
+          }
+          pending.run(kRows);
+          buffer = 1 - buffer;
+          store_sums(&done[buffer], sizeof done[buffer].at[0]);
+          pending.finish = {p, n, kAllLanes, whole ? 16 : 0};
+          pending.sums = &done[buffer];
+          pending.m = m + i;
+          pending.row = 0, pending.rows = left;
         }
-        pending.run(kRows);
-        buffer = 1 - buffer;
-        store_sums(&done[buffer], sizeof done[buffer].at[0]);
-        pending.finish = {p, n, kAllLanes, whole ? 16 : 0};
-        pending.sums = &done[buffer];
-        pending.row = 0, pending.rows = rows;
       }
     }
   }
@@ -121,20 +138,24 @@ template <class T, class E, class Out>
 void block_of(const Gemm& p, const Block& block, char* buffer) {
   const int64_t bytes = row_bytes(p), apart = bytes + kLine;
   configure_tiles();
-  for (int64_t m = block.first_row; m < block.last_row; m += kRows) {
+  int64_t together = block.fresh ? kTogether : kRows;
+  for (int64_t m = block.first_row, rows; m < block.last_row; m += rows, together = kRows) {
     const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
-    const int64_t left = block.last_row - m, next = left - kRows;
-    const Ahead next_x = {x + kRows * p.x_stride, p.x_stride, bytes, int(next < kRows ? next : kRows)};
-    if (left >= kRows && p.x_stride % 1024 != 0) {
-      panel<T, E, Out>(p, x, p.x_stride, m, kRows, block, next_x);
+    const int64_t left = block.last_row - m;
+    const bool copied = left < kRows || p.x_stride % 1024 == 0;
+    rows = left < kRows ? left : copied ? kRows : left < together ? left / kRows * kRows : together;
+    const int64_t next = left - rows < kRows ? left - rows : kRows;
+    const Ahead<_MM_HINT_T1> next_x = {x + rows * p.x_stride, p.x_stride, bytes, int(next)};
+    if (!copied) {
+      panels<T, E, Out>(p, x, p.x_stride, m, rows, block, next_x);
       continue;
     }
     for (int64_t r = 0; r < kRows; ++r)  // tiles have 16 rows: the last ones of x may not be there
       for (int64_t k = 0; k < bytes; k += 64)
         _mm512_storeu_si512(buffer + r * apart + k,
-                            r < left ? _mm512_loadu_si512(x + r * p.x_stride + k) : _mm512_setzero_si512());
+                            r < rows ? _mm512_loadu_si512(x + r * p.x_stride + k) : _mm512_setzero_si512());
     asm volatile("" : : : "memory");  // gcc does not know that a tile load reads memory
-    panel<T, E, Out>(p, buffer, apart, m, int(left < kRows ? left : kRows), block, next_x);
+    panels<T, E, Out>(p, buffer, apart, m, rows, block, next_x);
   }
   _tile_release();
   _mm_sfence();  // streamed stores are seen by other threads before whatever this thread does next

@@ -9,6 +9,7 @@ namespace sana {
 struct Block {
   int64_t first_row, last_row;        // multiples of GemmKernels::rows, but for M
   int64_t first_column, last_column;  // multiples of GemmKernels::columns, but for N
+  bool fresh = false;                 // weights that this core has most likely not read yet
 };
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
