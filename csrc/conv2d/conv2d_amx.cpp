@@ -7,7 +7,7 @@
 // is kept. The weights of a chunk lie in the second-level cache for all rows of the group: products take 32 bytes per cycle.
 //
 // Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a
-// pixel at a time. Gathering is not.
+// pixel at a time. Gathering is not, but what the next tile sees is fetched into the second-level cache meanwhile.
 //
 // Pixels beyond the image's right end are computed too: the window and the sums have room for 32.
 #include "common/avx512.h"
@@ -21,15 +21,18 @@ namespace {
 constexpr int64_t kFirstLevel = 36 << 10;  // bytes of x, leaving room for weights and sums
 constexpr int64_t kChunk = 512 << 10;      // bytes of weights, of a second-level cache of 2 MB with window and sums
 
-// What a step of the products does besides: every so many, the epilogue of a pixel.
+// What a step of the products does besides: fetching the next tile and, every so many, the epilogue of a pixel.
 template <class Pending>
 struct Beside {
   Pending& pending;
-  const int64_t every;
-  int64_t steps = 0;
+  const int64_t lines, every;
+  int64_t left = every;
 
   void run(int) {
-    if (++steps % every == 0 && pending.left() > 0) pending.pixel();
+    pending.next_tile.run(lines);
+    if (--left > 0) return;
+    left = every;
+    if (pending.left() > 0) pending.pixel();
   }
 };
 
@@ -58,7 +61,8 @@ struct Multiply {
     const int64_t chunk = kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
     const int64_t fitting = chunk == 2 ? q.kernel : seen > kFirstLevel ? 1 : kFirstLevel / seen;
     const int64_t steps = q.rows * q.kernel * (l.packed / 64) * ((q.panels + 1) / 2), left = pending.left();
-    Beside<Pending> beside = {pending, left == 0 || steps < left ? 1 : steps / left};
+    const int64_t lines = (pending.next_tile.lines_left() + steps - 1) / steps;
+    Beside<Pending> beside = {pending, lines, left == 0 || steps < left ? 1 : steps / left};
     configure_tiles();
     for (int64_t begin = 0; begin < q.panels; begin += chunk) {
       const int64_t end = begin + chunk < q.panels ? begin + chunk : q.panels;

@@ -71,6 +71,19 @@ const T* pixels_of(const Conv2d& p, int64_t image, int64_t row) {
   return reinterpret_cast<const T*>(p.x.at(image, row - p.band.start, p.width * p.C * sizeof(T)));
 }
 
+// The pixels of x that a tile sees: from `top`, `left` on, of which those in the image are first ... last - 1.
+struct Seen {
+  int64_t image = 0, top = 0, left = 0, first_row = 0, last_row = 0, first_pixel = 0, last_pixel = 0;
+
+  Seen() = default;
+  Seen(const Conv2d& p, const Tile& tile) : image(tile.image) {
+    top = p.stride * tile.row - 1, left = p.stride * tile.pixel - 1;
+    const int64_t bottom = top + p.stride * (tile.rows - 1) + 3, right = left + p.stride * (tile.pixels - 1) + 3;
+    first_row = top < 0 ? 0 : top, last_row = bottom < p.band.height ? bottom : p.band.height;
+    first_pixel = left < 0 ? 0 : left, last_pixel = right < p.width ? right : p.width;
+  }
+};
+
 // Brings what a tile sees into the window: normalised, quantised where the weights are (then it returns the tile's
 // scale, else 1), with zeros around the image. E: the type of x.
 template <class E>
@@ -79,12 +92,7 @@ class Gather {
   using T = typename E::Type;
 
   Gather(const Conv2d& p, const Layout& layout, const Tile& tile, char* window, float* row)
-      : p_(p), layout_(layout), window_(window), row_(row) {
-    top_ = p.stride * tile.row - 1, left_ = p.stride * tile.pixel - 1;
-    const int64_t bottom = top_ + p.stride * (tile.rows - 1) + 3, right = left_ + p.stride * (tile.pixels - 1) + 3;
-    first_row_ = top_ < 0 ? 0 : top_, last_row_ = bottom < p.band.height ? bottom : p.band.height;
-    first_pixel_ = left_ < 0 ? 0 : left_, last_pixel_ = right < p.width ? right : p.width;
-    image_ = tile.image;
+      : p_(p), layout_(layout), seen_(p, tile), window_(window), row_(row) {
     // Pixels may follow each other without a gap: then a row of them is a single run of elements.
     const int64_t element = p.weight_scale == nullptr ? sizeof(T) : 1;
     whole_rows_ = p.input_norm.weight == nullptr && layout.pixel == p.C * element;
@@ -103,22 +111,24 @@ class Gather {
       return 1;
     }
     Vec largest = set1(0);
-    for_values([&](int8_t*, Lanes, Vec x) { largest = magnitude_max(largest, x); });
+    for_values([&](int8_t*, Lanes, Vec x) __attribute__((always_inline)) { largest = magnitude_max(largest, x); });
     const RowScale scale = row_scale(largest_magnitude(largest));
     const Vec inverse = set1(scale.inverse);
-    for_values([&](int8_t* to, Lanes lanes, Vec x) { store_int8(to, lanes, x * inverse); });
+    for_values([&](int8_t* to, Lanes lanes, Vec x)
+                   __attribute__((always_inline)) { store_int8(to, lanes, x * inverse); });
     return scale.scale;
   }
 
  private:
   // f(x, count, to) for all runs of consecutive elements that the tile sees, and their place in the window.
   template <class F>
-  void for_runs(F f) {
-    const int64_t pixels = last_pixel_ - first_pixel_, step = whole_rows_ ? pixels : 1;
-    for (int64_t row = first_row_; row < last_row_; ++row) {
-      const T* x = pixels_of<T>(p_, image_, row);
-      for (int64_t pixel = first_pixel_; pixel < last_pixel_; pixel += step)
-        f(x + pixel * p_.C, step * p_.C, window_ + (row - top_) * layout_.row + (pixel - left_) * layout_.pixel);
+  inline __attribute__((always_inline)) void for_runs(F f) {
+    const int64_t step = whole_rows_ ? seen_.last_pixel - seen_.first_pixel : 1;
+    for (int64_t row = seen_.first_row; row < seen_.last_row; ++row) {
+      const T* x = pixels_of<T>(p_, seen_.image, row);
+      char* const to = window_ + (row - seen_.top) * layout_.row;
+      for (int64_t pixel = seen_.first_pixel; pixel < seen_.last_pixel; pixel += step)
+        f(x + pixel * p_.C, step * p_.C, to + (pixel - seen_.left) * layout_.pixel);
     }
   }
 
@@ -130,11 +140,12 @@ class Gather {
 
   // f(to, lanes, x) for all vectors that are to be quantised.
   template <class F>
-  void for_values(F f) {
-    for_runs([&](const T* x, int64_t count, char* window) {
+  inline __attribute__((always_inline)) void for_values(F f) {
+    for_runs([&](const T* x, int64_t count, char* window) __attribute__((always_inline)) {
       int8_t* to = reinterpret_cast<int8_t*>(window);
       if (p_.input_norm.weight == nullptr)
-        return for_vectors(count, [&](int64_t c, Lanes lanes) { f(to + c, lanes, E::load(x + c, lanes)); });
+        return for_vectors(count, [&](int64_t c, Lanes lanes)
+                                      __attribute__((always_inline)) { f(to + c, lanes, E::load(x + c, lanes)); });
       // Through memory, so that lanes beyond C are zero.
       normalized(x, [&](int64_t c, Lanes lanes, Vec y) { F32::store(row_ + c, lanes, y); });
       for_vectors(count, [&](int64_t c, Lanes lanes) { f(to + c, lanes, F32::load(row_ + c, lanes)); });
@@ -143,11 +154,48 @@ class Gather {
 
   const Conv2d& p_;
   const Layout& layout_;
+  const Seen seen_;
   char* window_;
   float* row_;
-  int64_t image_, top_, left_, first_row_, last_row_, first_pixel_, last_pixel_;
   bool whole_rows_;
 };
+
+// What a tile will see of x, or nothing, fetched a few cache lines at a time.
+template <class T>
+class Fetch {
+ public:
+  Fetch() = default;
+  Fetch(const Conv2d& p, const Tile& tile) : p_(&p), seen_(p, tile) {
+    bytes_ = (seen_.last_pixel - seen_.first_pixel) * p.C * int64_t(sizeof(T));
+    row_ = seen_.first_row;
+    begin_row();
+  }
+
+  int64_t lines_left() const { return (seen_.last_row - row_) * (bytes_ / kLine + 1); }  // about
+  void run(int64_t lines) {
+    for (; lines > 0 && row_ < seen_.last_row; --lines) {
+      __builtin_prefetch(at_, 0, 2);  // into the second-level cache
+      if ((at_ += kLine) >= end_) ++row_, begin_row();
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  void begin_row() {
+    if (row_ >= seen_.last_row) return;
+    at_ = reinterpret_cast<const char*>(pixels_of<T>(*p_, seen_.image, row_) + seen_.first_pixel * p_->C);
+    end_ = at_ + bytes_;
+  }
+
+  const Conv2d* p_ = nullptr;
+  Seen seen_;
+  int64_t bytes_ = 0, row_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
+// Pixels further along a row which an epilogue asks for, so that they have come when it is their turn.
+constexpr int64_t kPixelsAhead = 4;
 
 // What becomes of a pixel's sums. M::load makes floats of them.
 template <class E, class M>
@@ -155,42 +203,55 @@ class Epilogue {
  public:
   using T = typename E::Type;
 
-  Epilogue(const Conv2d& p, float* row) : p_(p), row_(row) {}
+  Epilogue(const Conv2d& p, float* row) : p_(p), row_(row), width_((p.width + p.stride - 1) / p.stride) {}
 
   // Pixel `pixel` of row `row` of the image's result (of phases, the pixel of x that it comes of).
-  void operator()(int64_t image, int64_t row, int64_t pixel, int phase, float x_scale, const float* sums) {
-    const Band& band = p_.band;
-    const float* scale = p_.weight_scale == nullptr ? nullptr : p_.weight_scale + phase * p_.N;
-    const float* bias = p_.bias == nullptr || !p_.bias_by_phase ? p_.bias : p_.bias + phase * p_.N;
-    const auto result = [&](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+  void operator()(int64_t image, int64_t row, int64_t pixel, int phase, float x_scale, const float* sums) const {
+    // Copies of what every vector needs: after a store, p_'s own would be read again.
+    const Band band = p_.band;
+    const int64_t N = p_.N;
+    const Activation activation = p_.activation;
+    const float* const scale = p_.weight_scale == nullptr ? nullptr : p_.weight_scale + phase * N;
+    const float* const bias = p_.bias == nullptr || !p_.bias_by_phase ? p_.bias : p_.bias + phase * N;
+    const auto result = [=](int64_t n, Lanes lanes) __attribute__((always_inline)) {
       Vec y = M::load(sums + n);
       if (scale != nullptr) y = y * (F32::load(scale + n, lanes) * set1(x_scale));
       if (bias != nullptr) y = y + F32::load(bias + n, lanes);
-      return activate<E>(p_.activation, y);
+      return activate<E>(activation, y);
     };
     if (p_.phases == 4) {
       const int64_t index = (image * 2 * (band.last - band.first) + 2 * (row - band.first) + phase / 2) * 2 * p_.width;
-      T* out = static_cast<T*>(p_.out) + (index + 2 * pixel + phase % 2) * p_.N;
-      const T* x = pixels_of<T>(p_, image, row) + pixel * p_.C;
-      return for_vectors(p_.N, [=](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+      T* const out = static_cast<T*>(p_.out) + (index + 2 * pixel + phase % 2) * N;
+      const T* const x = pixels_of<T>(p_, image, row) + pixel * p_.C;
+      return for_vectors(N, [=](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+        __builtin_prefetch(out + n + 2 * kPixelsAhead * N);
         E::store(out + n, lanes, result(n, lanes) + shortcut(x, phase, n, lanes));
       });
     }
-    const int64_t width = (p_.width + p_.stride - 1) / p_.stride;
-    const int64_t rows = band.last - band.first, of_row = width * p_.N;
-    T* out = static_cast<T*>(p_.out) + (image * rows + row - band.first) * of_row + pixel * p_.N;
+    const int64_t rows = band.last - band.first, of_row = width_ * N;
+    T* const out = static_cast<T*>(p_.out) + (image * rows + row - band.first) * of_row + pixel * N;
     const T* residual = nullptr;
     if (p_.residual.rest != nullptr)
-      residual = reinterpret_cast<const T*>(p_.residual.at(image, row - band.first, of_row * sizeof(T))) + pixel * p_.N;
-    const auto store = [&](int64_t n, Lanes lanes, Vec y) __attribute__((always_inline)) {
-      E::store(out + n, lanes, residual == nullptr ? y : y + E::load(residual + n, lanes));
+      residual = reinterpret_cast<const T*>(p_.residual.at(image, row - band.first, of_row * sizeof(T))) + pixel * N;
+    const auto store = [=](int64_t n, Lanes lanes, Vec y) __attribute__((always_inline)) {
+      __builtin_prefetch(out + n + kPixelsAhead * N);
+      if (residual != nullptr) {
+        __builtin_prefetch(residual + n + kPixelsAhead * N);
+        y = y + E::load(residual + n, lanes);
+      }
+      E::store(out + n, lanes, y);
     };
     if (p_.norm.weight == nullptr)
-      return for_vectors(p_.N, [&](int64_t n, Lanes lanes)
-                                   __attribute__((always_inline)) { store(n, lanes, result(n, lanes)); });
-    for_vectors(p_.N, [&](int64_t n, Lanes lanes)
-                          __attribute__((always_inline)) { F32::store(row_ + n, lanes, result(n, lanes)); });
-    normalize(p_.N, p_.norm, p_.eps, [&](int64_t n, Lanes lanes) { return F32::load(row_ + n, lanes); }, store);
+      return for_vectors(N, [=](int64_t n, Lanes lanes)
+                                __attribute__((always_inline)) { store(n, lanes, result(n, lanes)); });
+    float* const kept = row_;
+    const auto again = [=](int64_t n, Lanes lanes) { return F32::load(kept + n, lanes); };
+    const auto first = [=](int64_t n, Lanes lanes) __attribute__((always_inline)) {
+      const Vec y = result(n, lanes);
+      F32::store(kept + n, lanes, y);
+      return lanes == kAllLanes ? y : again(n, lanes);  // without what is beyond N
+    };
+    normalize(N, p_.norm, p_.eps, first, again, store);
   }
 
  private:
@@ -209,10 +270,12 @@ class Epilogue {
   }
 
   const Conv2d& p_;
-  float* row_;
+  float* const row_;
+  const int64_t width_;  // of the result, of phases 1
 };
 
-// The epilogue of a group of rows whose sums are there, done a pixel at a time.
+// What can be done beside the products of a group of rows: the epilogue of the one before, whose sums are there, a pixel
+// at a time, and fetching the next tile.
 template <class E, class M>
 class Pending {
  public:
@@ -232,6 +295,8 @@ class Pending {
   void finish() {
     while (row_ < rows_.rows) pixel();
   }
+
+  Fetch<typename E::Type> next_tile;
 
  private:
   Epilogue<E, M> epilogue_;
@@ -255,11 +320,15 @@ void tiles_of(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory)
   // In int8 the padding takes part, which is zero in the weights: corrections are sums of whole vectors then.
   const int64_t bytes = p.weight_scale == nullptr ? l.taps : l.packed;
   Pending<E, M> pending(p, l, result);
+  const int64_t width = (p.width + p.stride - 1) / p.stride;
   int64_t count = 0;
   for (int64_t first = 0; first < tiles.pixels; first += kTilePixels) {
     const int64_t pixels = first + kTilePixels < tiles.pixels ? kTilePixels : tiles.pixels - first;
     const Tile tile = {tiles.image, tiles.row, tiles.pixel + first, tiles.rows, pixels};
     const float x_scale = Gather<E>(p, l, tile, window, row)();
+    const int64_t next = tile.pixel + kTilePixels;  // most likely this thread's, beyond `tiles` too
+    const int64_t some = width - next < kTilePixels ? width - next : kTilePixels;
+    if (some > 0) pending.next_tile = {p, {tile.image, tile.row, next, tile.rows, some}};
     for (int64_t top = 0; top < tile.rows; top += l.group) {
       const int64_t rows = top + l.group < tile.rows ? l.group : tile.rows - top;
       for (int phase = 0; phase < p.phases; ++phase, ++count) {
