@@ -108,6 +108,19 @@ inline Vec magnitude_max(Vec largest, Vec x) {
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(largest), magnitude));
 }
 
+// magnitude_max of `count` values in bfloat16, by which the bits are compared as they are.
+inline Vec magnitude_max(Vec largest, const uint16_t* x, int64_t count) {
+  __m256i most = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 16) {
+    uint16_t last[16] = {};
+    if (count - i < 16) memcpy(last, x + i, 2 * (count - i));
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(count - i < 16 ? last : x + i));
+    most = _mm256_max_epu16(most, _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)));
+  }
+  const Vec two = _mm256_castsi256_ps(most);
+  return magnitude_max(magnitude_max(largest, bf16_of_two(two, true)), bf16_of_two(two, false));
+}
+
 inline float largest_magnitude(Vec magnitudes) {
   const __m256i x = _mm256_castps_si256(magnitudes);
   __m128i most = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -124,6 +137,14 @@ inline int64_t int8_of(Vec x) {
 inline void store_int8(int8_t* to, Lanes lanes, Vec x) {
   const int64_t bytes = int8_of(x);
   memcpy(to, &bytes, lanes);
+}
+// Four vectors, one after the other.
+inline void store_int8(int8_t* to, const Vec (&x)[4]) {
+  const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+  const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(x[2]), _mm256_cvtps_epi32(x[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // lanes interleave
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 }
 inline void store_uint8(uint8_t* to, Lanes lanes, Vec x) {  // 128 more
   const int64_t bytes = int8_of(x) ^ int64_t(0x8080808080808080);

@@ -83,9 +83,28 @@ inline float largest_magnitude(Vec magnitudes) {
   return float_from_bits(uint32_t(_mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes))));
 }
 
+// magnitude_max of `count` values in bfloat16, by which the bits are compared as they are.
+inline Vec magnitude_max(Vec largest, const uint16_t* x, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 lanes = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(lanes, x + i), magnitude));
+  }
+  const Vec two = _mm512_castsi512_ps(most);
+  return magnitude_max(magnitude_max(largest, bf16_of_two(two, true)), bf16_of_two(two, false));
+}
+
 // To the nearest integer, ties to even, beyond the type to its ends.
 inline void store_int8(int8_t* to, Lanes lanes, Vec x) {  // vpmovsdb under a mask to memory is slow on Zen
   _mm_mask_storeu_epi8(to, lanes, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+// Four vectors, one after the other.
+inline void store_int8(int8_t* to, const Vec (&x)[4]) {
+  const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
+  const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // lanes interleave
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
 }
 inline void store_uint8(uint8_t* to, Lanes lanes, Vec x) {  // 128 more
   const __m128i narrow = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));

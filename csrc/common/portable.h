@@ -48,6 +48,10 @@ inline Vec magnitude_max(Vec largest, Vec x) {
   const uint32_t magnitude = bits_from_float(x) & 0x7fffffffu;
   return magnitude > bits_from_float(largest) ? float_from_bits(magnitude) : largest;
 }
+inline Vec magnitude_max(Vec largest, const uint16_t* x, int64_t count) {  // in bfloat16
+  for (int64_t i = 0; i < count; ++i) largest = magnitude_max(largest, bf16_to_float(x[i]));
+  return largest;
+}
 inline float largest_magnitude(Vec magnitudes) { return magnitudes; }
 
 // To the nearest integer, ties to even; x lies in the type's range or is NaN.
@@ -61,6 +65,11 @@ inline Vec silu_16(Vec x) { return silu(x); }
 template <class F>
 inline void for_vectors(int64_t count, F f) {
   for (int64_t i = 0; i < count; ++i) f(i, kAllLanes);
+}
+
+template <class F>
+inline void store_int8_row(int8_t* to, int64_t count, F f) {
+  for_vectors(count, [&](int64_t i, Lanes lanes) { store_int8(to + i, lanes, f(i, lanes)); });
 }
 
 }  // namespace

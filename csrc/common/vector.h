@@ -12,6 +12,16 @@ inline void for_vectors(int64_t count, F f) {
   if (i < count) f(i, first_lanes(count - i));
 }
 
+// store_int8 for a row, of which f(i, lanes) are the values.
+template <class F>
+inline __attribute__((always_inline)) void store_int8_row(int8_t* to, int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+    store_int8(to + i, {f(i, kAllLanes), f(i + kLanes, kAllLanes), f(i + 2 * kLanes, kAllLanes),
+                        f(i + 3 * kLanes, kAllLanes)});
+  for (; i < count; i += kLanes) store_int8(to + i, first_lanes(count - i), f(i, first_lanes(count - i)));
+}
+
 // exp and SiLU come in two precisions. Powers of two are exact; between them the polynomials are minimax fits in
 // relative error. The bounds were measured against double over all exponents. NaN stays NaN. Arguments are clamped to
 // where the result is a normal number, because subnormal ones cost a hundred cycles.

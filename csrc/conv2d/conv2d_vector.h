@@ -110,12 +110,22 @@ class Gather {
       });
       return 1;
     }
+    const bool as_is = p_.input_norm.weight == nullptr;
     Vec largest = set1(0);
-    for_values([&](int8_t*, Lanes, Vec x) __attribute__((always_inline)) { largest = magnitude_max(largest, x); });
+    if constexpr (sizeof(T) == 2) {
+      if (as_is) for_runs([&](const T* x, int64_t count, char*) { largest = magnitude_max(largest, x, count); });
+    }
+    if (sizeof(T) != 2 || !as_is)
+      for_values([&](int8_t*, Lanes, Vec x) __attribute__((always_inline)) { largest = magnitude_max(largest, x); });
     const RowScale scale = row_scale(largest_magnitude(largest));
     const Vec inverse = set1(scale.inverse);
-    for_values([&](int8_t* to, Lanes lanes, Vec x)
-                   __attribute__((always_inline)) { store_int8(to, lanes, x * inverse); });
+    if (as_is)
+      for_runs([&](const T* x, int64_t count, char* to) {
+        store_int8_row(reinterpret_cast<int8_t*>(to), count,
+                       [&](int64_t c, Lanes lanes) { return E::load(x + c, lanes) * inverse; });
+      });
+    else
+      for_values([&](int8_t* to, Lanes lanes, Vec x) { store_int8(to, lanes, x * inverse); });
     return scale.scale;
   }
 

@@ -13,7 +13,7 @@ namespace {
 template <class F>
 void store_quantized_row(int64_t K, RowScale scale, int8_t* values, F f) {
   const Vec inverse = set1(scale.inverse);
-  for_vectors(K, [&](int64_t k, Lanes lanes) { store_int8(values + k, lanes, f(k, lanes) * inverse); });
+  store_int8_row(values, K, [&](int64_t k, Lanes lanes) { return f(k, lanes) * inverse; });
   memset(values + K, 0, quantized_pitch(K) - K);
 }
 
