@@ -67,6 +67,11 @@ inline void for_vectors(int64_t count, F f) {
   for (int64_t i = 0; i < count; ++i) f(i, kAllLanes);
 }
 
+inline Vec magnitude_max(Vec largest, const float* x, int64_t count) {
+  for_vectors(count, [&](int64_t i, Lanes lanes) { largest = magnitude_max(largest, F32::load(x + i, lanes)); });
+  return largest;
+}
+
 template <class F>
 inline void store_int8_row(int8_t* to, int64_t count, F f) {
   for_vectors(count, [&](int64_t i, Lanes lanes) { store_int8(to + i, lanes, f(i, lanes)); });

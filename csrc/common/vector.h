@@ -12,6 +12,11 @@ inline void for_vectors(int64_t count, F f) {
   if (i < count) f(i, first_lanes(count - i));
 }
 
+inline Vec magnitude_max(Vec largest, const float* x, int64_t count) {
+  for_vectors(count, [&](int64_t i, Lanes lanes) { largest = magnitude_max(largest, F32::load(x + i, lanes)); });
+  return largest;
+}
+
 // store_int8 for a row, of which f(i, lanes) are the values.
 template <class F>
 inline __attribute__((always_inline)) void store_int8_row(int8_t* to, int64_t count, F f) {

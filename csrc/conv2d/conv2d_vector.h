@@ -112,20 +112,19 @@ class Gather {
     }
     const bool as_is = p_.input_norm.weight == nullptr;
     Vec largest = set1(0);
-    if constexpr (sizeof(T) == 2) {
-      if (as_is) for_runs([&](const T* x, int64_t count, char*) { largest = magnitude_max(largest, x, count); });
-    }
-    if (sizeof(T) != 2 || !as_is)
-      for_values([&](int8_t*, Lanes, Vec x) __attribute__((always_inline)) { largest = magnitude_max(largest, x); });
+    for_runs([&](const T* x, int64_t count, char*) {
+      if (as_is) largest = magnitude_max(largest, x, count);
+      else largest = magnitude_max(largest, normalized(x), p_.C);
+    });
     const RowScale scale = row_scale(largest_magnitude(largest));
     const Vec inverse = set1(scale.inverse);
-    if (as_is)
-      for_runs([&](const T* x, int64_t count, char* to) {
-        store_int8_row(reinterpret_cast<int8_t*>(to), count,
-                       [&](int64_t c, Lanes lanes) { return E::load(x + c, lanes) * inverse; });
-      });
-    else
-      for_values([&](int8_t* to, Lanes lanes, Vec x) { store_int8(to, lanes, x * inverse); });
+    for_runs([&](const T* x, int64_t count, char* window) {
+      int8_t* const to = reinterpret_cast<int8_t*>(window);
+      if (as_is)
+        return store_int8_row(to, count, [&](int64_t c, Lanes lanes) { return E::load(x + c, lanes) * inverse; });
+      const float* const y = normalized(x);
+      store_int8_row(to, p_.C, [&](int64_t c, Lanes lanes) { return F32::load(y + c, lanes) * inverse; });
+    });
     return scale.scale;
   }
 
@@ -148,18 +147,10 @@ class Gather {
               [&](int64_t c, Lanes lanes, Vec y) { f(c, lanes, activate<E>(p_.input_activation, y)); });
   }
 
-  // f(to, lanes, x) for all vectors that are to be quantised.
-  template <class F>
-  inline __attribute__((always_inline)) void for_values(F f) {
-    for_runs([&](const T* x, int64_t count, char* window) __attribute__((always_inline)) {
-      int8_t* to = reinterpret_cast<int8_t*>(window);
-      if (p_.input_norm.weight == nullptr)
-        return for_vectors(count, [&](int64_t c, Lanes lanes)
-                                      __attribute__((always_inline)) { f(to + c, lanes, E::load(x + c, lanes)); });
-      // Through memory, so that lanes beyond C are zero.
-      normalized(x, [&](int64_t c, Lanes lanes, Vec y) { F32::store(row_ + c, lanes, y); });
-      for_vectors(count, [&](int64_t c, Lanes lanes) { f(to + c, lanes, F32::load(row_ + c, lanes)); });
-    });
+  // The same as floats, in memory.
+  const float* normalized(const T* x) {
+    normalized(x, [&](int64_t c, Lanes lanes, Vec y) { F32::store(row_ + c, lanes, y); });
+    return row_;
   }
 
   const Conv2d& p_;
