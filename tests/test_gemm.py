@@ -137,17 +137,18 @@ def test_int32_sums_are_exact_at_the_extremes(variant):
 @pytest.mark.parametrize("variant", CPU)
 @pytest.mark.parametrize("precision", ["bf16", "w8a8"])
 def test_packed_weights_strided_rows_and_threads_change_nothing(variant, precision):
-    x, weight = signed(2, 70, 192), torch.randn(208, 192) / 8
+    K = 1216  # longer than a part of 18 steps, so that sums of rows that take turns at weights wait
+    x, weight = signed(2, 150, K), torch.randn(208, K) / 8
     if precision == "bf16":
         a, b = x.bfloat16(), weight.bfloat16()
-        packed, strided = pack(b), torch.cat([a, a], dim=2)[..., :192]
-        rows = a[0][:, None]  # (70, 1, 192), whose second stride means nothing
-        rows = rows.as_strided(rows.shape, (192, 3, 1))
+        packed, strided = pack(b), torch.cat([a, a], dim=2)[..., :K]
+        rows = a[0][:, None]  # (150, 1, K), whose second stride means nothing
+        rows = rows.as_strided(rows.shape, (K, 3, 1))
         assert torch.equal(gemm(variant, rows, b), gemm(variant, rows.clone(), b))
     else:
         a, b = (sana_kernels.quantize(t) for t in (x, weight))
         packed = Quantized(pack(b.values), b.scale)
-        strided = Quantized(torch.cat([a.values, a.values], dim=2)[..., :192], a.scale)
+        strided = Quantized(torch.cat([a.values, a.values], dim=2)[..., :K], a.scale)
     expected = gemm(variant, a, b)
     before = torch.get_num_threads()
     for threads in (1, 2, 5):

@@ -108,8 +108,8 @@ inline Vec magnitude_max(Vec largest, Vec x) {
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(largest), magnitude));
 }
 
-// magnitude_max of `count` values in bfloat16, by which the bits are compared as they are.
-inline Vec magnitude_max(Vec largest, const uint16_t* x, int64_t count) {
+// magnitude_max of `count` values in bfloat16, whose 16 bits are compared.
+inline Vec magnitude_max_bf16(Vec largest, const uint16_t* x, int64_t count) {
   __m256i most = _mm256_setzero_si256();
   for (int64_t i = 0; i < count; i += 16) {
     uint16_t last[16] = {};

@@ -83,8 +83,8 @@ inline float largest_magnitude(Vec magnitudes) {
   return float_from_bits(uint32_t(_mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes))));
 }
 
-// magnitude_max of `count` values in bfloat16, by which the bits are compared as they are.
-inline Vec magnitude_max(Vec largest, const uint16_t* x, int64_t count) {
+// magnitude_max of `count` values in bfloat16, whose 16 bits are compared.
+inline Vec magnitude_max_bf16(Vec largest, const uint16_t* x, int64_t count) {
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 32) {

@@ -48,7 +48,7 @@ inline Vec magnitude_max(Vec largest, Vec x) {
   const uint32_t magnitude = bits_from_float(x) & 0x7fffffffu;
   return magnitude > bits_from_float(largest) ? float_from_bits(magnitude) : largest;
 }
-inline Vec magnitude_max(Vec largest, const uint16_t* x, int64_t count) {  // in bfloat16
+inline Vec magnitude_max_bf16(Vec largest, const uint16_t* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) largest = magnitude_max(largest, bf16_to_float(x[i]));
   return largest;
 }

@@ -76,7 +76,8 @@ struct Multiply {
       if (V == 1)  // 8 sums are too few to hide the latency of a dot product
         for (; i + 16 <= q.pixels; i += 16) block<V == 1 ? 16 : 8, V>(q, panel, row, i, corrections);
       for (; i + 8 <= q.pixels; i += 8) block<8, V>(q, panel, row, i, corrections);
-      if (!kQuarters<T> && q.pixels - i >= 4) block<4, V>(q, panel, row, i, corrections), i += 4;
+      if constexpr (!kQuarters<T>)
+        if (q.pixels - i >= 4) block<4, V>(q, panel, row, i, corrections), i += 4;
       for (; i + 2 <= q.pixels; i += 2) block<2, V>(q, panel, row, i, corrections);
       if (i < q.pixels) block<1, V>(q, panel, row, i, corrections);
     }

@@ -28,8 +28,8 @@ inline __attribute__((always_inline)) void for_parts(const Products& q, F f) {
       f(i * q.layout.row + j, k, most < q.bytes - j ? most : q.bytes - j);
 }
 
-// Are parts of floats, which few pixels sum as four chains? They have the registers for them, and one chain would wait
-// for each sum. Four also round less: a library may sum so few as the lanes of a vector, and is as exact as that.
+// Are parts of floats, which few pixels sum as four chains? That rounds less: a library may sum so few as the lanes of a
+// vector, and is as exact as that. (On AVX-512 there are registers for them, and one chain would wait for each sum.)
 template <class T>
 constexpr bool kQuarters = kPart<T> != 0 && !T::kScaled;
 
@@ -113,8 +113,9 @@ class Gather {
     const bool as_is = p_.input_norm.weight == nullptr;
     Vec largest = set1(0);
     for_runs([&](const T* x, int64_t count, char*) {
-      if (as_is) largest = magnitude_max(largest, x, count);
-      else largest = magnitude_max(largest, normalized(x), p_.C);
+      if (!as_is) largest = magnitude_max(largest, normalized(x), p_.C);
+      else if constexpr (sizeof(T) == 2) largest = magnitude_max_bf16(largest, x, count);
+      else largest = magnitude_max(largest, x, count);
     });
     const RowScale scale = row_scale(largest_magnitude(largest));
     const Vec inverse = set1(scale.inverse);
@@ -195,7 +196,8 @@ class Fetch {
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
-// Pixels further along a row which an epilogue asks for, so that they have come when it is their turn.
+// Pixels further along a row which an epilogue asks for, so that they have come when it is their turn. The last ones of a
+// tile ask for the next tile's.
 constexpr int64_t kPixelsAhead = 4;
 
 // What becomes of a pixel's sums. M::load makes floats of them.
@@ -297,7 +299,7 @@ class Pending {
     while (row_ < rows_.rows) pixel();
   }
 
-  Fetch<typename E::Type> next_tile;
+  Fetch<typename E::Type> next_tile;  // for AMX
 
  private:
   Epilogue<E, M> epilogue_;

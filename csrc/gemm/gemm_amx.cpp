@@ -8,8 +8,9 @@
 //
 // The next 32 rows of x are prefetched into the second-level cache meanwhile: out of order alone, a core sees two steps
 // ahead, less than the last cache's latency. Weights that a core has not read yet come from memory, at perhaps 4 bytes per
-// cycle, where a step wants 2 KB in 64: so the first 256 rows take turns at every 32 columns, whose weights were prefetched
-// during the turns before. After that the block's weights are in the second-level cache.
+// cycle, where a step wants 2 KB in 64: so the first rows, up to 256 if their x is no more than 512 KB, take turns at every
+// part of 32 columns, whose weights were prefetched during the turns before. After that the block's weights are in the
+// second-level cache. (Rows that are copied, and fewer than 64, take no turns.)
 //
 // Rows of x that lie a multiple of 1 KB apart would meet in a few sets of the first-level cache (K = 2048 and 9216 of the text
 // encoder): such rows are copied to where they are 64 bytes more apart.
@@ -26,8 +27,9 @@
 namespace sana {
 namespace {
 
-constexpr int kChunk = 512;           // columns whose sums of 32 rows wait between two parts of K
-constexpr int64_t kTogether = 8 * kRows;  // rows that take turns at weights that come from memory
+constexpr int kChunk = 512;  // columns whose sums of 32 rows wait between two parts of K
+// Rows that take turns at weights that come from memory: at most, and their bytes, which stay in the second-level cache.
+constexpr int64_t kTogether = 8 * kRows, kTogetherBytes = 512 << 10;
 
 // Sums of a block that wait for the next part of K, or for the epilogue.
 template <class T>
@@ -46,8 +48,10 @@ struct Streamed {
   }
 };
 
-// Rows that are wanted soon, fetched a few cache lines at a time, into the first-level cache or the second.
-template <_mm_hint kHint>
+constexpr int kFirstLevel = 3, kSecondLevel = 2;  // caches, as __builtin_prefetch numbers them
+
+// Rows that are wanted soon, fetched a few cache lines at a time.
+template <int kLocality>
 struct Ahead {
   const char* row;
   int64_t stride, bytes;  // bytes: a multiple of a line
@@ -56,7 +60,7 @@ struct Ahead {
 
   void run(int64_t lines) {
     for (; lines > 0 && rows > 0; --lines) {
-      _mm_prefetch(row + k, kHint);
+      __builtin_prefetch(row + k, 0, kLocality);
       if ((k += kLine) == bytes) row += stride, k = 0, --rows;
     }
   }
@@ -66,10 +70,10 @@ struct Ahead {
 // soon: rows of x, weights, and the block's residual for its own epilogue.
 template <class T, class E, class Out>
 struct Pending {
-  Ahead<_MM_HINT_T1> next_x;
+  Ahead<kSecondLevel> next_x;
   const int64_t lines_of_x, lines_of_weights;  // at a step
   Epilogue<E, 2, Out> finish;
-  Ahead<_MM_HINT_T0> weights = {}, residual = {};
+  Ahead<kFirstLevel> weights = {}, residual = {};
   const Sums<T>* sums = nullptr;
   int64_t m = 0;
   int row = 0, rows = 0;
@@ -87,15 +91,15 @@ struct Pending {
 // every 32 columns. `x`: these rows, of which the last of 32 may be padding.
 template <class T, class E, class Out>
 void panels(const Gemm& p, const char* x, int64_t stride, int64_t m, int64_t rows, const Block& block,
-            const Ahead<_MM_HINT_T1>& next_x) {
+            const Ahead<kSecondLevel>& next_x) {
   constexpr int64_t kBytes = sizeof(typename E::Type);
-  const bool fresh = rows > kRows;  // weights, which are fetched 32 columns ahead
+  const bool fresh = rows > kRows;  // weights, which are fetched a part ahead
   const int64_t turns = (rows + kRows - 1) / kRows, columns = fresh ? kColumns : kChunk;
   const int64_t blocks = (block.last_column - block.first_column + kColumns - 1) / kColumns * turns;
   const int64_t bytes = row_bytes(p), steps = bytes / 64;
   const int64_t parts = (steps + kSteps - 1) / kSteps, part = (steps + parts - 1) / parts;
   Sums<T> waiting[kChunk / kColumns], done[2];
-  Pending<T, E, Out> pending{next_x, (kRows + blocks - 1) / blocks, (2 * 16 + turns - 1) / turns,
+  Pending<T, E, Out> pending{next_x, (kRows + blocks - 1) / blocks, 2 * 16 / turns + 1,
                              {p, block.first_column, kAllLanes, 0}};
   int buffer = 0;
   for (int64_t chunk = block.first_column; chunk < block.last_column; chunk += columns) {
@@ -107,8 +111,12 @@ void panels(const Gemm& p, const char* x, int64_t stride, int64_t m, int64_t row
       for (int64_t n = chunk; n < end; n += kColumns) {
         const bool whole = n + kColumns <= block.last_column;  // else the second half is a copy of the first
         const char* weight = static_cast<const char*>(p.weight) + n * bytes + 1024 * first;
-        if (fresh)
-          pending.weights = {weight + (last ? kColumns * bytes - 1024 * first : 1024 * count), 16 * bytes, 1024 * count, 2};
+        if (fresh) {  // of the same columns, or of the next
+          const char* const next = weight + (last ? kColumns * bytes - 1024 * first : 1024 * count);
+          const int64_t left = last ? block.last_column - n - kColumns : kColumns;
+          const int64_t soon = last ? part : steps - first - count < part ? steps - first - count : part;
+          pending.weights = {next, 16 * bytes, 1024 * soon, left <= 0 ? 0 : left < kColumns ? 1 : 2};
+        }
         for (int64_t i = 0; i < rows; i += kRows, ++partial) {
           const int left = int(rows - i < kRows ? rows - i : kRows);
           if (last && p.residual != nullptr)
@@ -138,14 +146,15 @@ template <class T, class E, class Out>
 void block_of(const Gemm& p, const Block& block, char* buffer) {
   const int64_t bytes = row_bytes(p), apart = bytes + kLine;
   configure_tiles();
-  int64_t together = block.fresh ? kTogether : kRows;
+  const int64_t fitting = kTogetherBytes / bytes / kRows * kRows;
+  int64_t together = !block.fresh || fitting < kRows ? kRows : fitting < kTogether ? fitting : kTogether;
   for (int64_t m = block.first_row, rows; m < block.last_row; m += rows, together = kRows) {
     const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
     const int64_t left = block.last_row - m;
     const bool copied = left < kRows || p.x_stride % 1024 == 0;
     rows = left < kRows ? left : copied ? kRows : left < together ? left / kRows * kRows : together;
     const int64_t next = left - rows < kRows ? left - rows : kRows;
-    const Ahead<_MM_HINT_T1> next_x = {x + rows * p.x_stride, p.x_stride, bytes, int(next)};
+    const Ahead<kSecondLevel> next_x = {x + rows * p.x_stride, p.x_stride, bytes, int(next)};
     if (!copied) {
       panels<T, E, Out>(p, x, p.x_stride, m, rows, block, next_x);
       continue;
