@@ -1,9 +1,10 @@
 """How to measure on a machine whose speed changes: peaks, interleaving, statistics, and the file that results land in.
 
 Variants are interleaved (A B C, B C A, …), so a slow minute hits all of them. Before and after each repetition the
-machine's peak is measured; a repetition whose two probes differ by more than 10 % is repeated, up to a bound, and the
+machine's speed is probed; a repetition whose two probes differ by more than 10 % is repeated, up to a bound, and the
 file says how often. Percentages are of the highest peak seen in the same run, on all the threads that the benchmark
-uses.
+uses. A probe counts all its time; a peak leaves out what others took of the processor meanwhile, as the median of short
+calls does.
 """
 
 import datetime
@@ -46,16 +47,19 @@ EIGHT_BITS = ("int8", "fp8")  # products that the library does not have on every
 class Peaks:
     """The machine's peaks: operations per second by kind of arithmetic, bytes per second for "copy".
 
-    `measure(kind, seconds)` is one window; a probe is the best of five. `best` collects the highest of the whole run.
+    `measure(kind, seconds)` is one window: the rate over all its time, and undisturbed. A probe is the best of five.
+    `best` collects the highest undisturbed rates of the whole run.
     """
 
-    def __init__(self, kinds: list[str], measure: Callable[[str, float], float], window: float = WINDOW_SECONDS):
+    def __init__(
+        self, kinds: list[str], measure: Callable[[str, float], tuple[float, float]], window: float = WINDOW_SECONDS
+    ):
         """`kinds`: names such as fp32_avx512 or int8 (the arithmetic, then what it runs on), and copy."""
         self.measure, self.window = measure, window
         self.best: dict[str, float] = {}
         for kind in kinds:
             try:
-                self.best[kind] = measure(kind, window)
+                _, self.best[kind] = measure(kind, window)
             except RuntimeError:
                 if kind.split("_")[0] not in EIGHT_BITS:
                     raise
@@ -74,10 +78,11 @@ class Peaks:
         return kinds[0] if self.best[kinds[0]] > 0.95 * self.best[fastest] else fastest
 
     def probe(self, kinds: set[str], windows: int = WINDOWS) -> dict[str, float]:
-        """The rates now."""
-        now = {kind: max(self.measure(kind, self.window) for _ in range(windows)) for kind in sorted(kinds)}
-        for kind, rate in now.items():
-            self.best[kind] = max(self.best[kind], rate)
+        """The rates now, over all the time."""
+        now = {}
+        for kind in sorted(kinds):
+            over_all, undisturbed = zip(*(self.measure(kind, self.window) for _ in range(windows)), strict=True)
+            now[kind], self.best[kind] = max(over_all), max(self.best[kind], *undisturbed)
         return now
 
     def percent(self, amount: float, seconds: float, precision: str) -> float | None:
@@ -107,8 +112,8 @@ _GPU_OPERANDS = {
 }  # fmt: skip
 
 
-def _gpu_rate(kind: str, seconds: float) -> float:
-    """The library's 8192³ product on normal data, or a copy of 1 GiB, for at least `seconds`."""
+def _gpu_rate(kind: str, seconds: float) -> tuple[float, float]:
+    """The library's 8192³ product on normal data, or a copy of 1 GiB, for at least `seconds`: nobody disturbs it."""
     if kind == "copy":
         source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
@@ -128,7 +133,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mm(x, weight.t())
 
 
-def _events_rate(run: Callable[[], object], amount: float, seconds: float) -> float:
+def _events_rate(run: Callable[[], object], amount: float, seconds: float) -> tuple[float, float]:
     run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     calls = 1
@@ -140,7 +145,8 @@ def _events_rate(run: Callable[[], object], amount: float, seconds: float) -> fl
         end.synchronize()
         elapsed = start.elapsed_time(end) / 1e3
         if elapsed >= seconds:
-            return amount * calls / elapsed
+            rate = amount * calls / elapsed
+            return rate, rate
         calls = max(2 * calls, int(1.2 * calls * seconds / max(elapsed, 1e-6)))
 
 

@@ -17,7 +17,7 @@ RATES = {"fp32_fake": 1e13, "bf16_fake": 1e14, "copy": 1e13}
 def fake_peaks(**rates):
     """Peaks of a machine that never changes its speed."""
     found = RATES | rates
-    return harness.Peaks(list(found), lambda kind, seconds: found[kind])
+    return harness.Peaks(list(found), lambda kind, seconds: (found[kind], found[kind]))
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +134,13 @@ def test_peaks_of_a_precision_are_the_fastest_arithmetic_it_may_use():
     assert fake_peaks(int16_fake=2 * RATES["bf16_fake"]).kind("bf16") == "int16_fake"
 
 
+def test_a_peak_leaves_out_what_others_took_and_a_probe_does_not():
+    windows = iter([(6e11, 9e11), (7e11, 1e12), (5e11, 8e11)])
+    peaks = harness.Peaks(["bf16", "fp32"], lambda kind, seconds: next(windows) if kind == "bf16" else (1e10, 1e10))
+    assert peaks.probe({"bf16"}, windows=2) == {"bf16": 7e11}
+    assert peaks.percent(1e12, 1.0, "bf16") == pytest.approx(100)
+
+
 def test_this_machines_peaks_can_be_measured():
     peaks = harness.peaks(torch.device("cpu"), window=0.002)
     assert peaks.best[peaks.kind("fp32")] > 1e8
@@ -151,7 +158,7 @@ def test_a_peak_that_cannot_be_measured_leaves_its_percentages_out(tiny_kernels,
     def measure(kind, seconds):
         if kind in ("int8", broken):
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
-        return 1e12
+        return 1e12, 1e12
 
     broken = "int8"
     peaks = harness.Peaks(["fp32", "bf16", "int8", "copy"], measure)

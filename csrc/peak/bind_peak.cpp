@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -81,12 +83,18 @@ void pin(int i) {
 #endif
 }
 
-// Runs `prepare(i)` and then `step(i)` over and over on `threads` threads, all of them from one moment on, and returns
-// the sum of the threads' rates: what their steps returned, per second.
+// What all threads together did per second.
+struct Rate {
+  double over_all = 0;  // what others took of the processor meanwhile included
+  double of_steps = 0;  // of each thread's median step: what others take is in few of them
+};
+
+// Runs `prepare(i)` and then `step(i)` over and over on `threads` threads, all of them from one moment on, and adds up
+// the threads' rates: what their steps returned, per second.
 template <class Prepare, class Step>
-double total_rate(int threads, double seconds, Prepare prepare, Step step) {
+Rate total_rate(int threads, double seconds, Prepare prepare, Step step) {
   std::atomic<int> ready{0};
-  std::vector<double> rates(threads);
+  std::vector<Rate> rates(threads);
   std::vector<std::thread> team;
   for (int i = 0; i < threads; ++i) {
     team.emplace_back([&, i] {
@@ -95,18 +103,26 @@ double total_rate(int threads, double seconds, Prepare prepare, Step step) {
       step(i);  // the first touch of memory, and the wide units' slow start
       ready.fetch_add(1);
       while (ready.load() < threads) std::this_thread::yield();
+      std::vector<double> of_steps;
       const auto start = Clock::now();
       double done = 0, elapsed = 0;
       while (elapsed < seconds) {
-        done += step(i);
+        const double amount = step(i), before = elapsed;
         elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+        of_steps.push_back(amount / (elapsed - before));
+        done += amount;
       }
-      rates[i] = done / elapsed;
+      const auto middle = of_steps.begin() + of_steps.size() / 2;
+      std::nth_element(of_steps.begin(), middle, of_steps.end());
+      rates[i] = {done / elapsed, *middle};
     });
   }
   for (std::thread& thread : team) thread.join();
-  double sum = 0;
-  for (double rate : rates) sum += rate;
+  Rate sum;
+  for (const Rate& rate : rates) {
+    sum.over_all += rate.over_all;
+    sum.of_steps += rate.of_steps;
+  }
   return sum;
 }
 
@@ -127,7 +143,7 @@ Operands random_operands(Element element, int seed) {
   return operands;
 }
 
-double loop_rate(const Kind& kind, int threads, double seconds) {
+Rate loop_rate(const Kind& kind, int threads, double seconds) {
   std::vector<Operands> operands;
   for (int i = 0; i < threads; ++i) operands.push_back(random_operands(kind.element, i));
   const auto step = [&](int i) { return kind.loop(operands[i].bytes, kind.iterations); };
@@ -158,7 +174,7 @@ size_t last_cache_bytes() {
 
 // memcpy of a buffer of four times the last-level cache, its parts spread over the threads. Counts what memory sees:
 // each byte is read once and written once.
-double copy_rate(int threads, double seconds) {
+Rate copy_rate(int threads, double seconds) {
   const size_t part = (4 * last_cache_bytes() / threads + 4095) / 4096 * 4096;
   std::vector<std::vector<unsigned char>> from(threads), to(threads);
   const auto prepare = [&](int i) {
@@ -173,11 +189,12 @@ double copy_rate(int threads, double seconds) {
   return total_rate(threads, seconds, prepare, step);
 }
 
-double peak(const std::string& name, int threads, double seconds) {
+std::pair<double, double> peak(const std::string& name, int threads, double seconds) {
   if (threads < 1 || !(seconds > 0)) throw std::invalid_argument("peak needs threads >= 1 and seconds > 0");
-  if (name == "copy") return copy_rate(threads, seconds);
+  const auto pair = [](const Rate& rate) { return std::pair(rate.over_all, rate.of_steps); };
+  if (name == "copy") return pair(copy_rate(threads, seconds));
   for (const Kind& kind : kinds())
-    if (name == kind.name) return loop_rate(kind, threads, seconds);
+    if (name == kind.name) return pair(loop_rate(kind, threads, seconds));
   throw std::invalid_argument("peak " + name + " is not one that this processor can run; _cpu.peak_kinds() lists them");
 }
 
@@ -195,5 +212,6 @@ void bind_peak(py::module_& module) {
   module.def("peak", peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
              "Operations per second (a multiply-add counts as two), or for \"copy\" bytes read and written per second,"
-             " of `threads` pinned threads together.");
+             " of `threads` pinned threads together: over all the time, and of each thread's median step of a fraction of"
+             " a millisecond (a copy: of all its bytes), which leaves out what others took of the processor.");
 }
