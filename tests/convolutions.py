@@ -3,20 +3,17 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-import emulated_tiles
 import pytest
 import torch
 from torch.utils._pytree import tree_map
-from variants import double, isas, run, signed, variants
+from variants import double, on_cpu, signed, variants
 
-import sana_kernels
 from sana_kernels.conv2d import Band, ConvWeight, reference
 from sana_kernels.conv2d.weights import quantize_conv2d, winograd_conv2d, winograd_upsample
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-EMULATED = "cpu:amx (emulated)"
-VARIANTS = [*variants("conv2d"), *([] if "amx" in isas() else [EMULATED])]
-CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
+VARIANTS = variants("conv2d", tiles=True)
+CPU = on_cpu(tiles=True)
 GPU = [v for v in VARIANTS if not isinstance(v, str)]
 FLOATS = (torch.float32, torch.bfloat16)
 # Of the products; those of integers between activations of bf16.
@@ -27,13 +24,6 @@ INTEGERS = PRECISIONS[2:]
 def of_diffusers(module: str, name: str) -> type:
     """A class of diffusers' models. Skips the test where diffusers is not installed."""
     return getattr(pytest.importorskip(f"diffusers.models.{module}"), name)
-
-
-def compute(variant: str, op: str, *args, **kwargs) -> torch.Tensor:
-    if variant == EMULATED:
-        with emulated_tiles.cpu():
-            return getattr(sana_kernels, op)(*args, **kwargs, backend="cpu")
-    return run(variant, op, *args, **kwargs)
 
 
 def upsample_inputs(B: int, H: int, W: int, channels: int, C: int, dtype: torch.dtype, device: str = "cpu") -> tuple:

@@ -12,14 +12,13 @@ from convolutions import (
     PRECISIONS,
     Case,
     banded,
-    compute,
     in_double,
     of_diffusers,
     quantized,
     quantized_upsample,
     upsample_inputs,
 )
-from variants import device_of, signed
+from variants import device_of, run, signed
 
 import sana_kernels
 from sana_kernels.conv2d import Band, ConvWeight, reference
@@ -51,7 +50,7 @@ def test_conv2d_against_fp64(variant, precision, case):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     (x, weight), around = case.make(dtype, device_of(variant))
     weight = quantized(weight, precision)
-    y = compute(variant, "conv2d", x, weight, **around)
+    y = run(variant, "conv2d", x, weight, **around)
     assert y.is_contiguous() and y.dtype == dtype
     if "winograd" in precision and "input" in case.around:  # which is rounded before it is transformed
         norm, activation = around.pop("input_norm"), around.pop("input_activation")
@@ -74,7 +73,7 @@ def test_integers_between_floats(variant, precision, case):
     same = sana_kernels.conv2d(x, weight, **around, backend="reference")
     exact, wide = in_double(weight, around)
     oracle = sana_kernels.conv2d(x.double(), exact, **wide, backend="reference")
-    y = compute(variant, "conv2d", x, weight, **around)
+    y = run(variant, "conv2d", x, weight, **around)
     if "winograd" in precision:  # values between two steps may go either way
         assert relative_rms(y, oracle) < (5e-5 if precision == "winograd int16" else 2e-3)
     else:
@@ -124,14 +123,14 @@ def test_int32_sums_are_exact_at_the_extremes(variant):
     weight = torch.full((20, 112, 3, 3), 127, dtype=torch.int8)
     weight[::2, ::3] = -127
     weight[1::4] = -127
-    y = compute(variant, "conv2d", x, ConvWeight(weight, torch.ones(20), tuple(weight.shape)))
+    y = run(variant, "conv2d", x, ConvWeight(weight, torch.ones(20), tuple(weight.shape)))
     exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1).permute(0, 2, 3, 1)
     assert torch.equal(y.double(), exact)
 
     x = torch.full((1, 3, 3, 600), 127.0)  # rows of taps that are odd numbers beyond 2²⁴
     weight = torch.full((16, 600, 3, 3), 127, dtype=torch.int8)
     weight[:, 0, :, 0] = torch.tensor([3, 5, 7])
-    y = compute(variant, "conv2d", x, ConvWeight(weight, torch.ones(16), tuple(weight.shape)))
+    y = run(variant, "conv2d", x, ConvWeight(weight, torch.ones(16), tuple(weight.shape)))
     exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1).permute(0, 2, 3, 1)
     assert exact.max() > 2**26 and torch.equal(y, exact.float())
 
@@ -184,23 +183,23 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision):
         )
         weight = quantized(weight, precision)
         residual = around.pop("residual")
-        whole = compute(variant, "conv2d", x, weight, **around, residual=residual)
+        whole = run(variant, "conv2d", x, weight, **around, residual=residual)
 
         def part(rows, band, first, last, weight=weight, around=around, residual=residual):
             here = residual[:, first:last].contiguous()
-            return compute(variant, "conv2d", rows, weight, **around, residual=here, band=band)
+            return run(variant, "conv2d", rows, weight, **around, residual=here, band=band)
 
         same_rows(banded(x, ends, stride, 1, part), whole)
     x, weight, bias = upsample_inputs(2, 35, 100, 32, 16, dtype)
     folded = quantized_upsample(weight, precision)
-    whole = compute(variant, "upsample", x, folded, bias)
+    whole = run(variant, "upsample", x, folded, bias)
     parts = banded(
         x, ends, 1, 1,
-        lambda rows, band, *_: compute(variant, "upsample", rows, folded, bias, band=band),
+        lambda rows, band, *_: run(variant, "upsample", rows, folded, bias, band=band),
     )  # fmt: skip
     same_rows(parts, whole)
     off_by_one = Band(6, 8, 16, 35)  # the same rows, said to lie one higher
-    wrong = compute(variant, "upsample", x[:, 7:18].contiguous(), folded, bias, band=off_by_one)
+    wrong = run(variant, "upsample", x[:, 7:18].contiguous(), folded, bias, band=off_by_one)
     assert not torch.equal(wrong, whole[:, 16:32])
 
 
@@ -221,10 +220,10 @@ def test_rows_in_two_pieces_are_the_same_image(variant, precision):
         weight, residual = quantized(weight, precision), around.pop("residual", None)
         for band in bands if stride == 1 else [Band(0, 0, 21, 41), Band(15, 8, 16, 64)]:
             here = {} if residual is None else {"residual": residual[:, : band.last - band.first].clone()}
-            whole = compute(variant, "conv2d", x, weight, **around, **here, band=band)
+            whole = run(variant, "conv2d", x, weight, **around, **here, band=band)
             for cut in (1, 9, 16, 17, 40):
                 in_two = {name: pieces(rows, min(cut, rows.shape[1] - 1)) for name, rows in here.items()}
-                y = compute(variant, "conv2d", pieces(x, cut), weight, **around, **in_two, band=band)
+                y = run(variant, "conv2d", pieces(x, cut), weight, **around, **in_two, band=band)
                 assert torch.equal(y, whole), f"{around}, {band}, {cut}"
 
     bias = torch.randn(36, dtype=dtype)
@@ -233,9 +232,9 @@ def test_rows_in_two_pieces_are_the_same_image(variant, precision):
     kernels += [(quantize_conv2d(phases) if precision in INTEGERS else phases, bias.repeat(4))]
     for kernel, biases in kernels:
         for band in bands:
-            whole = compute(variant, "upsample", x, kernel, biases, band=band)
+            whole = run(variant, "upsample", x, kernel, biases, band=band)
             for cut in (1, 9, 40):
-                assert torch.equal(compute(variant, "upsample", pieces(x, cut), kernel, biases, band=band), whole)
+                assert torch.equal(run(variant, "upsample", pieces(x, cut), kernel, biases, band=band), whole)
 
 
 def test_a_compiler_sees_both_pieces():
@@ -265,7 +264,7 @@ def test_packed_weights_and_threads_change_nothing(variant, precision):
     for threads, w, f in ((1, weight, folded), (2, pack_conv2d(weight), pack_conv2d(folded, 4)), (5, weight, folded)):
         torch.set_num_threads(threads)
         try:
-            results.append((compute(variant, "conv2d", x, w, **around), compute(variant, "upsample", x, f, bias)))
+            results.append((run(variant, "conv2d", x, w, **around), run(variant, "upsample", x, f, bias)))
         finally:
             torch.set_num_threads(before)
     for result in results[1:]:
@@ -281,7 +280,7 @@ def test_a_nan_reaches_whatever_sees_it(variant, precision, channels):
     (x, weight), _ = Case(1, 20, 70, channels, 16).make(dtype)
     x[0, 10, 40, 2] = torch.nan
     weight = quantized(weight, precision)
-    y = compute(variant, "conv2d", x, weight)
+    y = run(variant, "conv2d", x, weight)
     nan, touched = y[0].isnan().any(-1), torch.zeros(20, 70, dtype=torch.bool)
     touched[9:12, 39:42] = True
     if "winograd" in precision:

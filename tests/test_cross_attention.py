@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import assert_close, assert_kernel
-from variants import DTYPES, device_of, double, isas, run, signed, variants
+from variants import DTYPES, device_of, double, on_cpu, run, signed, variants
 
 import sana_kernels
 from sana_kernels import backend
 from sana_kernels.backend import BackendUnavailable
 from sana_kernels.cross_attention import library
 from sana_kernels.cross_attention.reference import cross_attention as reference
+
+VARIANTS = variants("cross_attention", tiles=True)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", variants("cross_attention"))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_error_against_fp64(variant, dtype, case):
     q, k, v, lengths = args = case.make(dtype, device_of(variant))
     y = run(variant, "cross_attention", *args)
@@ -58,7 +60,7 @@ def test_error_against_fp64(variant, dtype, case):
         assert torch.equal(y, run(variant, "cross_attention", q, k, v, lengths)), "padding must not matter"
 
 
-@pytest.mark.parametrize("variant", variants("cross_attention"))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_more_text_than_one_block(variant):
     """The online softmax: the largest scores come last, and earlier sums are scaled down."""
     q, k, v, lengths = Case(13, 700, 2, 64, (641, 700)).make(torch.float32, device_of(variant))
@@ -68,29 +70,29 @@ def test_more_text_than_one_block(variant):
     assert_kernel(y, plain(*args), plain(*double(*args)), variant)
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("variant", on_cpu(tiles=True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_padding_may_hold_anything_and_nan_is_not_hidden(dtype, isa):
+def test_padding_may_hold_anything_and_nan_is_not_hidden(dtype, variant):
     q, k, v, lengths = Case(20, 40, 3, 72, (17, 33)).make(dtype)
-    expected = run(f"cpu:{isa}", "cross_attention", q, k, v, lengths)
+    expected = run(variant, "cross_attention", q, k, v, lengths)
     k, v = k.clone(), v.clone()
     k[0, 17:], v[0, 17:] = float("nan"), float("inf")
-    assert torch.equal(run(f"cpu:{isa}", "cross_attention", q, k, v, lengths), expected)
+    assert torch.equal(run(variant, "cross_attention", q, k, v, lengths), expected)
     k[1, 5, 1, 3], v[1, 6, 2, 4] = float("nan"), float("nan")
-    y = run(f"cpu:{isa}", "cross_attention", q, k, v, lengths)
+    y = run(variant, "cross_attention", q, k, v, lengths)
     assert y[1, :, 1].isnan().all() and y[1, :, 2, 4].isnan().all()
     assert torch.equal(y[0], expected[0]) and torch.equal(y[1, :, 0], expected[1, :, 0])
     assert not y[1, :, 2, :4].isnan().any()
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("variant", on_cpu(tiles=True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bytes_on_any_number_of_threads(dtype, isa):
+def test_same_bytes_on_any_number_of_threads(dtype, variant):
     args = Case(300, 33, 5, 72, (33, 20)).make(dtype)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(run(f"cpu:{isa}", "cross_attention", *args))
+        results.append(run(variant, "cross_attention", *args))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import emulated_tiles
 import pytest
 import torch
 from compare import assert_kernel, relative_rms
-from variants import DTYPES, device_of, isas, run, signed, variants
+from variants import DTYPES, device_of, on_cpu, run, signed, variants
 
 import sana_kernels
 from sana_kernels import Quantized
@@ -14,15 +13,11 @@ from sana_kernels.backend import BackendUnavailable
 from sana_kernels.gemm import pack
 from sana_kernels.gemm.reference import dequantize
 
-EMULATED = "cpu:amx (emulated)"
-VARIANTS = [*variants("gemm"), *([] if "amx" in isas() else [EMULATED])]
-CPU = [v for v in VARIANTS if isinstance(v, str) and v.startswith("cpu")]
+VARIANTS = variants("gemm", tiles=True)
+CPU = on_cpu(tiles=True)
 
 
 def gemm(variant: str, *args, **kwargs) -> torch.Tensor:
-    if variant == EMULATED:
-        with emulated_tiles.cpu():
-            return sana_kernels.gemm(*args, **kwargs, backend="cpu")
     return run(variant, "gemm", *args, **kwargs)
 
 

@@ -4,11 +4,10 @@ import importlib.util
 from dataclasses import dataclass
 from functools import partial
 
-import emulated_tiles
 import pytest
 import torch
 from compare import assert_close, assert_kernel, relative_rms
-from variants import DTYPES, device_of, double, isa_cap, isas, run, signed, variants
+from variants import DTYPES, EMULATED, device_of, double, on, on_cpu, run, signed, variants
 
 import sana_kernels
 
@@ -119,18 +118,14 @@ BANDS = [Case(2, 70, 16, 64, 160), Case(1, 3, 600, 64, 96), Case(1, 1, 1100, 64,
 
 @pytest.mark.parametrize("case", BANDS, ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "w8a8"])
-@pytest.mark.parametrize("variant", [*(f"cpu:{isa}" for isa in isas()), "cpu:amx (emulated)"])
+@pytest.mark.parametrize("variant", on_cpu(tiles=True))
 def test_bands_are_the_whole_bit_for_bit(variant, precision, case):
     """The op in bands of rows equals its three steps over whole images, whichever rows a band begins and ends with."""
-    if variant.endswith("amx (emulated)"):
-        if case is not BANDS[0]:
-            pytest.skip("one case is enough for the emulator")
-        context = emulated_tiles.cpu()
-    else:
-        context = isa_cap(variant.removeprefix("cpu:"))
+    if variant == EMULATED and case is not BANDS[0]:
+        pytest.skip("one case is enough for the emulator")
     x, height, width, we, be, wd, bd, wp = case.make(torch.float32)
     gate, residual = torch.randn(case.B, case.C), signed(case.B, height * width, case.C, dtype=torch.bfloat16)
-    with context:
+    with on(variant):
         if precision == "w8a8":
             x, we, wp = (sana_kernels.quantize(t) for t in (x, we, wp))
         else:

@@ -4,8 +4,8 @@ diffusers' projection."""
 import pytest
 import torch
 from compare import assert_close, assert_kernel
-from convolutions import CPU, FLOATS, banded, compute, of_diffusers
-from variants import double, signed
+from convolutions import CPU, FLOATS, banded, of_diffusers
+from variants import double, run, signed
 
 import sana_kernels
 
@@ -19,7 +19,7 @@ def test_multi_scale_against_fp64_and_diffusers(variant, dtype):
         x, taps = signed(B, H, W, C, dtype=dtype), torch.randn(C, 1, kernel + 2, kernel + 2).to(dtype) / kernel
         depthwise = taps[:, :, 1:-1, 1:-1]  # in no order that a view could flatten
         grouped = torch.randn(C, 32, 1, 1).to(dtype) / 6
-        y = compute(variant, "multi_scale", x, depthwise, grouped)
+        y = run(variant, "multi_scale", x, depthwise, grouped)
         same = sana_kernels.multi_scale(x, depthwise, grouped, backend="reference")
         oracle = sana_kernels.multi_scale(*double(x, depthwise, grouped), backend="reference")
         assert_kernel(y, same, oracle, f"{variant} {C}")
@@ -29,9 +29,9 @@ def test_multi_scale_against_fp64_and_diffusers(variant, dtype):
             assert_close(oracle, theirs(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1), of_rms=1e-12)
         with pytest.raises(AssertionError):  # the groups' matrices transposed
             wrong = grouped.view(-1, 32, 32).mT.reshape(C, 32, 1, 1)
-            assert_kernel(compute(variant, "multi_scale", x, depthwise, wrong), same, oracle)
+            assert_kernel(run(variant, "multi_scale", x, depthwise, wrong), same, oracle)
         parts = banded(
             x, sorted({0, 1, H // 2, H}), 1, kernel // 2,
-            lambda rows, band, *_, w=(depthwise, grouped): compute(variant, "multi_scale", rows, *w, band=band),
+            lambda rows, band, *_, w=(depthwise, grouped): run(variant, "multi_scale", rows, *w, band=band),
         )  # fmt: skip
         assert torch.equal(parts, y)

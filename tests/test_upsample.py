@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 import torch
 from compare import assert_close, assert_kernel, relative_rms
-from convolutions import CPU, FLOATS, compute, of_diffusers, upsample_inputs
-from variants import DTYPES, device_of, double, variants
+from convolutions import CPU, FLOATS, of_diffusers, upsample_inputs
+from variants import DTYPES, device_of, double, run, variants
 
 import sana_kernels
 from sana_kernels.conv2d import ConvWeight, reference
@@ -35,7 +35,7 @@ def test_upsample_against_diffusers_and_fp64(variant, dtype, shape):
         pytest.skip("the CUDA kernel takes multiples of 8 channels")
     x, weight, bias = upsample_inputs(*shape, dtype, device_of(variant))
     folded = reference.fold_upsample(weight)
-    y = compute(variant, "upsample", x, folded, bias)
+    y = run(variant, "upsample", x, folded, bias)
     exact = double(x.cpu(), weight.cpu(), bias.cpu())
     if importlib.util.find_spec("diffusers") is not None:
         oracle = diffusers_upsample(*exact)
@@ -54,7 +54,7 @@ def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
     """W8A8; and 3 × 3 phases, a convolution before a pixel shuffle, which diffusers has too."""
     x, weight, bias = upsample_inputs(*shape, dtype)
     integers = quantize_conv2d(reference.fold_upsample(weight))
-    y = compute(variant, "upsample", x, integers, bias)
+    y = run(variant, "upsample", x, integers, bias)
     same = sana_kernels.upsample(x, integers, bias, backend="reference")
     exact = ConvWeight(integers.values, integers.scale.double(), integers.shape)
     assert_kernel(y, same, sana_kernels.upsample(x.double(), exact, bias.double(), backend="reference"))
@@ -62,7 +62,7 @@ def test_upsample_of_integers_and_of_whole_phases(variant, dtype, shape):
     C, channels = weight.shape[0], weight.shape[1]
     phases, biases = torch.randn(4 * C, channels, 3, 3) * channels**-0.5 / 3, torch.randn(4 * C)
     phases, biases = phases.to(dtype), biases.to(dtype)
-    y = compute(variant, "upsample", x, phases, biases)
+    y = run(variant, "upsample", x, phases, biases)
     same = sana_kernels.upsample(x, phases, biases, backend="reference")
     cls = of_diffusers("autoencoders.autoencoder_dc", "DCUpBlock2d")
     block = cls(channels, C, interpolate=False, shortcut=True).double()
@@ -80,7 +80,7 @@ def test_upsample_of_a_transformed_kernel(variant, integers, dtype, shape):
     int8 about as close as the direct kernel in W8A8."""
     x, weight, bias = upsample_inputs(*shape, dtype)
     kernel = winograd_upsample(weight, integers)
-    y = compute(variant, "upsample", x, kernel, bias)
+    y = run(variant, "upsample", x, kernel, bias)
     same = sana_kernels.upsample(x, kernel, bias, backend="reference")
     exact = kernel._replace(scale=kernel.scale.double())
     oracle = sana_kernels.upsample(x.double(), exact, bias.double(), backend="reference")

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, assert_kernel, relative_rms
-from convolutions import CPU, compute
-from variants import signed
+from convolutions import CPU
+from variants import run, signed
 
 import sana_kernels
 from sana_kernels.conv2d import ConvWeight, reference
@@ -118,11 +118,11 @@ def test_int16_is_as_close_to_the_convolution_as_pytorch(variant, inputs):
         x, weight = x.bfloat16(), weight.bfloat16()
         same = sana_kernels.conv2d(x, weight, backend="reference")
         oracle = sana_kernels.conv2d(x.double(), weight.double(), backend="reference")
-        y = compute(variant, "conv2d", x, winograd_conv2d(weight, INT16))
+        y = run(variant, "conv2d", x, winograd_conv2d(weight, INT16))
         assert_kernel(y, same, oracle, f"{variant} {H} {W} {C}")
         if inputs == "signed":
             with pytest.raises(AssertionError):  # where int8 is not
-                assert_kernel(compute(variant, "conv2d", x, winograd_conv2d(weight, INT8)), same, oracle, "int8")
+                assert_kernel(run(variant, "conv2d", x, winograd_conv2d(weight, INT8)), same, oracle, "int8")
 
 
 @pytest.mark.parametrize("integers", [INT8, INT16], ids=str)
@@ -135,7 +135,7 @@ def test_beside_one_large_value(variant, integers):
     def error(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the kernel and, of bfloat16, the rounding."""
         oracle = sana_kernels.conv2d(x.double(), weight.double(), backend="reference")
-        y = compute(variant, "conv2d", x, winograd_conv2d(weight, integers)).double()
+        y = run(variant, "conv2d", x, winograd_conv2d(weight, integers)).double()
         return tuple((z.double() - oracle)[0].square().mean(-1).sqrt() for z in (y, oracle.bfloat16()))
 
     x, weight = x.bfloat16(), weight.bfloat16()
@@ -160,7 +160,7 @@ def test_beyond_what_sums_can_hold(variant, integers, large):
     """Not a number, or infinite; never a number that is wrong. In other patches nothing is lost."""
     x, weight = torch.randn(1, 8, 16, 40).bfloat16(), torch.randn(16, 40, 3, 3).bfloat16()
     x[0, 1, 5, 2] = large
-    y = compute(variant, "conv2d", x, winograd_conv2d(weight, integers))[0].double()
+    y = run(variant, "conv2d", x, winograd_conv2d(weight, integers))[0].double()
     exact = sana_kernels.conv2d(x.double(), weight.double(), backend="reference")[0]
     sees, same_patch = torch.zeros(8, 16, dtype=torch.bool), torch.zeros(8, 16, dtype=torch.bool)
     sees[:3, 4:7], same_patch[0:4, 4:8] = True, True
@@ -190,7 +190,7 @@ def test_int8_at_the_extremes(variant):
         exact = kernel._replace(scale=kernel.scale.double())
         same = getattr(sana_kernels, op)(x, kernel, *around, backend="reference")
         oracle = getattr(sana_kernels, op)(x.double(), exact, *(t.double() for t in around), backend="reference")
-        assert_kernel(compute(variant, op, x, kernel, *around), same, oracle)
+        assert_kernel(run(variant, op, x, kernel, *around), same, oracle)
 
 
 def test_what_sums_of_int8_start_with():
@@ -217,7 +217,7 @@ def test_int16_at_the_extremes(variant, size):
         op, bias = ("conv2d", ()) if k == 6 else ("upsample", (torch.zeros(N),))
         same = getattr(sana_kernels, op)(x, kernel, *(t.bfloat16() for t in bias), backend="reference")
         oracle = getattr(sana_kernels, op)(x.double(), exact, *(t.double() for t in bias), backend="reference")
-        assert_kernel(compute(variant, op, x, kernel, *(t.bfloat16() for t in bias)), same, oracle)
+        assert_kernel(run(variant, op, x, kernel, *(t.bfloat16() for t in bias)), same, oracle)
 
 
 def test_int16_sums_fit_into_32_bits():

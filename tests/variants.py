@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import emulated_tiles
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -10,6 +11,7 @@ import sana_kernels
 from sana_kernels import _cpu, backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EMULATED = "cpu:amx (emulated)"
 
 
 @contextmanager
@@ -32,17 +34,31 @@ def isas() -> list[str]:
     return found
 
 
-def variants(op: str) -> list:
-    """Parameters for `run`: backend, or backend:isa. Those that need a GPU carry its mark."""
+def on_cpu(tiles: bool = False) -> list[str]:
+    """Variants of the CPU; `tiles`: of an op that has a kernel for AMX, which runs everywhere, emulated if need be."""
+    found = [f"cpu:{isa}" for isa in isas()]
+    return [*found, EMULATED] if tiles and "cpu:amx" not in found else found
+
+
+def variants(op: str, tiles: bool = False) -> list:
+    """Parameters for `run`: backend, or backend:isa (see `on_cpu`). Those that need a GPU carry its mark."""
     found = []
     for kernel in backend.kernels(op):
         if kernel.backend == "cpu":
-            found += [f"cpu:{isa}" for isa in isas()]
+            found += on_cpu(tiles)
         else:
             found.append(
                 pytest.param(kernel.backend, marks=pytest.mark.gpu) if kernel.device == "cuda" else kernel.backend
             )
     return found
+
+
+@contextmanager
+def on(variant: str):
+    """Within, backend "cpu" is this variant of it."""
+    isa = variant.partition(":")[2]
+    with emulated_tiles.cpu() if variant == EMULATED else isa_cap(isa or _cpu.isa()):
+        yield
 
 
 def device_of(variant: str) -> str:
@@ -51,8 +67,8 @@ def device_of(variant: str) -> str:
 
 def run(variant: str, op: str, *args, **kwargs) -> torch.Tensor:
     """The public op on one variant. Skips the test where a kernel of a backend that the GPU has refuses the arguments."""
-    name, _, isa = variant.partition(":")
-    with isa_cap(isa or _cpu.isa()):
+    name = variant.partition(":")[0]
+    with on(variant):
         try:
             return getattr(sana_kernels, op)(*args, **kwargs, backend=name)
         except backend.BackendUnavailable as error:

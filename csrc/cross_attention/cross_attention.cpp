@@ -32,7 +32,8 @@ namespace {
 constexpr int64_t kTokens = 256;  // of one task
 
 constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, SANA_AVX2(&cross_attention_avx2),
-                                                        nullptr, SANA_AVX512(&cross_attention_avx512), nullptr};
+                                                        nullptr, SANA_AVX512(&cross_attention_avx512),
+                                                        SANA_AMX(&cross_attention_amx)};
 
 }  // namespace
 

@@ -17,5 +17,6 @@ struct CrossAttentionKernels {
 extern const CrossAttentionKernels cross_attention_portable;
 extern const CrossAttentionKernels cross_attention_avx2;
 extern const CrossAttentionKernels cross_attention_avx512;
+extern const CrossAttentionKernels cross_attention_amx;  // of bf16
 
 }  // namespace sana
