@@ -1,8 +1,8 @@
 // The inner loop of matrix products on AMX tiles: 32 rows x 32 columns of sums in tiles 0-3, x in tiles 4 and 5,
 // weights in 6 and 7. For gemm and conv2d; include common/avx512.h and common/tiles.h first.
 //
-// Weights stream from the second-level cache with the non-temporal hint (tileloaddt1), without which they would push x
-// out of the first.
+// One operand stays in the first-level cache, where a tile load takes 8 cycles; the other streams from the second (19) with
+// the non-temporal hint (tileloaddt1), without which it would push the first out.
 #pragma once
 
 namespace sana {
@@ -55,17 +55,41 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
+enum class Stays { x, weights };
+
+template <bool kStreamed>
+inline void load_4(const char* x, int64_t stride) {
+  if constexpr (kStreamed) _tile_stream_loadd(4, x, stride);
+  else _tile_loadd(4, x, stride);
+}
+template <bool kStreamed>
+inline void load_5(const char* x, int64_t stride) {
+  if constexpr (kStreamed) _tile_stream_loadd(5, x, stride);
+  else _tile_loadd(5, x, stride);
+}
+template <bool kStreamed>
+inline void load_6(const char* weight) {
+  if constexpr (kStreamed) _tile_stream_loadd(6, weight, 64);
+  else _tile_loadd(6, weight, 64);
+}
+template <bool kStreamed>
+inline void load_7(const char* weight) {
+  if constexpr (kStreamed) _tile_stream_loadd(7, weight, 64);
+  else _tile_loadd(7, weight, 64);
+}
+
 // Adds `steps` steps of K to tiles 0-3: 32 rows of x, 32 columns of weights, whose two halves are `apart` bytes apart.
-template <class T, class P>
+template <class T, Stays kStays = Stays::x, class P>
 inline void multiply(const char* x, int64_t stride, const char* weight, int64_t apart, int64_t steps, P& pending) {
+  constexpr bool kStreamX = kStays == Stays::weights, kStreamWeights = !kStreamX;
   const int rows_per_step = int((kRows + steps - 1) / steps);
   for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, x + 64 * step, stride);
-    _tile_stream_loadd(6, weight + 1024 * step, 64);
+    load_4<kStreamX>(x + 64 * step, stride);
+    load_6<kStreamWeights>(weight + 1024 * step);
     T::product_0();
-    _tile_loadd(5, x + 64 * step + 16 * stride, stride);
+    load_5<kStreamX>(x + 64 * step + 16 * stride, stride);
     T::product_1();
-    _tile_stream_loadd(7, weight + 1024 * step + apart, 64);
+    load_7<kStreamWeights>(weight + 1024 * step + apart);
     T::product_2();
     T::product_3();
     pending.run(rows_per_step);
