@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const DepthwiseGluKernels depthwise_glu_avx2 = {glu_row_any};
+const DepthwiseGluKernels depthwise_glu_avx2 = {glu_row_any, false};
 
 }  // namespace sana

@@ -61,33 +61,39 @@ inline __attribute__((always_inline)) void convolve(const DepthwiseGluRow& row, 
   emit(last - 1, before);
 }
 
-// emit(x, c, lanes, u) for the results of a segment.
-template <class E, int kFirst, int kLast, class Gate, class Emit>
-void segment(const DepthwiseGluRow& row, int64_t first, int64_t last, Gate gate, Emit emit) {
-  for_vectors(row.F, [&](int64_t c, Lanes lanes) __attribute__((always_inline)) {  // so that full lanes are a constant
-    Vec value[kGluSegment];
-    convolve<E, kFirst, kLast>(row, c, lanes, first, last, [&](int64_t x, Vec sum) { value[x - first] = sum; });
-    convolve<E, kFirst, kLast>(row, row.F + c, lanes, first, last,
-                               [&](int64_t x, Vec sum) { emit(x, c, lanes, value[x - first] * gate(sum)); });
-  });
-}
-
+// A segment: emit(x, c, lanes, u) for its results.
 template <class E, int kFirst, int kLast>
+struct Single {
+  using Element = E;
+
+  template <class Gate, class Emit>
+  static void run(const DepthwiseGluRow& row, int64_t first, int64_t last, Gate gate, Emit emit) {
+    for_vectors(row.F, [&](int64_t c, Lanes lanes) __attribute__((always_inline)) {  // so that full lanes are a constant
+      Vec value[kGluSegment];
+      convolve<E, kFirst, kLast>(row, c, lanes, first, last, [&](int64_t x, Vec sum) { value[x - first] = sum; });
+      convolve<E, kFirst, kLast>(row, row.F + c, lanes, first, last,
+                                 [&](int64_t x, Vec sum) { emit(x, c, lanes, value[x - first] * gate(sum)); });
+    });
+  }
+};
+
+template <class Segment>
 void segment_floating(const DepthwiseGluRow& row, int64_t first, int64_t last) {
+  using E = typename Segment::Element;
   using T = typename E::Type;
   T* const out = static_cast<T*>(row.out);
   const int64_t F = row.F;
-  segment<E, kFirst, kLast>(
+  Segment::run(
       row, first, last, [](Vec x) { return sizeof(T) == 4 ? silu(x) : silu_16(x); },
       [=](int64_t x, int64_t c, Lanes lanes, Vec u) { E::store(out + x * F + c, lanes, u); });
 }
 
-template <class E, int kFirst, int kLast>
+template <class Segment>
 void segment_quantized(const DepthwiseGluRow& row, int64_t first, int64_t last) {
   const int64_t F = row.F, pitch = quantized_pitch(F);
   Vec largest[kGluSegment];
   for (Vec& x : largest) x = set1(0);
-  segment<E, kFirst, kLast>(
+  Segment::run(
       row, first, last, [](Vec x) { return silu_16(x); },
       [&](int64_t x, int64_t c, Lanes lanes, Vec u) {
         largest[x - first] = magnitude_max(largest[x - first], u);
@@ -102,9 +108,9 @@ void segment_quantized(const DepthwiseGluRow& row, int64_t first, int64_t last) 
   }
 }
 
-template <class E, int kFirst, int kLast>
+template <class Segment>
 void segments(const DepthwiseGluRow& row) {
-  const auto segment = row.scale == nullptr ? segment_floating<E, kFirst, kLast> : segment_quantized<E, kFirst, kLast>;
+  const auto segment = row.scale == nullptr ? segment_floating<Segment> : segment_quantized<Segment>;
   for (int64_t first = 0; first < row.width; first += kGluSegment)
     segment(row, first, first + kGluSegment < row.width ? first + kGluSegment : row.width);
 }
@@ -112,10 +118,10 @@ void segments(const DepthwiseGluRow& row) {
 template <class E>
 void glu_row(const DepthwiseGluRow& row) {
   const bool above = row.h[0] != nullptr, below = row.h[2] != nullptr;
-  if (above && below) return segments<E, 0, 3>(row);
-  if (above) return segments<E, 0, 2>(row);
-  if (below) return segments<E, 1, 3>(row);
-  segments<E, 1, 2>(row);
+  if (above && below) return segments<Single<E, 0, 3>>(row);
+  if (above) return segments<Single<E, 0, 2>>(row);
+  if (below) return segments<Single<E, 1, 3>>(row);
+  segments<Single<E, 1, 2>>(row);
 }
 
 void glu_row_any(const DepthwiseGluRow& row) {

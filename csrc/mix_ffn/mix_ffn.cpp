@@ -43,7 +43,7 @@ class Bands {
     rows_ = std::min(std::max<int64_t>(2, std::max(kTokens, kTokensPerThread * threads) / p.width), std::max<int64_t>(2, p.height));
     const int64_t h_row = p.width * pitch() * element_size(kMiddle);
     u_pitch_ = is_int8() ? quantized_pitch(p.F) : p.F * element_size(kMiddle);
-    const int64_t filter = aligned(20 * p.F * sizeof(float)), h = aligned(rows_ * h_row);
+    const int64_t filter = aligned(depthwise_filter(p.F) * sizeof(float)), h = aligned(rows_ * h_row);
     const int64_t tokens = (rows_ + 1) * p.width, u = aligned(tokens * u_pitch_);
     static thread_local Scratch scratch;
     char* memory = scratch.reserve(filter + 2 * h + u + tokens * sizeof(float));
@@ -53,7 +53,8 @@ class Bands {
     h_[1] = h_[0] + h;
     u_ = h_[1] + h;
     u_scale_ = reinterpret_cast<float*>(u_ + u);
-    pack_depthwise(p.depthwise_weight, p.depthwise_weight_dtype, p.depthwise_bias, p.depthwise_bias_dtype, p.F, filter_);
+    pairs_ = pack_depthwise(p.depthwise_weight, p.depthwise_weight_dtype, p.depthwise_bias, p.depthwise_bias_dtype, p.F,
+                            filter_, threads);
   }
 
   Status run() {
@@ -110,7 +111,7 @@ class Bands {
         return;
       }
       const int64_t row = first + i;
-      depthwise_glu_row({{h_row(row - 1), h_row(row), h_row(row + 1)}, pitch(), filter_, u_ + i * p_.width * u_pitch_,
+      depthwise_glu_row({{h_row(row - 1), h_row(row), h_row(row + 1)}, pitch(), filter_, pairs_, u_ + i * p_.width * u_pitch_,
                          is_int8() ? u_scale_ + i * p_.width : nullptr, buffer, p_.width, p_.F, kMiddle});
     });
     return failed ? Status::out_of_memory : Status::ok;
@@ -138,6 +139,7 @@ class Bands {
   const int threads_;
   int64_t rows_, u_pitch_;
   float* filter_ = nullptr;
+  const float* pairs_ = nullptr;
   char* h_[2] = {};
   char* u_ = nullptr;
   float* u_scale_ = nullptr;
