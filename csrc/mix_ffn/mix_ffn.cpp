@@ -12,6 +12,7 @@
 //
 // Every step is spread over all threads and ends before the next begins. The weights stream from the last cache once per
 // band, so a band has about 512 tokens, enough work per byte of weights, or more where that is not enough for all threads.
+// Images smaller than that are done some at a time.
 //
 // FLOPs: 2 N (C 2F + 18 F + F C). Bytes: x, residual, out, and the weights once per band. Bound: the multiply unit.
 #include "mix_ffn/mix_ffn.h"
@@ -36,15 +37,17 @@ constexpr int64_t kGap = 32;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// The rows of one image, and where its band of h and u lie.
+// The rows of one image, or of some whose band is all of them, and where their bands of h and u lie.
 class Bands {
  public:
   Bands(const MixFfn& p, int threads) : p_(p), threads_(threads) {
-    rows_ = std::min(std::max<int64_t>(2, std::max(kTokens, kTokensPerThread * threads) / p.width), std::max<int64_t>(2, p.height));
+    const int64_t most = std::max(kTokens, kTokensPerThread * threads);
+    rows_ = std::min(std::max<int64_t>(2, most / p.width), std::max<int64_t>(2, p.height));
+    images_ = rows_ < p.height ? 1 : std::clamp<int64_t>(most / (p.height * p.width), 1, p.B);
     const int64_t h_row = p.width * pitch() * element_size(kMiddle);
     u_pitch_ = is_int8() ? quantized_pitch(p.F) : p.F * element_size(kMiddle);
-    const int64_t filter = aligned(depthwise_filter(p.F) * sizeof(float)), h = aligned(rows_ * h_row);
-    const int64_t tokens = (rows_ + 1) * p.width, u = aligned(tokens * u_pitch_);
+    const int64_t filter = aligned(depthwise_filter(p.F) * sizeof(float)), h = aligned(images_ * rows_ * h_row);
+    const int64_t tokens = images_ * (rows_ + 1) * p.width, u = aligned(tokens * u_pitch_);
     static thread_local Scratch scratch;
     char* memory = scratch.reserve(filter + 2 * h + u + tokens * sizeof(float));
     if (memory == nullptr) return;
@@ -59,13 +62,14 @@ class Bands {
 
   Status run() {
     if (filter_ == nullptr) return Status::out_of_memory;
-    for (int64_t b = 0; b < p_.B; ++b) {
+    for (int64_t b = 0; b < p_.B; b += images_) {
+      const int64_t images = std::min(images_, p_.B - b);
       for (int64_t first = 0; first < p_.height; first += rows_) {
         const int64_t last = std::min(first + rows_, p_.height);
         const int64_t u_first = first == 0 ? 0 : first - 1, u_last = last == p_.height ? last : last - 1;
-        Status status = expand(b, first, last);
-        if (status == Status::ok) status = glu(u_first, u_last);
-        if (status == Status::ok) status = project(b, u_first, u_last);
+        Status status = expand(b, images, first, last);
+        if (status == Status::ok) status = glu(images, u_first, u_last);
+        if (status == Status::ok) status = project(b, images, u_first, u_last);
         if (status != Status::ok) return status;
       }
     }
@@ -76,13 +80,13 @@ class Bands {
   bool is_int8() const { return p_.x_scale != nullptr; }
   int64_t pitch() const { return 2 * p_.F + kGap; }
 
-  // Row i of h, or null beyond the image.
-  char* h_row(int64_t i) const {
+  // Row i of h of the image-th of them, or null beyond it.
+  char* h_row(int64_t image, int64_t i) const {
     if (i < 0 || i >= p_.height) return nullptr;
-    return h_[i / rows_ % 2] + i % rows_ * p_.width * pitch() * element_size(kMiddle);
+    return h_[i / rows_ % 2] + (image * p_.height + i % rows_) * p_.width * pitch() * element_size(kMiddle);
   }
 
-  Status expand(int64_t b, int64_t first, int64_t last) const {
+  Status expand(int64_t b, int64_t images, int64_t first, int64_t last) const {
     const int64_t token = (b * p_.height + first) * p_.width;
     Gemm g{};
     g.x = static_cast<const char*>(p_.x) + token * p_.x_stride;
@@ -91,9 +95,9 @@ class Bands {
     g.weight = p_.expand;
     g.weight_scale = p_.expand_scale;
     g.bias = p_.expand_bias;
-    g.out = h_row(first);
+    g.out = h_row(0, first);
     g.out_stride = pitch();
-    g.M = (last - first) * p_.width;
+    g.M = images * (last - first) * p_.width;
     g.N = 2 * p_.F;
     g.K = is_int8() ? quantized_pitch(p_.C) : p_.C;
     g.dtype = kMiddle;
@@ -101,23 +105,24 @@ class Bands {
     return gemm_cpu(g, threads_);
   }
 
-  Status glu(int64_t first, int64_t last) const {
+  Status glu(int64_t images, int64_t first, int64_t last) const {
     std::atomic<bool> failed{false};
-    parallel_for(threads_, last - first, [&](int64_t i) {
+    parallel_for(threads_, images * (last - first), [&](int64_t i) {
       static thread_local Scratch scratch;
       float* buffer = reinterpret_cast<float*>(scratch.reserve(depthwise_glu_scratch(p_.F) * sizeof(float)));
       if (buffer == nullptr) {
         failed = true;
         return;
       }
-      const int64_t row = first + i;
-      depthwise_glu_row({{h_row(row - 1), h_row(row), h_row(row + 1)}, pitch(), filter_, pairs_, u_ + i * p_.width * u_pitch_,
-                         is_int8() ? u_scale_ + i * p_.width : nullptr, buffer, p_.width, p_.F, kMiddle});
+      const int64_t image = i / (last - first), row = first + i % (last - first);
+      depthwise_glu_row({{h_row(image, row - 1), h_row(image, row), h_row(image, row + 1)}, pitch(), filter_, pairs_,
+                         u_ + i * p_.width * u_pitch_, is_int8() ? u_scale_ + i * p_.width : nullptr, buffer, p_.width,
+                         p_.F, kMiddle});
     });
     return failed ? Status::out_of_memory : Status::ok;
   }
 
-  Status project(int64_t b, int64_t first, int64_t last) const {
+  Status project(int64_t b, int64_t images, int64_t first, int64_t last) const {
     const int64_t token = (b * p_.height + first) * p_.width;
     Gemm g{};
     g.x = u_;
@@ -128,7 +133,8 @@ class Bands {
     g.gate = p_.gate == nullptr ? nullptr : p_.gate + b * p_.C;
     g.residual = p_.residual == nullptr ? nullptr : at(p_.residual, token * p_.C, p_.dtype);
     g.out = at(p_.out, token * p_.C, p_.dtype);
-    g.M = g.image = (last - first) * p_.width;
+    g.image = (last - first) * p_.width;
+    g.M = images * g.image;
     g.N = g.out_stride = p_.C;
     g.K = is_int8() ? quantized_pitch(p_.F) : p_.F;
     g.dtype = p_.dtype;
@@ -137,7 +143,7 @@ class Bands {
 
   const MixFfn& p_;
   const int threads_;
-  int64_t rows_, u_pitch_;
+  int64_t rows_, images_, u_pitch_;
   float* filter_ = nullptr;
   const float* pairs_ = nullptr;
   char* h_[2] = {};
