@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import assert_kernel, relative_rms
-from variants import DTYPES, device_of, double, isas, run, signed, variants
+from variants import DTYPES, device_of, double, on_cpu, run, signed, variants
 
 import sana_kernels
 from sana_kernels.backend import BackendUnavailable
@@ -70,7 +70,7 @@ def call(variant: str, q, k, v, q_norm, k_norm, norm_eps, eps) -> torch.Tensor:
     return run(variant, "linear_attention", q, k, v, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps, eps=eps)
 
 
-@pytest.mark.parametrize("variant", variants("linear_attention"))
+@pytest.mark.parametrize("variant", variants("linear_attention", tiles=True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_against_fp64(variant, dtype, case):
@@ -136,19 +136,19 @@ def test_against_the_autoencoder_of_diffusers():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", isas())
-def test_same_bytes_on_any_number_of_threads(isa, dtype):
+@pytest.mark.parametrize("variant", on_cpu(tiles=True))
+def test_same_bytes_on_any_number_of_threads(variant, dtype):
     args = Case(2, 700, 9, 32, norm="same").make(dtype)
     results = []
     for threads in (1, 2, 2, 5):
         torch.set_num_threads(threads)
-        results.append(call(f"cpu:{isa}", *args))
+        results.append(call(variant, *args))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_nan_and_infinity_are_not_hidden():
     """Only the image that has them; a NaN in v spoils its channel, one in k everything of its head."""
-    for variant in ("reference", *(f"cpu:{isa}" for isa in isas())):
+    for variant in ("reference", *on_cpu(tiles=True)):
         for dtype in DTYPES:
             q, k, v = (x.contiguous() for x in Case(2, 50, 3, 32).make(dtype)[:3])
             v[1, 7, 0, 5], k[1, 7, 1, 3] = float("nan"), -float("nan")

@@ -38,7 +38,8 @@ constexpr int64_t kMinChunk = 128, kMaxTasks = 64;
 constexpr int64_t kBlock = 32;  // tokens of one apply task
 
 constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_portable, SANA_AVX2(&linear_attention_avx2),
-                                                         nullptr, SANA_AVX512(&linear_attention_avx512), nullptr};
+                                                         nullptr, SANA_AVX512(&linear_attention_avx512),
+                                                         SANA_AMX(&linear_attention_amx)};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -84,11 +85,12 @@ Status linear_attention_cpu(const LinearAttention& p, int threads) {
     const int64_t first = task % chunks * chunk;
     kernels.state(p, k_weight, task / chunks, first, std::min(first + chunk, p.N), states + task * state_floats);
   });
-  if (chunks > 1) {
+  if (chunks > 1 || kernels.finish != nullptr) {
     parallel_for(threads, p.B * p.H, [&](int64_t task) {
       float* sum = states + task / p.H * chunks * state_floats + task % p.H * head_floats;
       for (int64_t c = 1; c < chunks; ++c)
         for (int64_t i = 0; i < head_floats; ++i) sum[i] += sum[c * state_floats + i];
+      if (kernels.finish != nullptr) kernels.finish(p, sum);
     });
   }
   parallel_for(threads, p.B * blocks, [&](int64_t task) {

@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const LinearAttentionKernels linear_attention_avx2 = {state_any<FloatStep>, apply_any};
+const LinearAttentionKernels linear_attention_avx2 = {state_any<FloatStep>, nullptr, apply_any};
 
 }  // namespace sana

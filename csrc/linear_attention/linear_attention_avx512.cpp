@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const LinearAttentionKernels linear_attention_avx512 = {state_any<PairStep>, apply_any};
+const LinearAttentionKernels linear_attention_avx512 = {state_any<PairStep>, nullptr, apply_any};
 
 }  // namespace sana

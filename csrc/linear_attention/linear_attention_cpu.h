@@ -1,4 +1,4 @@
-// What one instruction set contributes to the CPU kernel: the two inner loops. linear_attention.cpp splits the work,
+// What one instruction set contributes to the CPU kernel: its inner loops. linear_attention.cpp splits the work,
 // owns the memory and calls them; see there for the algorithm.
 #pragma once
 
@@ -16,6 +16,8 @@ static inline int64_t head_state_floats(const LinearAttention& p) { return (p.D 
 struct LinearAttentionKernels {
   // state = the state of tokens first ... last - 1 of image b. `weight`: k's norm as (H, pitch) floats, or null.
   void (*state)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, float* state);
+  // Rearranges a head's state, the sum of all tokens, for apply; null where there is nothing to do.
+  void (*finish)(const LinearAttention& p, float* head_state);
   // Writes out for these tokens. `weight`: q's norm, likewise.
   void (*apply)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last,
                 const float* state);
@@ -24,5 +26,6 @@ struct LinearAttentionKernels {
 extern const LinearAttentionKernels linear_attention_portable;
 extern const LinearAttentionKernels linear_attention_avx2;
 extern const LinearAttentionKernels linear_attention_avx512;
+extern const LinearAttentionKernels linear_attention_amx;
 
 }  // namespace sana

@@ -117,6 +117,6 @@ void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
 
 }  // namespace
 
-const LinearAttentionKernels linear_attention_portable = {state, apply};
+const LinearAttentionKernels linear_attention_portable = {state, nullptr, apply};
 
 }  // namespace sana
