@@ -50,7 +50,7 @@ constexpr const Conv2dKernels* kTransformed[kIsas] = {&conv2d_portable, SANA_AVX
                                                       nullptr};
 
 // A task is a tile, or some side by side where an epilogue runs beside the products of the next one.
-constexpr int64_t kTasksPerThread = 4, kMostTiles = 8;
+constexpr int64_t kTasksPerThread = 4, kMostTiles = 32;
 
 bool valid(const Conv2d& p) {
   const bool one = p.phases == 1 && p.kernel == 3 && (p.stride == 1 || p.stride == 2);
@@ -75,7 +75,7 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
                                                  : choose(kNarrow);
   const Layout layout = layout_of(p, kernels);
   const WinogradLayout transformed = winograd_layout(p);
-  const int64_t rows = p.band.last - p.band.first, pixels = (p.width + p.stride - 1) / p.stride;
+  const int64_t rows = p.band.last - p.band.first, pixels = width_of_result(p);
   const int64_t down = (rows + kTileRows - 1) / kTileRows;
   const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
   const int64_t bytes_transformed = transformed.memory + kernels.buffer * transformed.products.panel / 16;

@@ -5,6 +5,7 @@
 // first-level cache holds (in bf16 three at C = 128, two at 256), the sums waiting in the second-level cache for the next;
 // all of them where a chunk is one block of columns (in bf16 from C = 512 on), since no second block would reuse the x that
 // is kept. The weights of a chunk lie in the second-level cache for all rows of the group: products take 32 bytes per cycle.
+// Where not all weights stay there, those of the next chunk are fetched meanwhile: its first row alone would wait for them.
 //
 // Tile products run beside vector instructions: the epilogue of a group is spread over the products of the next, a
 // pixel at a time. Gathering is not, but what the next tile sees is fetched into the second-level cache meanwhile.
@@ -19,17 +20,20 @@ namespace sana {
 namespace {
 
 constexpr int64_t kFirstLevel = 36 << 10;  // bytes of x, leaving room for weights and sums
-constexpr int64_t kChunk = 512 << 10;      // bytes of weights, of a second-level cache of 2 MB with window and sums
+// Bytes of weights, of a second-level cache of 2 MB with window and sums: what stays, else of a chunk, beside the next.
+constexpr int64_t kStay = 600 << 10, kChunk = 320 << 10;
 
-// What a step of the products does besides: fetching the next tile and, every so many, the epilogue of a pixel.
+// What a step of the products does besides: fetching the next tile and chunk and, every so many, the epilogue of a pixel.
 template <class Pending>
 struct Beside {
   Pending& pending;
-  const int64_t lines, every;
+  const int64_t lines, every, lines_of_weights;
+  const char *weight = nullptr, *end = nullptr;
   int64_t left = every;
 
   void run(int) {
     pending.next_tile.run(lines);
+    for (int64_t i = 0; i < lines_of_weights && weight < end; ++i, weight += 64) __builtin_prefetch(weight, 0, 2);
     if (--left > 0) return;
     left = every;
     if (pending.left() > 0) pending.pixel();
@@ -58,14 +62,18 @@ struct Multiply {
   static void multiply_all(const Products& q, Pending& pending) {
     const Layout& l = q.layout;
     const int64_t seen = q.stride * kTilePixels * l.pixel;  // of a row of taps
-    const int64_t chunk = kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
+    const bool stay = q.panels * l.panel <= kStay;
+    const int64_t chunk = stay ? (q.panels + 1) / 2 * 2 : kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
     const int64_t fitting = chunk == 2 ? q.kernel : seen > kFirstLevel ? 1 : kFirstLevel / seen;
     const int64_t steps = q.rows * q.kernel * (l.packed / 64) * ((q.panels + 1) / 2), left = pending.left();
     const int64_t lines = (pending.next_tile.lines_left() + steps - 1) / steps;
-    Beside<Pending> beside = {pending, lines, left == 0 || steps < left ? 1 : steps / left};
+    const int64_t lines_of_weights = stay ? 0 : (32 + q.rows - 1) / q.rows;  // a step of a row multiplies 32
+    Beside<Pending> beside = {pending, lines, left == 0 || steps < left ? 1 : steps / left, lines_of_weights};
     configure_tiles();
     for (int64_t begin = 0; begin < q.panels; begin += chunk) {
       const int64_t end = begin + chunk < q.panels ? begin + chunk : q.panels;
+      const int64_t next = end < q.panels ? end : 0, last = next + chunk < q.panels ? next + chunk : q.panels;
+      beside.weight = q.weight + next * l.panel, beside.end = q.weight + last * l.panel;
       for (int64_t row = 0; row < q.rows; ++row)
         for (int64_t first = 0; first < q.kernel; first += fitting) {
           const int64_t last = first + fitting < q.kernel ? first + fitting : q.kernel;

@@ -10,6 +10,9 @@ constexpr int64_t kTileRows = 8, kTilePixels = 32;  // TILE of sana_kernels/conv
 
 static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
+// In pixels; of phases, of one.
+static inline int64_t width_of_result(const Conv2d& p) { return (p.width + p.stride - 1) / p.stride; }
+
 // A tile of the result, of at most 8 rows x 32 pixels, or some side by side; of phases, the rows and pixels of x that
 // they come of.
 struct Tile {
@@ -66,7 +69,6 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   l.group = kernels.group_bytes / (kTilePixels * l.sums * int64_t(sizeof(float)));
   l.group = l.group < 1 ? 1 : l.group > kTileRows ? kTileRows : l.group;
   l.groups = kernels.groups;
-  l.window = round_up(l.window, 64);
   const int64_t floats = l.groups * l.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
   l.memory = l.window + floats * int64_t(sizeof(float)) + kernels.buffer * l.panel / 16;
   return l;

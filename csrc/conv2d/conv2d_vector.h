@@ -74,6 +74,7 @@ const T* pixels_of(const Conv2d& p, int64_t image, int64_t row) {
 // The pixels of x that a tile sees: from `top`, `left` on, of which those in the image are first ... last - 1.
 struct Seen {
   int64_t image = 0, top = 0, left = 0, first_row = 0, last_row = 0, first_pixel = 0, last_pixel = 0;
+  bool inside = false;  // all of them
 
   Seen() = default;
   Seen(const Conv2d& p, const Tile& tile) : image(tile.image) {
@@ -81,6 +82,7 @@ struct Seen {
     const int64_t bottom = top + p.stride * (tile.rows - 1) + 3, right = left + p.stride * (tile.pixels - 1) + 3;
     first_row = top < 0 ? 0 : top, last_row = bottom < p.band.height ? bottom : p.band.height;
     first_pixel = left < 0 ? 0 : left, last_pixel = right < p.width ? right : p.width;
+    inside = first_row == top && last_row == bottom && first_pixel == left && last_pixel == right;
   }
 };
 
@@ -96,10 +98,12 @@ class Gather {
     // Pixels may follow each other without a gap: then a row of them is a single run of elements.
     const int64_t element = p.weight_scale == nullptr ? sizeof(T) : 1;
     whole_rows_ = p.input_norm.weight == nullptr && layout.pixel == p.C * element;
+    const int64_t row_seen = (p.stride * (tile.pixels - 1) + 3) * layout.pixel;
+    whole_tile_ = seen_.inside && tile.rows == kTileRows && round_up(row_seen, 64) == layout.row;
   }
 
   float operator()() {
-    memset(window_, 0, layout_.window);
+    clear();
     if (p_.weight_scale == nullptr) {
       for_runs([&](const T* x, int64_t count, char* to) {
         if (p_.input_norm.weight == nullptr) {
@@ -130,6 +134,13 @@ class Gather {
   }
 
  private:
+  // What is not overwritten has to be zero: around the image, between pixels and at the end. What lies between the end of a
+  // row and the next meets weights of zero, or in bf16 none.
+  void clear() {
+    const int64_t kept = whole_rows_ && whole_tile_ ? layout_.window - 64 : 0;
+    memset(window_ + kept, 0, layout_.window - kept);
+  }
+
   // f(x, count, to) for all runs of consecutive elements that the tile sees, and their place in the window.
   template <class F>
   inline __attribute__((always_inline)) void for_runs(F f) {
@@ -159,7 +170,7 @@ class Gather {
   const Seen seen_;
   char* window_;
   float* row_;
-  bool whole_rows_;
+  bool whole_rows_, whole_tile_;
 };
 
 // What a tile will see of x, or nothing, fetched a few cache lines at a time.
@@ -206,7 +217,7 @@ class Epilogue {
  public:
   using T = typename E::Type;
 
-  Epilogue(const Conv2d& p, float* row) : p_(p), row_(row), width_((p.width + p.stride - 1) / p.stride) {}
+  Epilogue(const Conv2d& p, float* row) : p_(p), row_(row), width_(width_of_result(p)) {}
 
   // Pixel `pixel` of row `row` of the image's result (of phases, the pixel of x that it comes of).
   void operator()(int64_t image, int64_t row, int64_t pixel, int phase, float x_scale, const float* sums) const {
@@ -323,7 +334,7 @@ void tiles_of(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory)
   // In int8 the padding takes part, which is zero in the weights: corrections are sums of whole vectors then.
   const int64_t bytes = p.weight_scale == nullptr ? l.taps : l.packed;
   Pending<E, M> pending(p, l, result);
-  const int64_t width = (p.width + p.stride - 1) / p.stride;
+  const int64_t width = width_of_result(p);
   int64_t count = 0;
   for (int64_t first = 0; first < tiles.pixels; first += kTilePixels) {
     const int64_t pixels = first + kTilePixels < tiles.pixels ? kTilePixels : tiles.pixels - first;
