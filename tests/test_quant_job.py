@@ -217,9 +217,9 @@ def test_a_quantised_base_is_quantised_where_the_file_takes_its_parts(saved, tmp
     }  # fmt: skip
     with pytest.raises(UserError, match="text encoder is stored in w8a8, from which bf16 cannot be made"):
         load(str(file), base=base, text_precision="bf16")
-    with pytest.raises(UserError, match="text encoder is stored in w8a8.*quantising needs unquantised weights"):
+    with pytest.raises(UserError, match=r"text encoder is stored in w8a8.*quantising needs unquantised weights"):
         quantize(Job(str(file), "w8a8", ("unused",), samples=0, base=base), tmp_path / "out")
-    with pytest.raises(UserError, match="text encoder is stored in w8a8.*converting needs unquantised weights"):
+    with pytest.raises(UserError, match=r"text encoder is stored in w8a8.*converting needs unquantised weights"):
         convert(file, tmp_path / "out", base=base)
     convert(file, tmp_path / "out", base=tmp_path / "dit")  # whose quantised DiT is not used
     weight = "blocks.1.attention.out.weight"
