@@ -28,6 +28,7 @@ from sana_model.settings import DTYPES, PRECISIONS, precisions_for
 from sana_model.weights import keys
 from sana_model.weights.checkpoint import check, fill, stored
 from sana_model.weights.checkpoint_config import read_dit
+from sana_model.weights.defaults import trained_in_fp16
 from sana_model.weights.lora import Loras
 
 PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
@@ -131,6 +132,12 @@ def _transformer(pipe) -> nn.Module:
     return transformer
 
 
+def _checkpoint(pipe, transformer: nn.Module) -> str:
+    """The path or hub id from which diffusers loaded the transformer, or else the pipeline; "" where it knows of none."""
+    configs = (transformer.config, getattr(pipe, "config", {}))
+    return next((str(name) for config in configs if (name := config.get("_name_or_path"))), "")
+
+
 def _installed(transformer: nn.Module) -> "Forward | None":
     forward = transformer.__dict__.get("forward")
     return forward if isinstance(forward, Forward) else None
@@ -145,6 +152,7 @@ def _optimize(pipe, precision: str | None, backend: str) -> Plan:
     _perturbed_blocks(transformer)
     values = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     dit_config = read_dit(values | {"_class_name": "SanaTransformer2DModel"}, "the transformer's configuration")
+    dit_config = replace(dit_config, clamp=trained_in_fp16(_checkpoint(pipe, transformer)))
     precisions = precisions_for(precision or dtype_name(transformer.dtype))
     plan = _plan(replace(BUILT_IN["sana-1.6b"], dit=dit_config), backend, transformer.device, precisions)
 

@@ -119,6 +119,46 @@ def test_sprint(precision):
     assert relative_rms(paint(pipe), expected) <= LIMITS[precision]
 
 
+@pytest.mark.parametrize("name", ["Sana_600M_512px_diffusers", "Sana_1600M_1024px_BF16_diffusers"])
+def test_what_was_trained_in_fp16_is_clamped_in_every_precision(name, tmp_path):
+    """Their self-attention leaves fp16's range, which clipped it; diffusers clips in fp16 only."""
+    pipe = diffusers_pipeline(random_model(SMALL, seed=1, dtype=torch.float32))
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].attn1.to_out[0].weight.mul_(1e6)
+    pipe.save_pretrained(tmp_path / name)
+    loaded = quiet(SanaPipeline.from_pretrained(tmp_path / name))
+    unclamped = paint(loaded)
+    out = loaded.transformer.transformer_blocks[0].attn1.to_out[0]
+    hook = out.register_forward_hook(lambda _module, _inputs, y: y.clamp(-65504, 65504))
+    clamped = paint(loaded)
+    hook.remove()
+    assert relative_rms(clamped, unclamped) > 1e-2
+    for pipe in (loaded, quiet(SanaPipeline(**loaded.components))):  # which knows the name from the transformer alone
+        sana_kernels.optimize(pipe, "fp32")
+        try:
+            assert relative_rms(paint(pipe), unclamped if "BF16" in name else clamped) < 1e-4
+        finally:
+            sana_kernels.restore(pipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers", r"C:\models\Sana_600M_1024px_diffusers\transformer",
+        "/cache/models--Efficient-Large-Model--Sana_600M_1024px_diffusers/snapshots/0123/transformer",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_known_wherever_it_lies(name):
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1)))
+    for owner in (pipe.transformer, pipe):
+        owner.register_to_config(_name_or_path=name)
+        sana_kernels.optimize(pipe)
+        assert pipe.transformer.forward.dit.config.clamp
+        owner.register_to_config(_name_or_path=None)
+    sana_kernels.optimize(pipe)
+    assert not pipe.transformer.forward.dit.config.clamp
+
+
 def test_our_own_pipeline():
     pipe = sana_model.load("sana-tiny-random", backend="reference")
     arguments = {"prompt": "a fox", "steps": 2, "width": 64, "height": 64}
