@@ -254,3 +254,35 @@ def test_a_transformer_that_changes_asks_for_another_call():
     pipe.transformer._hf_hook = object()
     with pytest.raises(UserError, match="a hook of accelerate"):
         sana_kernels.optimize(pipe)
+
+
+def lora_file(folder, scale: float):
+    """A LoRA of one layer, as PEFT writes them."""
+    torch.manual_seed(4)
+    factors = {"A": torch.randn(2, 256) / 16, "B": torch.randn(256, 2) * scale}
+    name = "transformer.transformer_blocks.1.attn1.to_q"
+    save_file({f"{name}.lora_{x}.weight": t for x, t in factors.items()}, folder / "style.safetensors")
+    return folder
+
+
+def test_a_lora_that_is_worn_has_to_be_fused_and_unloaded(tmp_path):
+    """As the error says; and what is fused afterwards is noticed, though PEFT hides it from autograd's counters."""
+    pytest.importorskip("peft")
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1)))
+    pipe.load_lora_weights(lora_file(tmp_path, 0.5), weight_name="style.safetensors")
+    advice = r"a LoRA has to be fused first: pipe\.fuse_lora\(\); pipe\.unload_lora_weights\(\)"
+    with pytest.raises(UserError, match=advice):
+        sana_kernels.optimize(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    expected = paint(pipe)
+    sana_kernels.optimize(pipe)
+    assert relative_rms(paint(pipe), expected) <= LIMITS["bf16"]
+
+    pipe.load_lora_weights(lora_file(tmp_path, 0.01), weight_name="style.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with pytest.raises(UserError, match=r"has changed since it was optimised; call sana_kernels\.optimize"):
+        paint(pipe)
+    sana_kernels.optimize(pipe)
+    paint(pipe)
