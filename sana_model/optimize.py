@@ -103,7 +103,8 @@ def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
         )
     plan = _plan(pipe.config, backend, pipe.device, precisions)
     others = [row for row in before.rows if row.part != "dit"]
-    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, plan.clock, before.eager)
+    # The clock is that of the decoder's ops, too, which are left alone.
+    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, before.clock, before.eager)
     tensors = itertools.chain(loaded_dit.parameters(), loaded_dit.buffers())
     dit = copy.deepcopy(loaded_dit, {id(t): t for t in tensors})  # other modules, the same memory
     for block in dit.blocks:

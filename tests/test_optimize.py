@@ -176,6 +176,16 @@ def test_our_own_pipeline():
         sana_kernels.optimize(pipe, "fp32")
 
 
+def test_one_clock_times_all_parts_of_our_own_pipeline():
+    """It is reset before every picture: a clock of the decoder alone would count on and, on a GPU, keep all its events."""
+    pipe = sana_model.load("sana-tiny-random", backend="cpu")
+    decoder, dit = ("autoencoder", "conv2d"), ("dit", "modulate")
+    for change in (lambda pipe: sana_kernels.optimize(pipe, "w8a8", backend="cpu"), sana_kernels.restore):
+        change(pipe)
+        pipe("a fox", steps=1, width=64, height=64)
+        assert {decoder, dit} <= pipe.plan.clock.seconds().keys()
+
+
 def test_a_lora_goes_on_the_dit_that_paints(tmp_path):
     file, dit = tmp_path / "style.safetensors", TINY.dit
     factors = {"A": torch.randn(2, dit.hidden) * dit.hidden**-0.5, "B": torch.randn(2 * dit.ffn, 2) * 0.5}
