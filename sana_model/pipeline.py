@@ -330,7 +330,11 @@ def load(
         decoder_precision,
     )
     dtypes = dtypes_of(precisions)
-    loras = [(lora_file.read(file, source.config.dit), scale) for file, scale in map(lora_file.parse, lora)]
+    files = [lora_file.parse(text) for text in lora]
+    names = lora_file.names_of([file for file, _ in files])
+    loras = [
+        (lora_file.read(file, source.config.dit, name), scale) for (file, scale), name in zip(files, names, strict=True)
+    ]
     plan = resolve(
         source.config, backend, target, precisions, exact=exact, low_memory=low_memory, cuda_graph=cuda_graph
     )
