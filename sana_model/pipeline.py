@@ -377,7 +377,7 @@ def _device(device: str | None, backend: str) -> torch.device:
         raise UserError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise MissingError(
-            "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu, or see `sana doctor`"
+            "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu and no --device, or see `sana doctor`"
         )
     return target
 
