@@ -13,6 +13,7 @@ without it is refused. A `Pipeline` of ours is given another plan in the same wa
 
 import copy
 import itertools
+from collections import defaultdict
 from dataclasses import replace
 
 import torch
@@ -28,6 +29,7 @@ from sana_model.settings import DTYPES, PRECISIONS, precisions_for
 from sana_model.weights import keys
 from sana_model.weights.checkpoint import check, fill, stored
 from sana_model.weights.checkpoint_config import read_dit
+from sana_model.weights.defaults import trained_in_fp16
 from sana_model.weights.lora import Loras
 
 PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
@@ -35,6 +37,9 @@ PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
 
 PERTURBED = {"PAGCFGSanaLinearAttnProcessor2_0": 3, "PAGIdentitySanaLinearAttnProcessor2_0": 2}
 """diffusers' processors of perturbed-attention guidance; into how many parts they cut the batch, the last one perturbed."""
+
+SAMPLED = 16
+"""Values of each matrix that are compared from call to call: what a LoRA adds is hardly lost in the rounding of them all."""
 
 
 def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
@@ -98,7 +103,8 @@ def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
         )
     plan = _plan(pipe.config, backend, pipe.device, precisions)
     others = [row for row in before.rows if row.part != "dit"]
-    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, plan.clock, before.eager)
+    # The clock is that of the decoder's ops, too, which are left alone.
+    plan = Plan(plan.backend, before.precisions | {"dit": precision}, others + plan.rows, before.clock, before.eager)
     tensors = itertools.chain(loaded_dit.parameters(), loaded_dit.buffers())
     dit = copy.deepcopy(loaded_dit, {id(t): t for t in tensors})  # other modules, the same memory
     for block in dit.blocks:
@@ -131,6 +137,12 @@ def _transformer(pipe) -> nn.Module:
     return transformer
 
 
+def _checkpoint(pipe, transformer: nn.Module) -> str:
+    """The path or hub id from which diffusers loaded the transformer, or else the pipeline; "" where it knows of none."""
+    configs = (transformer.config, getattr(pipe, "config", {}))
+    return next((str(name) for config in configs if (name := config.get("_name_or_path"))), "")
+
+
 def _installed(transformer: nn.Module) -> "Forward | None":
     forward = transformer.__dict__.get("forward")
     return forward if isinstance(forward, Forward) else None
@@ -145,13 +157,16 @@ def _optimize(pipe, precision: str | None, backend: str) -> Plan:
     _perturbed_blocks(transformer)
     values = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     dit_config = read_dit(values | {"_class_name": "SanaTransformer2DModel"}, "the transformer's configuration")
+    dit_config = replace(dit_config, clamp=trained_in_fp16(_checkpoint(pipe, transformer)))
     precisions = precisions_for(precision or dtype_name(transformer.dtype))
     plan = _plan(replace(BUILT_IN["sana-1.6b"], dit=dit_config), backend, transformer.device, precisions)
 
     state = transformer.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     checkpoint = stored(
-        "the pipeline's transformer (LoRA layers have to be fused first: pipe.fuse_lora())", shapes, state.get
+        "the pipeline's transformer (a LoRA has to be fused first: pipe.fuse_lora(); pipe.unload_lora_weights())",
+        shapes,
+        state.get,
     )
     with torch.device("meta"):
         dit = DiT(dit_config)
@@ -200,7 +215,7 @@ class Forward:
             raise UserError(
                 f"the optimised DiT takes no {unsupported[0]}; sana_kernels.restore(pipe) brings the original back"
             )
-        if _fingerprint(self.transformer) != self._weights:
+        if not _equal(_fingerprint(self.transformer), self._weights):
             raise UserError(
                 "the transformer has changed since it was optimised; call sana_kernels.optimize(pipe) again"
             )
@@ -241,9 +256,32 @@ def _perturbed_blocks(transformer: nn.Module) -> list[int]:
     return parts
 
 
-def _fingerprint(transformer: nn.Module) -> list[tuple]:
-    """Which weights, where, and how often they were written to (which inference tensors don't tell)."""
-    return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in transformer.parameters()]
+def _fingerprint(transformer: nn.Module) -> tuple[list[tuple], dict[tuple, Tensor]]:
+    """Which weights, where, how often they were written to (inference tensors don't tell), and some of their values."""
+    parameters = list(transformer.parameters())
+    written = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    return written, _some_values(parameters)
+
+
+@torch.no_grad()
+def _some_values(parameters: list[Tensor]) -> dict[tuple, Tensor]:
+    """By dtype and device, the bytes of a few values of every matrix: PEFT fuses through `.data`, which counts no writes."""
+    found = defaultdict(list)
+    for p in parameters:
+        if p.ndim > 1:
+            step = max(1, (p.numel() - 1) // (SAMPLED - 1))
+            found[p.dtype, p.device].append(p.as_strided((min(SAMPLED, p.numel()),), (step,)))
+    return {kind: torch.cat(values).view(torch.uint8) for kind, values in found.items()}
+
+
+def _equal(now: tuple[list[tuple], dict[tuple, Tensor]], then: tuple[list[tuple], dict[tuple, Tensor]]) -> bool:
+    """Are two fingerprints the same?"""
+    (written, values), (before, kept) = now, then
+    return (
+        written == before
+        and values.keys() == kept.keys()
+        and all(torch.equal(values[kind], kept[kind]) for kind in kept)
+    )
 
 
 def _same(kept: Tensor | None, now: Tensor | None) -> bool:

@@ -330,7 +330,11 @@ def load(
         decoder_precision,
     )
     dtypes = dtypes_of(precisions)
-    loras = [(lora_file.read(file, source.config.dit), scale) for file, scale in map(lora_file.parse, lora)]
+    files = [lora_file.parse(text) for text in lora]
+    names = lora_file.names_of([file for file, _ in files])
+    loras = [
+        (lora_file.read(file, source.config.dit, name), scale) for (file, scale), name in zip(files, names, strict=True)
+    ]
     plan = resolve(
         source.config, backend, target, precisions, exact=exact, low_memory=low_memory, cuda_graph=cuda_graph
     )
@@ -373,7 +377,7 @@ def _device(device: str | None, backend: str) -> torch.device:
         raise UserError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise MissingError(
-            "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu, or see `sana doctor`"
+            "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu and no --device, or see `sana doctor`"
         )
     return target
 

@@ -255,6 +255,11 @@ def choose_backend(backend: str, device: torch.device) -> str:
         return next((name for name in candidates if backend_status(name) is None), "reference")
     if backend not in PIPELINES:
         raise UserError(f"backend {backend!r} is not known; choose one of auto, {', '.join(PIPELINES)}")
+    if backend == "cpu" and device.type != "cpu":
+        raise UserError(
+            f"backend 'cpu' computes on the CPU, and the model is meant to be on {device}; put it on the CPU, or choose"
+            " another backend: auto, cuda, triton or reference"
+        )
     reason = backend_status(backend)
     if reason is None and backend in ("cuda", "triton") and device.type != "cuda":
         reason = f"the model is on {device.type}, and {backend} needs an NVIDIA GPU"

@@ -14,12 +14,12 @@ from test_autoencoder import EXACT, LIMIT, awkward_input, build_public, exactly,
 import sana_model
 from sana_model.autoencoder.blocks import BatchNorm
 from sana_model.autoencoder.dc_ae import Autoencoder
-from sana_model.autoencoder.family import FAMILY, find_autoencoder, lite
+from sana_model.autoencoder.family import FAMILY, find_autoencoder, lite, with_decoder
 from sana_model.config import AutoencoderConfig
 from sana_model.errors import UserError
 from sana_model.files import write_text
 from sana_model.weights import checkpoint_config as configs
-from sana_model.weights.models import load_model
+from sana_model.weights.models import find, load_model
 
 PARAMETERS = {  # encoder, decoder, in millions
     "dc-ae-lite-f32c32-sana-1.1": (153.0, 268.2), "dc-ae-f32c32-in-1.0": (123.2, 200.2),
@@ -231,7 +231,28 @@ def test_another_decoder_for_the_same_latents():
     assert torch.equal(pictures[None].latents, pictures["lite"].latents)
     assert pictures["lite"].images[0].size == (64, 32)
     assert pictures["lite"].images[0].tobytes() != pictures[None].images[0].tobytes()
-    with pytest.raises(UserError, match="latent channels 128, and the latents of sana-tiny-random"):
+    with pytest.raises(
+        UserError, match=r"than those of sana-tiny-random.*: its .* latent channels 128, and that one 32;"
+    ):
         sana_model.load("sana-tiny-random", decoder="dc-ae-1.5-f32c128")
     with pytest.raises(UserError, match="knows SANA's latents, and sana-tiny has an autoencoder of its own"):
         sana_model.load("sana-tiny", decoder="lite")
+
+
+@pytest.mark.parametrize(
+    ("model", "decoder", "difference"),
+    [
+        ("sana-tiny", "dc-ae-lite-f32c32-sana-1.1", "widths"),
+        ("sana-0.6b", "dc-ae-f32c32-in-1.0", "encoder layers"),
+        ("sana-0.6b", "dc-ae-lite-f32c32-sana-1.1", None),
+        ("sana-0.6b", "dc-ae-f32c32-sana-1.1", None),
+    ],
+)
+def test_the_same_latents_are_those_of_the_same_encoder(model, decoder, difference):
+    """Channels and compression are alike in all of these; a decoder of its own is not what tells them apart."""
+    source = find(model)
+    if difference is None:
+        assert with_decoder(source, decoder).config.autoencoder == FAMILY[decoder]
+    else:
+        with pytest.raises(UserError, match=rf"than those of {model}.*: its autoencoder has {difference} \("):
+            with_decoder(source, decoder)

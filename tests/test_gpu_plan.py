@@ -9,6 +9,7 @@ from compare import assert_close, relative_rms
 from models import SMALL
 
 import sana_kernels
+import sana_model
 from sana_bench.check import DIT_LIMITS, sqnr
 from sana_kernels import backend
 from sana_model import plan as plan_module
@@ -277,3 +278,11 @@ def test_the_fused_projection_is_the_same_attention(precision, perturbed):
         with torch.inference_mode():
             dit.ops = replace(dit.ops, linear_attention_from=lambda *args, **kwargs: fused(*args, **kwargs).roll(1, 2))
             assert relative_rms(dit(*arguments), expected) > 0.05, "heads out of step are noticed"
+
+
+def test_the_kernels_of_the_cpu_are_not_for_a_model_on_a_gpu(gpu, monkeypatch):
+    """Refused before anything is loaded; the plan would be plain PyTorch on the GPU, under the name of `cpu`."""
+    monkeypatch.delattr("sana_model.pipeline.load_model")
+    gpu((9, 0))
+    with pytest.raises(UserError, match=r"'cpu' computes on the CPU, and the model is meant to be on cuda; .* choose"):
+        sana_model.load("sana-tiny-random", backend="cpu", device="cuda")

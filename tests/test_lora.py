@@ -153,6 +153,36 @@ def test_strength_changes_while_running_and_several_add_up(saved, tmp_path):
     assert torch.equal(latents(pipe), before)
 
 
+def test_files_of_one_name_get_names_of_their_own(saved, tmp_path):
+    """diffusers calls every LoRA pytorch_lora_weights.safetensors: one folder each, all on one command line."""
+    files, expected = [], []
+    for i, folder in enumerate(("fox", "owl", "map/owl", "")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        name = "pytorch_lora_weights.safetensors" if folder else "style.safetensors"
+        expected.append((draw(seed=i), 0.25 * (i + 1)))
+        files.append(f"{write(tmp_path / folder / name, peft(expected[-1][0]))}:{expected[-1][1]}")
+    pipe = sana_model.load(str(saved), precision="fp32", backend="reference", lora=files)
+    assert pipe.loras.strengths == {"fox": 0.25, "owl": 0.5, "owl-2": 0.75, "style": 1.0}
+    assert relative_rms(latents(pipe), latents(merged(saved, expected, backend="reference"))) < 1e-5
+    pipe.remove_lora("owl-2")
+    del expected[2]
+    assert relative_rms(latents(pipe), latents(merged(saved, expected, backend="reference"))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a/x.safetensors", "b/y.safetensors"], ["x", "y"]),
+        (["a/w.safetensors", "b/w.safetensors", "b/a.safetensors"], ["a", "b", "a-2"]),
+        (["a/w.safetensors"] * 3, ["a", "a-2", "a-3"]),
+        (["/w.safetensors", "/w.safetensors"], ["w", "w-2"]),
+        ([], []),
+    ],
+)
+def test_names(files, names):
+    assert lora.names_of([lora.Path(file) for file in files]) == names
+
+
 def test_a_quantised_branch_grows_and_shrinks(saved, tmp_path):
     """Where SVDQuant has a branch already, the factors are appended to its own."""
     from quantized_folders import quantized_folder

@@ -119,6 +119,46 @@ def test_sprint(precision):
     assert relative_rms(paint(pipe), expected) <= LIMITS[precision]
 
 
+@pytest.mark.parametrize("name", ["Sana_600M_512px_diffusers", "Sana_1600M_1024px_BF16_diffusers"])
+def test_what_was_trained_in_fp16_is_clamped_in_every_precision(name, tmp_path):
+    """Their self-attention leaves fp16's range, which clipped it; diffusers clips in fp16 only."""
+    pipe = diffusers_pipeline(random_model(SMALL, seed=1, dtype=torch.float32))
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].attn1.to_out[0].weight.mul_(1e6)
+    pipe.save_pretrained(tmp_path / name)
+    loaded = quiet(SanaPipeline.from_pretrained(tmp_path / name))
+    unclamped = paint(loaded)
+    out = loaded.transformer.transformer_blocks[0].attn1.to_out[0]
+    hook = out.register_forward_hook(lambda _module, _inputs, y: y.clamp(-65504, 65504))
+    clamped = paint(loaded)
+    hook.remove()
+    assert relative_rms(clamped, unclamped) > 1e-2
+    for pipe in (loaded, quiet(SanaPipeline(**loaded.components))):  # which knows the name from the transformer alone
+        sana_kernels.optimize(pipe, "fp32")
+        try:
+            assert relative_rms(paint(pipe), unclamped if "BF16" in name else clamped) < 1e-4
+        finally:
+            sana_kernels.restore(pipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers", r"C:\models\Sana_600M_1024px_diffusers\transformer",
+        "/cache/models--Efficient-Large-Model--Sana_600M_1024px_diffusers/snapshots/0123/transformer",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_known_wherever_it_lies(name):
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1)))
+    for owner in (pipe.transformer, pipe):
+        owner.register_to_config(_name_or_path=name)
+        sana_kernels.optimize(pipe)
+        assert pipe.transformer.forward.dit.config.clamp
+        owner.register_to_config(_name_or_path=None)
+    sana_kernels.optimize(pipe)
+    assert not pipe.transformer.forward.dit.config.clamp
+
+
 def test_our_own_pipeline():
     pipe = sana_model.load("sana-tiny-random", backend="reference")
     arguments = {"prompt": "a fox", "steps": 2, "width": 64, "height": 64}
@@ -134,6 +174,16 @@ def test_our_own_pipeline():
     assert torch.equal(after.latents, before.latents) and after.plan["backend"] == "reference"
     with pytest.raises(UserError, match=r"in bf16, from which fp32 cannot be made; load it with precision='fp32'"):
         sana_kernels.optimize(pipe, "fp32")
+
+
+def test_one_clock_times_all_parts_of_our_own_pipeline():
+    """It is reset before every picture: a clock of the decoder alone would count on and, on a GPU, keep all its events."""
+    pipe = sana_model.load("sana-tiny-random", backend="cpu")
+    decoder, dit = ("autoencoder", "conv2d"), ("dit", "modulate")
+    for change in (lambda pipe: sana_kernels.optimize(pipe, "w8a8", backend="cpu"), sana_kernels.restore):
+        change(pipe)
+        pipe("a fox", steps=1, width=64, height=64)
+        assert {decoder, dit} <= pipe.plan.clock.seconds().keys()
 
 
 def test_a_lora_goes_on_the_dit_that_paints(tmp_path):
@@ -214,3 +264,35 @@ def test_a_transformer_that_changes_asks_for_another_call():
     pipe.transformer._hf_hook = object()
     with pytest.raises(UserError, match="a hook of accelerate"):
         sana_kernels.optimize(pipe)
+
+
+def lora_file(folder, scale: float):
+    """A LoRA of one layer, as PEFT writes them."""
+    torch.manual_seed(4)
+    factors = {"A": torch.randn(2, 256) / 16, "B": torch.randn(256, 2) * scale}
+    name = "transformer.transformer_blocks.1.attn1.to_q"
+    save_file({f"{name}.lora_{x}.weight": t for x, t in factors.items()}, folder / "style.safetensors")
+    return folder
+
+
+def test_a_lora_that_is_worn_has_to_be_fused_and_unloaded(tmp_path):
+    """As the error says; and what is fused afterwards is noticed, though PEFT hides it from autograd's counters."""
+    pytest.importorskip("peft")
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1)))
+    pipe.load_lora_weights(lora_file(tmp_path, 0.5), weight_name="style.safetensors")
+    advice = r"a LoRA has to be fused first: pipe\.fuse_lora\(\); pipe\.unload_lora_weights\(\)"
+    with pytest.raises(UserError, match=advice):
+        sana_kernels.optimize(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    expected = paint(pipe)
+    sana_kernels.optimize(pipe)
+    assert relative_rms(paint(pipe), expected) <= LIMITS["bf16"]
+
+    pipe.load_lora_weights(lora_file(tmp_path, 0.01), weight_name="style.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with pytest.raises(UserError, match=r"has changed since it was optimised; call sana_kernels\.optimize"):
+        paint(pipe)
+    sana_kernels.optimize(pipe)
+    paint(pipe)

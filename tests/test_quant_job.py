@@ -21,13 +21,13 @@ from sana_model.commands.quantize import PROMPTS, read_prompts, summary
 from sana_model.dit import DiT
 from sana_model.errors import UserError
 from sana_model.graph import Graphs
-from sana_model.pipeline import Pipeline
+from sana_model.pipeline import Pipeline, load
 from sana_model.plan import resolve
 from sana_model.quantize.job import Job
 from sana_model.quantize.model import Progress, fingerprint, quantize
 from sana_model.settings import dtypes_of, precisions_for
 from sana_model.text_encoder import TextEncoder
-from sana_model.weights.models import find, load_model
+from sana_model.weights.models import convert, find, load_model
 from sana_model.weights.random_weights import random_model
 from sana_model.weights.saving import save_diffusers
 
@@ -204,6 +204,27 @@ def test_plain_rounding_needs_no_calibration(saved, tmp_path):
     weight = load_model(saved, parts=("dit",)).dit.blocks[1].attention.out.weight
     expected = round_to_nearest(weight, "int8", "int8")
     assert torch.equal(found.layer("blocks.1.attention.out").values, expected.values)
+
+
+def test_a_quantised_base_is_quantised_where_the_file_takes_its_parts(saved, tmp_path):
+    """A lone DiT with the text encoder of a quantised folder: what is stored is what runs, and nothing is made of it."""
+    quantize(Job(str(saved), "w4a8", ("unused",), samples=0, text_precision="w8a8"), tmp_path / "q")
+    quantize(Job(str(saved), "w4a8", ("unused",), samples=0), tmp_path / "dit")
+    file = saved / "transformer" / "diffusion_pytorch_model.safetensors"
+    base = str(tmp_path / "q")
+    assert load(str(file), base=base, backend="cpu").plan.precisions == {
+        "dit": "bf16", "text_encoder": "w8a8", "autoencoder": "bf16"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="text encoder is stored in w8a8, from which bf16 cannot be made"):
+        load(str(file), base=base, text_precision="bf16")
+    with pytest.raises(UserError, match=r"text encoder is stored in w8a8.*quantising needs unquantised weights"):
+        quantize(Job(str(file), "w8a8", ("unused",), samples=0, base=base), tmp_path / "out")
+    with pytest.raises(UserError, match=r"text encoder is stored in w8a8.*converting needs unquantised weights"):
+        convert(file, tmp_path / "out", base=base)
+    convert(file, tmp_path / "out", base=tmp_path / "dit")  # whose quantised DiT is not used
+    weight = "blocks.1.attention.out.weight"
+    found, expected = (load_model(f, parts=("dit",)).dit.state_dict()[weight] for f in (tmp_path / "out", saved))
+    assert torch.equal(found, expected)
 
 
 def test_an_output_of_zeros_has_no_sqnr(folder, tmp_path):

@@ -18,6 +18,7 @@ from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from models import SMALL, SPRINT
 from safetensors.torch import load_file, save_file
 
+from sana_model.autoencoder.family import find_autoencoder
 from sana_model.errors import MissingError, UserError
 from sana_model.weights import keys, saving
 from sana_model.weights.checkpoint import choose_weights
@@ -372,6 +373,19 @@ def test_the_autoencoder_of_a_whole_model_in_the_cache(saved, tmp_path, leave_ou
     fake_cache(tmp_path, saved, leave_out)
     (line,) = offline(tmp_path, "someone/small", autoencoder=True)
     assert line.startswith("loaded vae ")
+
+
+@pytest.mark.parametrize("finder", [find, find_autoencoder])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "out/sana--v2", "models/été", "models/sana-", "NVlabs/Sana.git", "./sana/v2", "a/" + 97 * "b",
+        "hf://out/sana--v2/a.pth", "hf://someone/small/../a.pth",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_hub_id_is_a_path_that_was_mistyped(finder, name):
+    with pytest.raises(UserError, match=f"{re.escape(name)} is no file, no folder, no hub id"):
+        finder(name)
 
 
 def test_hub_without_cache_or_network(saved, tmp_path):

@@ -27,6 +27,11 @@ from sana_model.weights.models import FOLDERS, Open, Source, find, reader
 from sana_model.weights.random_weights import random_autoencoder
 
 LITE_REPOSITORY = "mit-han-lab/dc-ae-lite-f32c32-sana-1.1-diffusers"
+OF_THE_LATENTS = (
+    "latent_channels", "spatial_compression", "widths", "encoder_layers", "encoder_block_types", "downsample",
+    "encoder_out_shortcut",
+)  # fmt: skip
+"""What autoencoders of the same latents share: their encoder. Decoders differ, and scaling factors are not always stated."""
 
 
 def lite(config: AutoencoderConfig) -> AutoencoderConfig:
@@ -134,17 +139,17 @@ def with_decoder(source: Source, decoder: str) -> Source:
     ours = source.config.autoencoder
     if decoder == "lite" and source.random:
         other = _random(lite(ours), decoder)
-    elif decoder == "lite" and ours.widths != FAMILY["dc-ae-lite-f32c32-sana-1.1"].widths:
+    elif decoder == "lite" and _difference(ours, FAMILY["dc-ae-lite-f32c32-sana-1.1"]) is not None:
         raise UserError(f"the lite decoder knows SANA's latents, and {source.name} has an autoencoder of its own")
     else:
         other = find_autoencoder(LITE_REPOSITORY if decoder == "lite" else decoder)
     theirs = other.config.autoencoder
-    for what in ("latent_channels", "spatial_compression"):
-        if getattr(theirs, what) != getattr(ours, what):
-            raise UserError(
-                f"--decoder {decoder} has {what.replace('_', ' ')} {getattr(theirs, what)}, and the latents of"
-                f" {source.name} {getattr(ours, what)}"
-            )
+    if (what := _difference(ours, theirs)) is not None:
+        raise UserError(
+            f"--decoder {decoder} reads other latents than those of {source.name}: its autoencoder has"
+            f" {what.replace('_', ' ')} {getattr(theirs, what)}, and that one {getattr(ours, what)}; leave --decoder out,"
+            " or name a decoder that was trained for these latents"
+        )
     config = replace(theirs, scaling_factor=ours.scaling_factor)  # of the latents, which the DiT makes
     return replace(
         source,
@@ -152,6 +157,11 @@ def with_decoder(source: Source, decoder: str) -> Source:
         open=source.open | {"autoencoder": other.open["autoencoder"]},
         random=source.random or other.random,
     )
+
+
+def _difference(ours: AutoencoderConfig, theirs: AutoencoderConfig) -> str | None:
+    """The first sign that two autoencoders have different latents; None where there is none."""
+    return next((what for what in OF_THE_LATENTS if getattr(ours, what) != getattr(theirs, what)), None)
 
 
 def _source(config: AutoencoderConfig, name: str, random: bool, open_part: Open) -> Source:

@@ -16,6 +16,11 @@ WRITTEN_BY = "sana-kernels"
 _FP16_TRAINED = re.compile(r"Sana_(600|1600)M_(512|1024)px(_MultiLing)?(_diffusers|\.pth)?", re.IGNORECASE)
 
 
+def trained_in_fp16(checkpoint: str) -> bool:
+    """Was a checkpoint trained in fp16, by its name? A path or a hub id tells it too, also from inside the hub's cache."""
+    return any(_FP16_TRAINED.fullmatch(part) for part in re.split(r"[/\\]|--", checkpoint))
+
+
 def assemble(
     name: str, dit: DiTConfig, text: TextEncoderConfig, autoencoder: AutoencoderConfig, scheduler: SchedulerConfig
 ) -> ModelConfig:
@@ -40,7 +45,7 @@ def assemble(
         )
     return ModelConfig(
         name=name,
-        dit=replace(dit, clamp=dit.clamp or bool(_FP16_TRAINED.fullmatch(name))),
+        dit=replace(dit, clamp=dit.clamp or trained_in_fp16(name)),
         text=text,
         autoencoder=autoencoder,
         scheduler=scheduler,

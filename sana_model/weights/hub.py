@@ -8,11 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from sana_model.errors import MissingError, UserError
 
-_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>.+))?")
+_ID = re.compile(r"(?P<repo>[^/]+/[^/]+)(?:/(?P<file>.+))?")
 _SMALL = ["*.json", "tokenizer/*"]
 
 
@@ -21,7 +28,12 @@ def parse(model: str) -> tuple[str, str | None] | None:
     match = _ID.fullmatch(model.removeprefix("hf://"))
     if match is None or (match["file"] and not model.startswith("hf://")):
         return None
-    return match["repo"], match["file"]
+    repo, file = match["repo"], match["file"]
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:  # a path that was mistyped, such as out/sana--v2
+        return None
+    return None if file and ".." in file.split("/") else (repo, file)
 
 
 def fetch_folder(

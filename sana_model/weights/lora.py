@@ -11,10 +11,12 @@ or kohya's trainers (`lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight
 names or those of the original repository.
 """
 
+import itertools
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,17 @@ def parse(text: str) -> tuple[Path, float]:
         return (Path(file), _finite(float(strength))) if colon and file else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0  # a colon in the name of the file
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """A name for each file, none of them twice: its own; its folder's where several files are called the same, as diffusers
+    and PEFT call theirs; and with -2, -3, ... where that is taken, too."""
+    stems, names = Counter(file.stem for file in files), []
+    for file in files:
+        own = file.stem if stems[file.stem] == 1 else file.absolute().parent.name or file.stem
+        numbered = (f"{own}-{i}" for i in itertools.count(2))
+        names.append(next(name for name in itertools.chain([own], numbered) if name not in names))
+    return names
 
 
 def read(file: Path, config: DiTConfig, name: str | None = None) -> Lora:

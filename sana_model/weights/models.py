@@ -254,7 +254,10 @@ def _file(file: Path, base: str | Path | None) -> Source:
 
     if source is None:
         return Source(config, str(file), False, dict.fromkeys(PARTS, open_nothing) | {"dit": open_dit}, None)
-    return Source(config, str(file), source.random, source.open | {"dit": open_dit}, source.tokenizer_folder)
+    return Source(
+        config, str(file), source.random, source.open | {"dit": open_dit}, source.tokenizer_folder,
+        quantized={part: header for part, header in source.quantized.items() if part != "dit"},
+    )  # fmt: skip
 
 
 def _needed(repo: str, names: list[str]) -> list[str]:
