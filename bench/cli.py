@@ -157,6 +157,7 @@ def _setup(args: argparse.Namespace):
         raise MissingError(
             "no NVIDIA GPU can be used here (torch sees none); run with --device cpu, or see `sana doctor`"
         )
+    torch.backends.cudnn.allow_tf32 = False  # of fp32 that PyTorch compiles, too: TF32 keeps 10 bits
     return torch.device(name), Results(args.json, args.seed, name)
 
 
