@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sana_bench import check, cli, harness, image, kernels, report, schema, work
 from sana_bench.cases import CASES
+from sana_model.cli import parser as cli_parser
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
 from sana_model.settings import PRECISIONS
@@ -201,8 +202,8 @@ class FakeGPU:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host / 1e3)
 
-    def sleep(self, cycles):  # a clock of 1 GHz
-        self.free = max(self.free, self.host) + cycles / 1e6
+    def sleep(self, cycles):  # a clock of 1 GHz; the first time, the kernel has to be loaded
+        self.free = max(self.free, self.host) + cycles / 1e6 + (0 if self.sleeps else 500)
         self.sleeps += 1
 
     def kernel(self):
@@ -216,7 +217,7 @@ def test_what_is_timed_on_a_gpu_does_not_wait_for_python(monkeypatch):
     blocks = harness.gpu_times(gpu.kernel for _ in range(101))
     for _ in range(2):
         assert next(blocks) == pytest.approx([0.001] * 20)
-    assert gpu.sleeps == 3  # one to learn the clock
+    assert gpu.sleeps == 4  # two to learn the clock
     with monkeypatch.context() as awake:  # control: then it waits
         awake.setattr(torch.cuda, "_sleep", lambda cycles: None)
         gpu.free = gpu.host
@@ -226,6 +227,37 @@ def test_what_is_timed_on_a_gpu_does_not_wait_for_python(monkeypatch):
     monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.001)
     times = kernels.time_calls(lambda i: (gpu.kernel(), seen.append(i)), inputs, torch.device("cuda"))
     assert len(times) == 20 and seen == [i % 7 for i in range(41)]  # the inputs stay cold
+
+
+def test_the_clock_of_a_sleep_is_learnt_from_a_kernel_that_is_loaded(monkeypatch):
+    FakeGPU(monkeypatch)
+    assert harness._sleep_rate() == pytest.approx(1e9)
+
+
+def test_a_probe_of_a_gpu_is_one_window(monkeypatch):
+    measured = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(harness, "_gpu_rate", lambda kind, seconds: measured.append(kind) or (1e12, 1e12))
+    peaks = harness.peaks(torch.device("cuda"))
+    measured.clear()
+    assert peaks.probe({"bf16"}) and measured == ["bf16"]
+
+
+def test_the_state_of_the_gpu_is_asked_at_both_ends_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness, "gpu_state", lambda: asked.append("now") or [str(len(asked))])
+    results = harness.Results(tmp_path / "x.json", seed=0)
+    for _ in range(3):
+        results.replace([])
+    results.save(complete=True)
+    assert results.document["machine"]["gpu_state"] == {"before": ["1"], "after": ["2"]} and len(asked) == 2
+
+
+def test_fp32_of_a_benchmark_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    args = cli_parser().parse_args(["bench", "kernels", "--device", "cpu"])
+    cli._setup(args)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.gpu
