@@ -2,8 +2,9 @@
 
 Every backend takes turns with plain PyTorch (the reference) and torch.compile of it; each result is held to fp64 by
 FlashAttention's rule. Inputs are cold: each call gets other tensors, and together they are twice the size of the last
-cache. So the bytes that must cross the memory bus are the inputs, and the output only where it is larger than that
-cache: of these is `gb_s`, and its share of the measured copy bandwidth.
+cache (of a GPU's, four times). So the bytes that must cross the memory bus are the inputs, and the output only where it is
+larger than that cache: of these is `gb_s`, and its share of the measured copy bandwidth. Where even 256 copies of a small
+case's inputs are not that large, they are `cached`, and that share is left out.
 """
 
 import itertools
@@ -25,13 +26,16 @@ from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
 from sana_kernels.conv2d import ConvWeight, pack_conv2d
 from sana_kernels.gemm import PACKED, pack
 from sana_kernels.gemm.reference import dequantize
+from sana_kernels.mix_ffn import taps_first
 from sana_kernels.quant.formats import Int4, dequantize_int4
 from sana_model.errors import MissingError, UserError
+from sana_model.plan import ON_GPU
 from sana_model.settings import PRECISIONS, QUANTIZED
 
 COMPILED = "torch-compile"
 BASELINES = ("reference", COMPILED)
 CONVOLUTIONS = {"conv2d": 1, "upsample": 4}  # and their phases
+DEPTHWISE = {"depthwise_glu": 3, "depthwise_glu_quantized": 3, "mix_ffn": 7}  # and where their 3 × 3 weight stands
 BATCH_SECONDS, MIN_CALLS = 0.2, 5  # of one repetition
 MOST_COPIES, MOST_BYTES = 256, 2**30
 
@@ -138,9 +142,9 @@ class KernelBench:
             m = measured[name]
             if m.count(verdict):
                 m.samples += samples
-        moved = bytes_moved(inputs[0], plain, last_cache_bytes(self.device))
+        moved, cold = bytes_moved(inputs[0], plain, last_cache_bytes(self.device)), are_cold(inputs, self.device)
         rows = [
-            self.row(one, backend, m, moved) if m.status == "ok" else self.row_without(one, backend, m)
+            self.row(one, backend, m, moved, cold) if m.status == "ok" else self.row_without(one, backend, m)
             for backend, m in measured.items()
         ]
         medians = {row["backend"]: row["timing"]["ms"]["median"] for row in rows if row["status"] == "ok"}
@@ -157,16 +161,18 @@ class KernelBench:
         """action(*args), or None where it can't be (`Outcome.attempt`)."""
         return outcome.attempt(name, lambda: None, self.say, action, *args)
 
-    def truth(self, one: Chosen) -> tuple[list[tuple], Tensor, Tensor]:
-        """Cold inputs, what plain PyTorch makes of the first, and that in fp64."""
+    def truth(self, one: Chosen) -> tuple[list[tuple], Tensor | tuple, Tensor]:
+        """Inputs, what plain PyTorch makes of the first, and that in fp64."""
         inputs = cold_inputs(one.case, one.precision, self.device, self.seed)
         return inputs, *expected(one.case.op, inputs[0])
 
-    def first(self, one: Chosen, backend: str, m: Measured, inputs: list[tuple], plain: Tensor, oracle: Tensor) -> None:
+    def first(
+        self, one: Chosen, backend: str, m: Measured, inputs: list[tuple], plain: Tensor | tuple, oracle: Tensor
+    ) -> None:
         """Prepare a backend, call it and compare it."""
         op = one.case.op
         call, own = runner(op, backend), [prepared(op, backend, given) for given in inputs]
-        made = (t[..., : oracle.shape[-1]] for t in (values(op, call(*own[0])), plain))  # without padding
+        made = (values(op, t)[..., : oracle.shape[-1]] for t in (call(*own[0]), plain))  # without padding
         m.check = check.kernel_check(*made, oracle)
         m.time = partial(time_calls, call, own, self.device)
 
@@ -180,11 +186,11 @@ class KernelBench:
         """Of a backend that could not be measured."""
         return self.common(one, backend, m.status) | {"reason": m.reason}
 
-    def row(self, one: Chosen, backend: str, m: Measured, moved: int) -> dict:
+    def row(self, one: Chosen, backend: str, m: Measured, moved: int, cold: bool) -> dict:
         ms = statistics_ms(m.samples)
         seconds = ms["median"] / 1e3
         percent = {
-            "copy": self.peaks.percent(moved, seconds, "copy"),
+            "copy": self.peaks.percent(moved, seconds, "copy") if cold else None,
             "arithmetic": self.peaks.percent(2 * one.case.macs, seconds, one.precision),
         }
         failures = [
@@ -195,8 +201,9 @@ class KernelBench:
         passed = m.check["passed"] and not failures
         return self.common(one, backend, "ok" if passed else "FAIL") | {
             "timing": {
-                "method": "cuda events" if self.device.type == "cuda" else "wall clock", "inputs": "cold", "warmup": 1,
-                "n": len(m.samples), "rejected": m.rejected, "unsteady": m.unsteady, "ms": ms, "raw_ms": thinned(m.samples),
+                "method": "cuda events" if self.device.type == "cuda" else "wall clock",
+                "inputs": "cold" if cold else "cached", "warmup": 1, "n": len(m.samples), "rejected": m.rejected,
+                "unsteady": m.unsteady, "ms": ms, "raw_ms": thinned(m.samples),
             },
             "work": {
                 "gmac": one.case.macs / 1e9, "gib": moved / 2**30, "gb_s": moved / seconds / 1e9, "pct_of_peak": percent,
@@ -216,7 +223,15 @@ def runner(op: str, backend: str) -> Callable:
     run = _kernel(op, "reference" if backend == COMPILED else backend)
     if op == "gemm":
         run = partial(_gemm, run, _kernel("quantize", "reference" if backend == COMPILED else backend))
-    return torch.compile(run, mode="max-autotune-no-cudagraphs", dynamic=False) if backend == COMPILED else run
+    return compiled(run) if backend == COMPILED else run
+
+
+def compiled(run: Callable) -> Callable:
+    """Under torch.compile, as if for the first time: Dynamo counts an op's recompilations over all cases of it, and from
+    the ninth on it would run them eagerly without a word. What was compiled before is forgotten."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(run, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def _kernel(op: str, backend: str) -> Callable:
@@ -232,16 +247,18 @@ def _gemm(run: Callable, quantize: Callable, x: Tensor, x_scale: Tensor | None, 
 
 def prepared(op: str, backend: str, arguments: tuple) -> tuple:
     """The arguments as a model hands them to this backend: weights are packed once, when it is loaded."""
-    if backend == "cpu" and op in CONVOLUTIONS:
+    if op in CONVOLUTIONS:
         x, weight, scale, shape, *rest = arguments
-        return x, pack_conv2d(ConvWeight(weight, scale, shape), CONVOLUTIONS[op]).values, scale, shape, *rest
+        return x, pack_conv2d(ConvWeight(weight, scale, shape), CONVOLUTIONS[op], backend).values, scale, shape, *rest
+    if backend in ON_GPU and op in DEPTHWISE:
+        return tuple(taps_first(a) if i == DEPTHWISE[op] else a for i, a in enumerate(arguments))
     weights = {"gemm": (2,), "mix_ffn": (4, 9)}.get(op, ()) if backend == "cpu" else ()
     return tuple(pack(a) if i in weights and a.dtype in PACKED else a for i, a in enumerate(arguments))
 
 
-def expected(op: str, arguments: tuple) -> tuple[Tensor, Tensor]:
-    """What plain PyTorch makes of the arguments, and the truth in fp64."""
-    plain, exact = values(op, runner(op, "reference")(*arguments)), tuple(wide(a) for a in arguments)
+def expected(op: str, arguments: tuple) -> tuple[Tensor | tuple, Tensor]:
+    """What plain PyTorch makes of the arguments, and the truth in fp64: the values, where that is quantised rows."""
+    plain, exact = runner(op, "reference")(*arguments), tuple(wide(a) for a in arguments)
     if op.endswith("_quantized"):  # the truth is what would be quantised: PyTorch is half a step away from it
         return plain, runner(op.removesuffix("_quantized"), "reference")(*exact[:-1])
     return plain, values(op, runner(op, "reference")(*exact))
@@ -262,12 +279,25 @@ def wide(value: object) -> object:
 
 
 def cold_inputs(case: Case, precision: str, device: torch.device, seed: int) -> list[tuple]:
-    """As many copies of the arguments as it takes to be twice as large as the last cache, within reason."""
+    """As many copies of the arguments as it takes to be larger than the last cache, within reason."""
     first = case.arguments(precision, device, seed)
-    size = max(1, sum(a.nbytes for a in first if isinstance(a, Tensor)))
-    copies = math.ceil(2 * last_cache_bytes(device) / size) + 1
-    copies = max(2, min(copies, MOST_COPIES, MOST_BYTES // size))
+    one = max(1, size(first))
+    copies = math.ceil(cold_bytes(device) / one) + 1
+    copies = max(2, min(copies, MOST_COPIES, MOST_BYTES // one))
     return [first, *(clone(first) for _ in range(copies - 1))]
+
+
+def cold_bytes(device: torch.device) -> int:
+    """What inputs must come to together for each to have left the cache when its turn comes again.
+
+    Of a GPU more, whose L2 cache may be two with a copy of a line in each, and evicts not only the oldest.
+    """
+    return (4 if device.type == "cuda" else 2) * last_cache_bytes(device)
+
+
+def are_cold(inputs: list[tuple], device: torch.device) -> bool:
+    """Are they together as large as that? Those of a small case are not, however many."""
+    return sum(map(size, inputs)) >= cold_bytes(device)
 
 
 def clone(arguments: tuple) -> tuple:
@@ -296,11 +326,15 @@ def last_cache_bytes(device: torch.device) -> int:
     return next((size for name in names if (size := os.sysconf(name)) > 0), 2**26)
 
 
-def bytes_moved(arguments: tuple, output: Tensor, cache: int) -> int:
-    """What crosses the memory bus in one call on cold inputs."""
-    read = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
-    written = output.numel() * output.element_size()
+def bytes_moved(arguments: tuple, result: Tensor | tuple, cache: int) -> int:
+    """What crosses the memory bus in one call on cold inputs; `result` as the op returns it, quantised or not."""
+    read, written = size(arguments), size(result if isinstance(result, tuple) else (result,))
     return read + (written if written > cache else 0)
+
+
+def size(values: tuple) -> int:
+    """Bytes of the tensors among them."""
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def time_calls(call: Callable, inputs: list[tuple], device: torch.device) -> list[float]:

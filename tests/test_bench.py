@@ -372,6 +372,77 @@ def test_cold_inputs_are_the_same_values_in_the_same_strides_elsewhere(case):
     assert min(t.min() for t, _ in tensors if t.is_floating_point()) < 0
 
 
+def test_inputs_are_called_cold_where_the_cache_cannot_hold_them(tiny_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.01)
+    for cache, label in ((2**20, "cold"), (2**40, "cached")):
+        monkeypatch.setattr(kernels, "last_cache_bytes", lambda device, cache=cache: cache)
+        (row,) = tiny_kernels()["results"]
+        assert row["timing"]["inputs"] == label
+        assert (row["work"]["pct_of_peak"]["copy"] is None) == (label == "cached")  # no byte has to cross the bus
+
+
+def test_a_gpu_gets_more_cold_inputs(monkeypatch):
+    monkeypatch.setattr(kernels, "last_cache_bytes", lambda device: 2**20)
+    assert kernels.cold_bytes(torch.device("cuda")) == 4 * 2**20
+    assert kernels.cold_bytes(torch.device("cpu")) == 2 * 2**20
+
+
+def case_named(name: str):
+    return next(case for case in CASES if str(case) == name)
+
+
+@pytest.mark.parametrize("op", ["modulate_quantized", "quantize"])
+def test_of_quantised_rows_the_bytes_are_those_that_are_written(op):
+    arguments = case_named(f"{op}/tiny_256").arguments("bf16")
+    plain, oracle = kernels.expected(op, arguments)
+    values, scale = plain
+    read = sum(t.nbytes for t in arguments if isinstance(t, torch.Tensor))
+    assert kernels.bytes_moved(arguments, plain, cache=0) == read + values.numel() + 4 * scale.numel()
+    assert kernels.bytes_moved(arguments, plain, cache=2**30) == read
+    made = kernels.values(op, plain)
+    assert made.shape[:-1] == oracle.shape[:-1] and made.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "reference"])
+@pytest.mark.parametrize("name", ["depthwise_glu/tiny_256", "depthwise_glu_quantized/tiny_256", "mix_ffn/tiny_256"])
+def test_depthwise_weights_are_measured_as_a_model_hands_them_over(name, backend):
+    case = case_named(name)
+    given = case.arguments("fp32")
+    made = kernels.prepared(case.op, backend, given)
+    (weight,) = (a for a in made if isinstance(a, torch.Tensor) and a.ndim == 4)
+    assert weight.stride(0) == (1 if backend in ("cuda", "triton") else 9)
+    assert any(torch.equal(weight, a) for a in given if isinstance(a, torch.Tensor) and a.shape == weight.shape)
+
+
+@pytest.mark.parametrize("name", ["conv2d/tiny_decoder_stage2", "upsample/tiny_decoder_stage5"])
+def test_convolutions_of_cuda_are_measured_channels_last(name):
+    case = case_named(name)
+    given = case.arguments("bf16")
+    weight = kernels.prepared(case.op, "cuda", given)[1]
+    assert weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(weight, given[1])
+    assert kernels.prepared(case.op, "reference", given)[1] is given[1]
+
+
+def test_every_case_of_an_op_is_compiled(monkeypatch):
+    """Dynamo compiles a function for eight shapes, and would run the ninth as it is."""
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # left as it was
+    monkeypatch.setattr(torch, "compile", lambda run, mode, dynamic: compile_(run, backend=counting, dynamic=dynamic))
+    for tokens in range(1, 12):
+        run = kernels.runner("gate_residual", kernels.COMPILED)
+        run(torch.zeros(1, tokens, 8), torch.zeros(1, tokens, 8), torch.zeros(1, 8))
+    assert len(compiled) == 11
+    with pytest.raises(Exception, match="recompile_limit"):  # and is no longer silent where the limit is met
+        for tokens in range(1, 12):
+            run(torch.zeros(1, tokens, 8), torch.zeros(1, tokens, 8), torch.zeros(1, 8))
+
+
 @pytest.mark.parametrize(
     "flags", [{"op": "nope"}, {"backends": "tpu"}, {"dtypes": "int3"}, {"name": "no such case"}], ids=str
 )
