@@ -62,13 +62,18 @@ def add_parser(subparsers) -> None:
     kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
     kernels.set_defaults(run=_kernels)
     kernels.add_argument("op", nargs="?", help="default: all")
-    kernels.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
-    kernels.add_argument("--backends", metavar="A,B", help="default: all that can run here, and torch.compile")
     kernels.add_argument(
-        "--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16, w8a8 (default: bf16,fp32)"
+        "--case", metavar="TEXT,...", default="", help="only cases whose name contains this, or one of these"
+    )
+    kernels.add_argument(
+        "--backends", metavar="A,B",
+        help="default: all that can run here, torch-compile, and torch-8bit, PyTorch's own 8-bit product on a GPU",
+    )  # fmt: skip
+    kernels.add_argument(
+        "--dtypes", metavar="A,B", help="of fp32, bf16, fp16, w8a8, fp8 (default: bf16,fp32; with --quick bf16)"
     )
     _add_repeat(kernels, "rounds (default: 3)")
-    _add_common(kernels, "the smallest case of each op, in bf16")
+    _add_common(kernels, "the smallest case of each op in each dtype, without torch-compile, in one round")
 
     quality = commands.add_parser(
         "quality", help="what a precision costs in pictures, and whether they show what was asked",
@@ -248,7 +253,8 @@ def _kernels(args: argparse.Namespace) -> int:
     from sana_bench.harness import peaks
     from sana_bench.kernels import KernelBench, select
 
-    chosen = select(args.op, args.case, args.backends, args.dtypes, device, quick=args.quick)
+    dtypes = args.dtypes or ("bf16" if args.quick else "bf16,fp32")
+    chosen = select(args.op, args.case, args.backends, dtypes, device, quick=args.quick)
     bench = KernelBench(chosen, device, peaks(device), results, seed=args.seed, say=_say)
     return _finish(bench, args.repeat or (1 if args.quick else 3), results, report.kernel_table)
 

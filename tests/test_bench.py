@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sana_bench import check, cli, harness, image, kernels, report, schema, work
 from sana_bench.cases import CASES
+from sana_kernels import backend
 from sana_model.cli import parser as cli_parser
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
@@ -458,6 +459,71 @@ def test_a_backend_asked_for_by_name_that_cannot_run_is_not_passed_over():
     chosen = kernels.select("modulate", "tiny", None, "fp32", torch.device("cpu"))
     assert "reference" in chosen[0].backends
     assert "triton" not in chosen[0].backends
+
+
+# ---- which cases, and against which baselines
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Makes the registry believe in a GPU of compute capability 9.0, or another."""
+
+    def gpu(capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(backend, "backend_status", lambda name: None)
+        return torch.device("cuda")
+
+    return gpu
+
+
+def test_8_bits_on_a_gpu_have_the_library_as_their_baseline(hopper):
+    gpu = hopper()
+    for precision, ours in (("w8a8", {"cuda", "triton"}), ("fp8", {"triton"})):
+        chosen = kernels.select(None, "0.6b_1024", None, precision, gpu)
+        found = {one.case.op: set(one.backends) for one in chosen}
+        assert found["gemm"] >= ours | {kernels.COMPILED, kernels.EIGHT_BIT}, precision
+        assert found["mix_ffn"] >= ours and not found["mix_ffn"] & {*kernels.BASELINES}
+        assert "reference" not in found["gemm"], "which computes in fp64"
+    chosen = kernels.select("gemm", "0.6b_1024", None, "bf16", gpu)
+    assert all(kernels.EIGHT_BIT not in one.backends and "reference" in one.backends for one in chosen)
+
+
+def test_what_no_kernel_of_ours_multiplies_is_not_measured(hopper):
+    assert kernels.select(None, "0.6b_1024", None, "fp8", hopper((8, 0))) == []
+    chosen = kernels.select("gemm", "tiny", None, "w8a8", torch.device("cpu"))
+    assert not any(set(one.backends) & {*kernels.BASELINES} for one in chosen), "on a CPU only by name"
+    with pytest.raises(MissingError, match=r"torch-8bit.*multiplies 8 bits in gemm, in w8a8 and fp8"):
+        kernels.select("gemm", "tiny", "torch-8bit", "bf16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "fp8"])
+def test_the_library_multiplies_the_same_8_bits(precision):
+    found = [case for case in CASES if case.op == "gemm" and "tiny" in case.name]
+    assert len(found) == 5
+    for case in found:
+        arguments = case.arguments(precision)
+        plain, oracle = kernels.expected("gemm", arguments)
+        made = kernels.runner("gemm", kernels.EIGHT_BIT)(*arguments)
+        assert check.kernel_check(made, plain, oracle)["passed"], case
+        made[:, 0] = 0
+        assert not check.kernel_check(made, plain, oracle)["passed"]
+
+
+def test_quick_measures_the_smallest_case_of_each_op_in_each_precision(hopper):
+    chosen = kernels.select(None, "0.6b_1024,decoder_stage2_1024", None, "bf16,w8a8", hopper(), quick=True)
+    found = {(one.case.op, one.precision): one.case.name for one in chosen}
+    assert len(found) == len(chosen)
+    assert found["gemm", "bf16"] == found["gemm", "w8a8"] == "0.6b_1024_out"
+    assert found["conv2d", "bf16"] == "decoder_stage2_1024_silu", "not a transformed one, which is the CPU's"
+    assert ("conv2d", "w8a8") not in found and ("modulate", "bf16") in found
+    assert kernels.COMPILED not in chosen[0].backends
+
+
+def test_quick_leaves_no_op_out_whose_smallest_case_is_of_another_precision():
+    """The smallest upsampling to 1024 px is of transformed int8."""
+    (one,) = kernels.select("upsample", "decoder_stage4_1024", None, "fp32", torch.device("cpu"), quick=True)
+    assert one.case.name == "decoder_stage4_1024"
 
 
 def test_every_precision_has_limits():
