@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from sana_model.errors import MissingError, UserError
@@ -352,6 +353,13 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write_tiles(path: Path, table: dict) -> None:
+    from sana_bench import tune
+    from sana_model import files
+
+    files.write_text(path, tune.render(table))
+
+
 def _tune(args: argparse.Namespace) -> int:
     import torch
 
@@ -367,8 +375,9 @@ def _tune(args: argparse.Namespace) -> int:
         device = torch.device("cuda")
         gpu = torch.cuda.get_device_properties(device)
         shared = gpu.shared_memory_per_block_optin
-        table = tune.propose(ops, dtypes, arch(device), gpu.multi_processor_count, shared, tune.measure, _say)
-    files.write_text(args.json, tune.render(table))
+        keep = partial(_write_tiles, args.json)
+        table = tune.propose(ops, dtypes, arch(device), gpu.multi_processor_count, shared, tune.measure, _say, keep)
+    _write_tiles(args.json, table)
     print(f"{args.json}: a proposal; to use it, look at it and copy it over sana_kernels/tiles.json")
     return 0
 
