@@ -32,7 +32,8 @@ def add_parser(subparsers) -> None:
     image.add_argument(
         "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
         help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino, onnxruntime, "
-        "tensorrt; a precision that ends in + holds for text encoder and decoder, too; cpu@FOLDER is the DiT of a folder "
+        "tensorrt; a precision that ends in + holds for text encoder and decoder, too, and one that ends in -eager is run "
+        "without a CUDA graph; cpu@FOLDER is the DiT of a folder "
         f"that `sana quantize` made, and reference:w4a4 or reference@FOLDER what is stored, exactly (default: {QUICK_RUNS})",
     )  # fmt: skip
     _add_repeat(image, "repetitions of each run (default: 3)")
