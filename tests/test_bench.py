@@ -485,6 +485,8 @@ def test_8_bits_on_a_gpu_have_the_library_as_their_baseline(hopper):
         assert found["gemm"] >= ours | {kernels.COMPILED, kernels.EIGHT_BIT}, precision
         assert found["mix_ffn"] >= ours and not found["mix_ffn"] & {*kernels.BASELINES}
         assert "reference" not in found["gemm"], "which computes in fp64"
+    quantized = {p: kernels.select("gemm", "0.6b_1024_qkv+quantize", None, p, gpu)[0].backends for p in ("w8a8", "fp8")}
+    assert "cuda" in quantized["w8a8"] and "cuda" not in quantized["fp8"], "by what multiplies, not by what comes in"
     chosen = kernels.select("gemm", "0.6b_1024", None, "bf16", gpu)
     assert all(kernels.EIGHT_BIT not in one.backends and "reference" in one.backends for one in chosen)
 
