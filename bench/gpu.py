@@ -52,10 +52,10 @@ from sana_bench.cases import cases
 from sana_bench.gpu import FACTS_ARE
 from sana_bench.weights import BASELINES
 from sana_kernels.backend import OPS, backend_status
-from sana_model.settings import FOUR_BIT, PRECISIONS
+from sana_model.settings import PRECISIONS
 kernels = {op: [p for p in PRECISIONS if any(p in case.precisions for case in cases(op))] for op in OPS}
 tuned = [[op, dtype] for op in tune.OPS for dtype in tune.DTYPES]
-facts = {"precisions": [*PRECISIONS], "four_bit": FOUR_BIT, "baselines": BASELINES, "kernels": kernels, "tuned": tuned,
+facts = {"precisions": [*PRECISIONS], "baselines": BASELINES, "kernels": kernels, "tuned": tuned,
          "cuda": backend_status("cuda")}
 print()  # whatever else may stand on this line
 print(FACTS_ARE + json.dumps(facts))
@@ -65,7 +65,9 @@ OURS = ("cuda", "triton", "cpu", "library")  # backends whose crash is our failu
 MODELS = ("sana-0.6b", "sana-1.6b", "sana-sprint-0.6b", "sana-sprint-1.6b")
 SIZES, BATCHES = (512, 1024, 2048, 4096), (1, 4, 8)
 MOST_PIXELS = 4096**2  # of a batch: one picture of the largest size
-FIRST_PRECISIONS, FIRST_OPS = ("w8a8", "fp8", "bf16"), ("gemm", "mix_ffn", "linear_attention")
+# None of 4 bits: rounded to nearest, as in a run without a folder, random weights must fail their check.
+FIRST_PRECISIONS, OTHER_PRECISIONS = ("w8a8", "fp8", "bf16"), ("bf16", "fp16", "fp32")
+FIRST_OPS = ("gemm", "mix_ffn", "linear_attention")
 CASES = "1024,4096,text"  # of ops: the published models at their own size and at the largest
 QUICK_CASES = (
     "0.6b_1024,0.6b_text_up,decoder_stage2_1024_silu,decoder_stage3_1024,decoder_stage4_1024,decoder_stage5_1024"
@@ -187,11 +189,11 @@ class Runner:
         tests = [*PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *workers]
         self.add(execute("tests", tests, self.left(240), self.log)[0])
         image = ["bench", "image", "--model", "sana-0.6b", "--size", "1024", "--steps", "20", "--repeat", "2"]
-        self.add(self.measure("image", [*image, "--runs", ",".join(headline(facts))], self.left(380)))
+        self.add(self.measure("image", [*image, "--runs", ",".join(headline(facts))], self.left(365)))
         # The cheapest of these cases of each op, and the convolution that is most of the decoder's work.
         kernels = ["bench", "kernels", "--quick", "--case", QUICK_CASES, "--dtypes", "bf16,w8a8"]
-        self.add(self.measure("kernels", kernels, self.left(425)))
-        for tool, until in (("memcheck", 450), ("racecheck", self.seconds)):
+        self.add(self.measure("kernels", kernels, self.left(435)))
+        for tool, until in (("memcheck", 455), ("racecheck", self.seconds)):
             self.add(self.sanitize(tool, until))
 
     def sanitize(self, tool: str, until: float) -> Outcome:
@@ -237,10 +239,7 @@ class Runner:
 
 
 def ours(facts: dict, precisions: tuple[str, ...], backend: str = "auto") -> list[str]:
-    """Runs of ours in those of the precisions that there are.
-
-    None in 4 bits: rounded to nearest, as they are in a run without a folder, random weights must fail their check.
-    """
+    """Runs of ours in those of the precisions that there are."""
     return [f"{backend}:{precision}" for precision in precisions if precision in facts["precisions"]]
 
 
@@ -282,7 +281,7 @@ def more_rows(facts: dict) -> dict[str, Row]:
         rows[f"tiles_{op}_{dtype}"] = Row(["tune", op, "--dtypes", dtype], 180)
     for model in MODELS:
         picture("triton", model, *workloads[0], ["auto:bf16", *ours(facts, FIRST_PRECISIONS, "triton")])
-        picture("others", model, *workloads[0], ["reference:bf16", *ours(facts, ("bf16", "fp16", "fp32"))])
+        picture("others", model, *workloads[0], ["reference:bf16", *ours(facts, OTHER_PRECISIONS)])
         compiled("reference-compile", model)
     kernels(facts["kernels"], facts["precisions"])
     for size, batch in workloads[1:]:

@@ -28,7 +28,7 @@ if args[0] == "-c":
         sys.exit("no gpu" in actions)
     else:
         print(actions.get("facts", "facts: ") + json.dumps({"precisions": ["fp32", "bf16", "w8a8", "w4a4"],
-              "four_bit": ["w4a4"], "baselines": ["diffusers", "diffusers-compile", "openvino"],
+              "baselines": ["diffusers", "diffusers-compile", "openvino"],
               "kernels": {"gemm": ["bf16", "w8a8"]}, "tuned": [["gemm", "int8"]], "cuda": actions.get("cuda")}))
         print("warning: {of another library, at its end}")
     sys.exit()
@@ -326,7 +326,7 @@ gpu.main(["more", "--out", sys.argv[1]])
 
 
 FACTS = {
-    "precisions": ["fp32", "bf16", "w8a8", "fp8", "w4a4"], "four_bit": ["w4a4"], "tuned": [["gemm", "bf16"]],
+    "precisions": ["fp32", "bf16", "w8a8", "fp8", "w4a4"], "tuned": [["gemm", "bf16"]],
     "kernels": {"rms_norm": ["fp32", "bf16"], "gemm": ["fp32", "bf16", "w8a8", "fp8"], "mix_ffn": ["bf16", "w8a8"]},
     "baselines": ["diffusers", "diffusers-compile", "reference-compile"],
 }  # fmt: skip
