@@ -5,7 +5,8 @@
 #   make readme    tables of README.md from bench/results                   make wheel    dist/*.whl
 #   make lint      make format     make clean                               make asan     op tests under AddressSanitizer
 #   make gpu       on an NVIDIA GPU: build, GPU tests and headline figures in 8 minutes, without a network and with the
-#                  packages that PYTHON has; make gpu-more goes on with all other figures (bench/gpu.py tells more)
+#                  packages that PYTHON has; make gpu-more, again and again, goes on with all other figures, for GPU_MINUTES
+#                  each time (bench/gpu.py tells more)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -21,6 +21,7 @@ from sana_model.settings import DTYPES, PRECISIONS, QUANTIZED
 
 OUTLIER, OUTLIER_SHARE = 30.0, 0.001
 WITH_W8A8 = (*DTYPES, "w8a8")
+WITH_QUANTIZED = (*DTYPES, *QUANTIZED)  # of matrix products
 TRANSFORMED = {None: WITH_W8A8, torch.int8: ("w8a8",), torch.int16: ("bf16",)}
 """The precisions of convolutions by their transformed kernel's integers."""
 
@@ -146,17 +147,17 @@ def _gemm(name: str, B: int, M: int, K: int, N: int, silu: bool = False, gated: 
         weight = inputs.rows(N, K, scale=K**-0.5)
         return *inputs.rows(B, M, K), *weight, bias, silu, gate, residual, inputs.dtype
 
-    return Case("gemm", name, {"B": B, "M": M, "K": K, "N": N}, B * M * K * N, make, WITH_W8A8)
+    return Case("gemm", name, {"B": B, "M": M, "K": K, "N": N}, B * M * K * N, make, WITH_QUANTIZED)
 
 
 def _quantize_gemm(gemm: Case) -> Case:
-    """The same product in W8A8, of 16-bit rows that are quantised first."""
+    """The same product in 8 bits, of 16-bit rows that are quantised first."""
 
     def make(inputs: Inputs) -> tuple:
         _, _, *rest = gemm.make(inputs)
         return inputs(*(gemm.shape[size] for size in "BMK")), None, *rest
 
-    return replace(gemm, name=f"{gemm.name}+quantize", make=make, precisions=("w8a8",))
+    return replace(gemm, name=f"{gemm.name}+quantize", make=make, precisions=tuple(QUANTIZED))
 
 
 def _quantize_int4(name: str, B: int, N: int, C: int) -> Case:
@@ -221,7 +222,7 @@ def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case
         )  # fmt: skip
 
     macs = B * N * (C * 2 * F + 2 * F * 9 + F * C)
-    return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make, WITH_W8A8)
+    return Case("mix_ffn", name, {"B": B, "N": N, "C": C, "F": F}, macs, make, WITH_QUANTIZED)
 
 
 def _rms_norm(name: str, side: int, C: int) -> Case:

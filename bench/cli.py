@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from sana_model.errors import MissingError, UserError
@@ -31,7 +32,8 @@ def add_parser(subparsers) -> None:
     image.add_argument(
         "--runs", default=QUICK_RUNS, metavar="BACKEND:PRECISION,...",
         help="auto, cpu, cuda, triton, reference, reference-compile, diffusers, diffusers-compile, openvino, onnxruntime, "
-        "tensorrt; a precision that ends in + holds for text encoder and decoder, too; cpu@FOLDER is the DiT of a folder "
+        "tensorrt; a precision that ends in + holds for text encoder and decoder, too, and one that ends in -eager is run "
+        "without a CUDA graph; cpu@FOLDER is the DiT of a folder "
         f"that `sana quantize` made, and reference:w4a4 or reference@FOLDER what is stored, exactly (default: {QUICK_RUNS})",
     )  # fmt: skip
     _add_repeat(image, "repetitions of each run (default: 3)")
@@ -62,13 +64,18 @@ def add_parser(subparsers) -> None:
     kernels = commands.add_parser("kernels", help="one op at a time, on the shapes of the published models")
     kernels.set_defaults(run=_kernels)
     kernels.add_argument("op", nargs="?", help="default: all")
-    kernels.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
-    kernels.add_argument("--backends", metavar="A,B", help="default: all that can run here, and torch.compile")
     kernels.add_argument(
-        "--dtypes", metavar="A,B", default="bf16,fp32", help="of fp32, bf16, fp16, w8a8 (default: bf16,fp32)"
+        "--case", metavar="TEXT,...", default="", help="only cases whose name contains this, or one of these"
+    )
+    kernels.add_argument(
+        "--backends", metavar="A,B",
+        help="default: all that can run here, torch-compile, and torch-8bit, PyTorch's own 8-bit product on a GPU",
+    )  # fmt: skip
+    kernels.add_argument(
+        "--dtypes", metavar="A,B", help="of fp32, bf16, fp16, w8a8, fp8 (default: bf16,fp32; with --quick bf16)"
     )
     _add_repeat(kernels, "rounds (default: 3)")
-    _add_common(kernels, "the smallest case of each op, in bf16")
+    _add_common(kernels, "the smallest case of each op in each dtype, without torch-compile, in one round")
 
     quality = commands.add_parser(
         "quality", help="what a precision costs in pictures, and whether they show what was asked",
@@ -157,6 +164,7 @@ def _setup(args: argparse.Namespace):
         raise MissingError(
             "no NVIDIA GPU can be used here (torch sees none); run with --device cpu, or see `sana doctor`"
         )
+    torch.backends.cudnn.allow_tf32 = False  # of fp32 that PyTorch compiles, too: TF32 keeps 10 bits
     return torch.device(name), Results(args.json, args.seed, name)
 
 
@@ -247,7 +255,8 @@ def _kernels(args: argparse.Namespace) -> int:
     from sana_bench.harness import peaks
     from sana_bench.kernels import KernelBench, select
 
-    chosen = select(args.op, args.case, args.backends, args.dtypes, device, quick=args.quick)
+    dtypes = args.dtypes or ("bf16" if args.quick else "bf16,fp32")
+    chosen = select(args.op, args.case, args.backends, dtypes, device, quick=args.quick)
     bench = KernelBench(chosen, device, peaks(device), results, seed=args.seed, say=_say)
     return _finish(bench, args.repeat or (1 if args.quick else 3), results, report.kernel_table)
 
@@ -345,6 +354,13 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write_tiles(path: Path, table: dict) -> None:
+    from sana_bench import tune
+    from sana_model import files
+
+    files.write_text(path, tune.render(table))
+
+
 def _tune(args: argparse.Namespace) -> int:
     import torch
 
@@ -360,8 +376,9 @@ def _tune(args: argparse.Namespace) -> int:
         device = torch.device("cuda")
         gpu = torch.cuda.get_device_properties(device)
         shared = gpu.shared_memory_per_block_optin
-        table = tune.propose(ops, dtypes, arch(device), gpu.multi_processor_count, shared, tune.measure, _say)
-    files.write_text(args.json, tune.render(table))
+        keep = partial(_write_tiles, args.json)
+        table = tune.propose(ops, dtypes, arch(device), gpu.multi_processor_count, shared, tune.measure, _say, keep)
+    _write_tiles(args.json, table)
     print(f"{args.json}: a proposal; to use it, look at it and copy it over sana_kernels/tiles.json")
     return 0
 

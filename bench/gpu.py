@@ -1,7 +1,16 @@
 """`make gpu` and `make gpu-more`: everything that an NVIDIA GPU is wanted for, in one command, with no network.
 
-    python bench/gpu.py quick --out DIR    in 8 minutes: build, GPU tests, compute-sanitizer, one shape per op, a picture
-    python bench/gpu.py more --out DIR     a list of measurements, one JSON each; what is there is not measured again
+    python bench/gpu.py quick --out DIR    in 8 minutes: build, GPU tests, a picture, one shape per op, compute-sanitizer
+    python bench/gpu.py more --out DIR     a list of measurements, one JSON each, those that matter most first
+
+`more` is made to be called again and again: what is in DIR is not measured again, and no row is begun that may not be over
+in time. Where a GPU is lent for commands of 10 minutes each, of which only a few files come back:
+
+    make gpu; tar czf $OUT/gpu.tgz -C build gpu
+    make gpu-more GPU_MINUTES=8.5; tar czf $OUT/gpu.tgz -C build gpu        and so on
+
+On a fresh machine, unpack the last archive in build/ first, to go on where it ended. A row takes 8 minutes at most; what one
+that is cut off has measured stays in DIR/NAME.partial.json.
 
 This is run as a script, because it builds and installs the package that it is part of (editable, into the Python that
 runs it). So only children of it import the package; each has a time limit, and none that fails or hangs stops the rest.
@@ -12,6 +21,7 @@ Exit status: 0; 1 where something failed; 2 for a wrong flag; 3 without a GPU; 1
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,20 +40,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable]
 QUICK_SECONDS = 475.0  # and a few more, to stop a child that hangs: 8 minutes
 GRACE = 5.0  # seconds between asking a child to stop and killing it
-ROW_SECONDS = 20 * 60  # the most that one row of `more` may take
-LEAST_SECONDS = 30  # no row is begun with less time than this
+ROW_SECONDS = 8 * 60  # the most that one row of `more` may take
 
 BUILD = ["-m", "pip", "--disable-pip-version-check", "install", "-v", "--no-build-isolation", "--no-deps", "-e", "."]
 GPU = "import torch; print(torch.cuda.get_device_name())"  # fails where torch sees none
 FACTS_ARE = "facts: "  # begins their line among all that libraries may print
 FACTS = """
 import json
+from sana_bench import tune
+from sana_bench.cases import cases
 from sana_bench.gpu import FACTS_ARE
 from sana_bench.weights import BASELINES
-from sana_bench.tune import OPS as TUNED
 from sana_kernels.backend import OPS, backend_status
-from sana_model.settings import FOUR_BIT, PRECISIONS
-facts = {"precisions": [*PRECISIONS], "four_bit": FOUR_BIT, "baselines": BASELINES, "ops": OPS, "tuned": [*TUNED],
+from sana_model.settings import PRECISIONS
+kernels = {op: [p for p in PRECISIONS if any(p in case.precisions for case in cases(op))] for op in OPS}
+tuned = [[op, dtype] for op in tune.OPS for dtype in tune.DTYPES]
+facts = {"precisions": [*PRECISIONS], "baselines": BASELINES, "kernels": kernels, "tuned": tuned,
          "cuda": backend_status("cuda")}
 print()  # whatever else may stand on this line
 print(FACTS_ARE + json.dumps(facts))
@@ -52,6 +65,14 @@ OURS = ("cuda", "triton", "cpu", "library")  # backends whose crash is our failu
 MODELS = ("sana-0.6b", "sana-1.6b", "sana-sprint-0.6b", "sana-sprint-1.6b")
 SIZES, BATCHES = (512, 1024, 2048, 4096), (1, 4, 8)
 MOST_PIXELS = 4096**2  # of a batch: one picture of the largest size
+# None of 4 bits: rounded to nearest, as in a run without a folder, random weights must fail their check.
+FIRST_PRECISIONS, OTHER_PRECISIONS = ("w8a8", "fp8", "bf16"), ("bf16", "fp16", "fp32")
+FIRST_OPS = ("gemm", "mix_ffn", "linear_attention")
+CASES = "1024,4096,text"  # of ops: the published models at their own size and at the largest
+QUICK_CASES = (
+    "0.6b_1024,0.6b_text_up,decoder_stage2_1024_silu,decoder_stage3_1024,decoder_stage4_1024,decoder_stage5_1024"
+)
+PROPOSAL = "a proposal of `sana tune`"
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,14 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@dataclass(frozen=True)
+class Row:
+    """One measurement of `more`: arguments of `sana`, and the seconds without which it is not begun."""
+
+    command: list[str]
+    needs: float
+
+
 class Runner:
     """Both lists of work, and what became of it."""
 
@@ -109,7 +138,7 @@ class Runner:
         self.out, self.log, self.partial = out, out / "log.txt", out / ".partial"
         self.start, self.seconds = time.monotonic(), seconds
         self.outcomes: list[Outcome] = []
-        self.rows: dict[str, list[str]] = {}
+        self.rows: dict[str, Row] = {}
 
     def left(self, until: float) -> float:
         """Seconds from now to `until`, which is counted from the start."""
@@ -139,7 +168,9 @@ class Runner:
         incomplete = self.out / f"{name}.partial.json"
         full = [*PYTHON, "-m", "sana_model", *command, "--json", str(partial)]
         outcome, _ = execute(name, full, seconds, self.log)
-        if outcome.verdict != "out of time" and (found := stored(partial)):
+        found = None if outcome.verdict == "out of time" else stored(partial)
+        # Results say themselves whether they are whole, also those of a row that failed. Proposals do not.
+        if found and (outcome.verdict == "ok" or found.detail != PROPOSAL):
             os.replace(partial, final)
             incomplete.unlink(missing_ok=True)
             return replace(found, seconds=outcome.seconds)
@@ -157,13 +188,13 @@ class Runner:
         workers = ["-n", count, "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
         tests = [*PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *workers]
         self.add(execute("tests", tests, self.left(240), self.log)[0])
-        for tool, until in (("memcheck", 275), ("racecheck", 310)):
+        image = ["bench", "image", "--model", "sana-0.6b", "--size", "1024", "--steps", "20", "--repeat", "2"]
+        self.add(self.measure("image", [*image, "--runs", ",".join(headline(facts))], self.left(365)))
+        # The cheapest of these cases of each op, and the convolution that is most of the decoder's work.
+        kernels = ["bench", "kernels", "--quick", "--case", QUICK_CASES, "--dtypes", "bf16,w8a8"]
+        self.add(self.measure("kernels", kernels, self.left(435)))
+        for tool, until in (("memcheck", 455), ("racecheck", self.seconds)):
             self.add(self.sanitize(tool, until))
-        # With 1024 in its name, the smallest case of an op still is one of a published model.
-        self.add(self.measure("kernels", ["bench", "kernels", "--quick", "--case", "1024"], self.left(385)))
-        runs = ",".join(run for run in runs_of(facts) if run != "auto:fp16")
-        image = ["bench", "image", "--model", "sana-0.6b", "--size", "1024", "--steps", "20", "--runs", runs]
-        self.add(self.measure("image", image, self.left(self.seconds)))
 
     def sanitize(self, tool: str, until: float) -> Outcome:
         """compute-sanitizer over every CUDA op; it is not installed everywhere, and does not work in every sandbox."""
@@ -183,13 +214,14 @@ class Runner:
 
     def more(self) -> None:
         """What failed before comes last, so that no row can keep the others from being measured."""
+        self.rescue()
         facts = self.build(until=min(self.seconds, ROW_SECONDS))
         self.rows = {} if facts is None else more_rows(facts)
         for name in sorted(self.rows, key=lambda name: self.failure(name).exists()):
-            left = self.left(self.seconds)
-            if stored(self.out / f"{name}.json") or left < LEAST_SECONDS:
+            row, left = self.rows[name], self.left(self.seconds)
+            if stored(self.out / f"{name}.json") or left < row.needs:
                 continue
-            outcome = self.measure(name, self.rows[name], min(ROW_SECONDS, left))
+            outcome = self.measure(name, row.command, min(ROW_SECONDS, left))
             print(f"{name}: {outcome.verdict}: {outcome.detail}", file=sys.stderr, flush=True)
             self.failure(name).unlink(missing_ok=True)
             if not stored(self.out / f"{name}.json"):
@@ -197,41 +229,64 @@ class Runner:
                 note.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
                 os.replace(note, self.failure(name))
 
+    def rescue(self) -> None:
+        """Keep what a row had measured when a call before this one was killed."""
+        for file in self.partial.glob("*.json"):
+            os.replace(file, self.out / f"{file.stem}.partial.json")
+
     def failure(self, name: str) -> Path:
         return self.out / f"{name}.failed.json"
 
 
-def runs_of(facts: dict, compiled: bool = False) -> list[str]:
-    """All precisions, and the baselines in bf16, as they are fastest, with or without torch.compile.
+def ours(facts: dict, precisions: tuple[str, ...], backend: str = "auto") -> list[str]:
+    """Runs of ours in those of the precisions that there are."""
+    return [f"{backend}:{precision}" for precision in precisions if precision in facts["precisions"]]
 
-    But for 4 bits: rounded to nearest, as they are in a run without a folder, random weights must fail their check.
+
+def headline(facts: dict) -> list[str]:
+    """The runs that matter most, one of them without a CUDA graph, beside the code that others wrote."""
+    return [*ours(facts, FIRST_PRECISIONS), "auto:bf16-eager", "diffusers:bf16"]
+
+
+def more_rows(facts: dict) -> dict[str, Row]:
+    """By name, in the order of their worth: pictures of 1024 px by the smallest model, the ops that take most of the time,
+    pictures by the others, all ops, tiles, other backends and precisions, and pictures of other sizes.
+
+    A baseline under torch.compile, which may take minutes to compile, has a row of its own.
     """
-    left_out = ("fp32", *facts["four_bit"])
-    own = [f"auto:{precision}" for precision in facts["precisions"] if precision not in left_out]
-    gpu = [name for name in facts["baselines"] if name not in ("openvino", "onnxruntime", "tensorrt")]
-    return own + [f"{name}:bf16" for name in gpu if name.endswith("-compile") == compiled]
-
-
-def more_rows(facts: dict) -> dict[str, list[str]]:
-    """Name → arguments of `sana`, in the order of their worth: pictures of 1024 px, ops, tiles, all other pictures."""
-    rows = {}
+    rows: dict[str, Row] = {}
     workloads = [(size, batch) for size in SIZES for batch in BATCHES if size * size * batch <= MOST_PIXELS]
     workloads.sort(key=lambda one: (one != (1024, 1), one[0] * one[0] * one[1]))
 
-    def pictures(label: str, size: int, batch: int, runs: list[str]) -> None:
-        for model in MODELS:
-            options = ["--model", model, "--size", str(size), "--batch", str(batch), "--runs", ",".join(runs)]
-            rows[f"{label}_{model}_{size}_batch{batch}"] = ["bench", "image", *options]
+    def picture(label: str, model: str, size: int, batch: int, runs: list[str], needs: float = 150) -> None:
+        options = ["--model", model, "--size", str(size), "--batch", str(batch), "--runs", ",".join(runs)]
+        rows[f"{label}_{model}_{size}_batch{batch}"] = Row(["bench", "image", *options], needs)
 
-    triton = [run.replace("auto", "triton") for run in runs_of(facts) if run.startswith("auto")]
-    pictures("image", *workloads[0], ["auto:fp32", *triton, *runs_of(facts)])
-    pictures("compiled", *workloads[0], runs_of(facts, compiled=True))
-    for op in facts["ops"]:
-        rows[f"kernels_{op}"] = ["bench", "kernels", op, "--dtypes", ",".join(facts["precisions"])]
-    for op in facts["tuned"]:
-        rows[f"tiles_{op}"] = ["tune", op]
+    def compiled(baseline: str, model: str) -> None:
+        if baseline in facts["baselines"]:
+            picture(baseline, model, *workloads[0], [*ours(facts, FIRST_PRECISIONS), f"{baseline}:bf16"], needs=300)
+
+    def kernels(ops: Iterable[str], precisions: Iterable[str]) -> None:
+        for op, precision in itertools.product(ops, precisions):
+            if precision in facts["kernels"].get(op, ()):
+                options = ["--case", CASES, "--dtypes", precision, "--repeat", "2"]
+                rows.setdefault(f"kernels_{op}_{precision}", Row(["bench", "kernels", op, *options], 180))
+
+    for model in MODELS:
+        picture("image", model, *workloads[0], headline(facts))
+        compiled("diffusers-compile", model)
+        kernels(FIRST_OPS, ("bf16", "w8a8"))
+    kernels(facts["kernels"], ("bf16", "w8a8", "fp8"))
+    for op, dtype in facts["tuned"]:
+        rows[f"tiles_{op}_{dtype}"] = Row(["tune", op, "--dtypes", dtype], 180)
+    for model in MODELS:
+        picture("triton", model, *workloads[0], ["auto:bf16", *ours(facts, FIRST_PRECISIONS, "triton")])
+        picture("others", model, *workloads[0], ["reference:bf16", *ours(facts, OTHER_PRECISIONS)])
+        compiled("reference-compile", model)
+    kernels(facts["kernels"], facts["precisions"])
     for size, batch in workloads[1:]:
-        pictures("image", size, batch, runs_of(facts))
+        for model in MODELS:
+            picture("image", model, size, batch, [*ours(facts, FIRST_PRECISIONS), "diffusers:bf16"], needs=300)
     return rows
 
 
@@ -249,7 +304,7 @@ def stored(path: Path) -> Outcome | None:
     if "verdict" in document:
         return Outcome(**document)
     if "results" not in document:
-        return Outcome(path.stem, "ok", "a proposal of `sana tune`")
+        return Outcome(path.stem, "ok", PROPOSAL)
     if not document["run"]["complete"]:
         return None
     rows = [row for row in document["results"] if row["kind"] in ("image", "kernel")]
@@ -272,15 +327,14 @@ def run_ops() -> int:
     import torch
 
     from sana_bench.cases import cases
-    from sana_bench.kernels import runner
-    from sana_kernels.backend import why_not
+    from sana_bench.kernels import objection, runner
 
-    calls, ops = 0, set()
+    calls, ops, device = 0, set(), torch.device("cuda")
     for case in (case for case in cases() if "tiny" in case.name or "768x1344" in case.name):
         for precision in case.precisions:
-            if why_not(case.op, "cuda", *case.arguments(precision, "meta"), device="cuda") is None:
+            if objection("cuda", case, precision, case.arguments(precision, "meta"), device) is None:
                 print(case, precision, flush=True)
-                runner(case.op, "cuda")(*case.arguments(precision, "cuda"))
+                runner(case.op, "cuda")(*case.arguments(precision, device))
                 torch.cuda.synchronize()
                 calls, ops = calls + 1, ops | {case.op}
     print(f"{calls} calls of {len(ops)} CUDA ops")

@@ -32,7 +32,7 @@ from sana_kernels.backend import extension
 from sana_model import files, heap
 from sana_model.errors import MissingError
 
-WINDOWS, WINDOW_SECONDS = 5, 0.1
+WINDOWS, WINDOW_SECONDS = 5, 0.1  # of a probe; nobody else takes time of a GPU, so one is enough there
 MAX_DRIFT = 0.10
 
 ARITHMETIC = {
@@ -47,15 +47,19 @@ EIGHT_BITS = ("int8", "fp8")  # products that the library does not have on every
 class Peaks:
     """The machine's peaks: operations per second by kind of arithmetic, bytes per second for "copy".
 
-    `measure(kind, seconds)` is one window: the rate over all its time, and undisturbed. A probe is the best of five.
+    `measure(kind, seconds)` is one window: the rate over all its time, and undisturbed. A probe is the best of `windows`.
     `best` collects the highest undisturbed rates of the whole run.
     """
 
     def __init__(
-        self, kinds: list[str], measure: Callable[[str, float], tuple[float, float]], window: float = WINDOW_SECONDS
+        self,
+        kinds: list[str],
+        measure: Callable[[str, float], tuple[float, float]],
+        window: float = WINDOW_SECONDS,
+        windows: int = WINDOWS,
     ):
         """`kinds`: names such as fp32_avx512 or int8 (the arithmetic, then what it runs on), and copy."""
-        self.measure, self.window = measure, window
+        self.measure, self.window, self.windows = measure, window, windows
         self.best: dict[str, float] = {}
         for kind in kinds:
             try:
@@ -77,9 +81,9 @@ class Peaks:
         fastest = max(kinds, key=self.best.__getitem__)
         return kinds[0] if self.best[kinds[0]] > 0.95 * self.best[fastest] else fastest
 
-    def probe(self, kinds: set[str], windows: int = WINDOWS) -> dict[str, float]:
-        """The rates now, over all the time."""
-        now = {}
+    def probe(self, kinds: set[str], windows: int | None = None) -> dict[str, float]:
+        """The rates now, over all the time; `windows` in place of the usual number."""
+        now, windows = {}, windows or self.windows
         for kind in sorted(kinds):
             over_all, undisturbed = zip(*(self.measure(kind, self.window) for _ in range(windows)), strict=True)
             now[kind], self.best[kind] = max(over_all), max(self.best[kind], *undisturbed)
@@ -99,7 +103,8 @@ def peaks(device: torch.device, **options) -> Peaks:
     """The peaks of the device that the benchmark runs on. Raises MissingError without the extension module."""
     if device.type == "cuda":
         fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
-        return Peaks([*(kind for kind in _GPU_OPERANDS if kind != "fp8" or fp8), "copy"], _gpu_rate, **options)
+        kinds = [*(kind for kind in _GPU_OPERANDS if kind != "fp8" or fp8), "copy"]
+        return Peaks(kinds, _gpu_rate, windows=1, **options)
     module, reason = extension("_cpu")
     if module is None:
         raise MissingError(f"the peaks of this machine cannot be measured: {reason}; build with `pip install .`")
@@ -177,6 +182,8 @@ def gpu_times(calls: Iterable[Callable[[], object]], block: int = 20) -> Iterato
 def _sleep_rate(cycles: int = 10**6) -> float:
     """How many cycles torch.cuda._sleep counts per second now."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1)  # a kernel is loaded when it is first launched
+    torch.cuda.synchronize()
     start.record()
     torch.cuda._sleep(cycles)
     end.record()
@@ -324,7 +331,8 @@ class Results:
         machine = self.document["machine"]
         machine["load"]["after"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
         machine["steal_pct"] = _steal_percent(self._cpu_times)
-        machine["gpu_state"] = {"before": self._gpu_before, "after": gpu_state()}
+        # At both ends alone: nvidia-smi takes a good part of a second, and files are written after each row.
+        machine["gpu_state"] = {"before": self._gpu_before, "after": gpu_state() if complete else None}
         if measured is not None:
             machine["measured_peak"] = dict(measured.best)
         self.document["run"]["complete"] = complete

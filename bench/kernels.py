@@ -1,9 +1,11 @@
 """`sana bench kernels [op]`: each op of the registry by itself, on the shapes of `cases`.
 
-Every backend takes turns with plain PyTorch (the reference) and torch.compile of it; each result is held to fp64 by
-FlashAttention's rule. Inputs are cold: each call gets other tensors, and together they are twice the size of the last
-cache. So the bytes that must cross the memory bus are the inputs, and the output only where it is larger than that
-cache: of these is `gb_s`, and its share of the measured copy bandwidth.
+Every backend takes turns with plain PyTorch (the reference) and torch.compile of it; gemm's 8 bits on a GPU with the 8-bit
+product of PyTorch's library (torch-8bit) and torch.compile of that. Each result is held to fp64 by FlashAttention's rule.
+Inputs are cold: each call gets other tensors, and together they are twice the size of the last
+cache (of a GPU's, four times). So the bytes that must cross the memory bus are the inputs, and the output only where it is
+larger than that cache: of these is `gb_s`, and its share of the measured copy bandwidth. Where even 256 copies of a small
+case's inputs are not that large, they are `cached`, and that share is left out.
 """
 
 import itertools
@@ -15,23 +17,27 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sana_bench import check
 from sana_bench.cases import Case, cases
-from sana_bench.harness import Peaks, Results, gpu_times, interleave, statistics_ms
+from sana_bench.harness import Peaks, Results, gpu_times, interleave, product, statistics_ms
 from sana_bench.outcome import Outcome
 from sana_kernels.backend import BACKENDS, OPS, kernels, why_not
 from sana_kernels.conv2d import ConvWeight, pack_conv2d
-from sana_kernels.gemm import PACKED, pack
+from sana_kernels.gemm import PACKED, fake_quantize, pack
 from sana_kernels.gemm.reference import dequantize
+from sana_kernels.mix_ffn import taps_first
 from sana_kernels.quant.formats import Int4, dequantize_int4
 from sana_model.errors import MissingError, UserError
+from sana_model.plan import ON_GPU
 from sana_model.settings import PRECISIONS, QUANTIZED
 
-COMPILED = "torch-compile"
-BASELINES = ("reference", COMPILED)
+COMPILED, EIGHT_BIT = "torch-compile", "torch-8bit"
+BASELINES = ("reference", COMPILED, EIGHT_BIT)
 CONVOLUTIONS = {"conv2d": 1, "upsample": 4}  # and their phases
+DEPTHWISE = {"depthwise_glu": 3, "depthwise_glu_quantized": 3, "mix_ffn": 7}  # and where their 3 × 3 weight stands
 BATCH_SECONDS, MIN_CALLS = 0.2, 5  # of one repetition
 MOST_COPIES, MOST_BYTES = 256, 2**30
 
@@ -55,34 +61,67 @@ def select(
     """
     if op is not None and op not in OPS:
         raise UserError(f"op {op!r} is not known; choose one of {', '.join(OPS)}")
-    wanted = backends.split(",") if backends else [*BACKENDS, *([] if quick else [COMPILED])]
+    known = tuple(dict.fromkeys((*BACKENDS, *BASELINES)))
+    wanted = backends.split(",") if backends else [b for b in known if b != COMPILED or not quick]
     precisions = dtypes.split(",")
-    for what, given, known in (("backend", wanted, (*BACKENDS, COMPILED)), ("precision", precisions, PRECISIONS)):
-        if unknown := [value for value in given if value not in known]:
-            raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
-    found = [case for case in cases(op) if name in case.name]
+    for what, given, names in (("backend", wanted, known), ("precision", precisions, PRECISIONS)):
+        if unknown := [value for value in given if value not in names]:
+            raise UserError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(names)}")
+    found = [case for case in cases(op) if any(text in case.name for text in name.split(","))]
+    if device.type == "cuda":  # whose kernels take no transformed weights
+        found = [case for case in found if "_winograd_" not in case.name]
     if not found:
         raise UserError(
             f"no case of {op or 'any op'} has {name!r} in its name; there are {', '.join(map(str, cases(op)))}"
         )
+    pairs = [(case, precision) for case in found for precision in precisions if precision in case.precisions]
     if quick:
-        ops = dict.fromkeys(case.op for case in found)
-        found = [min((case for case in found if case.op == op), key=lambda case: case.macs) for op in ops]
-        precisions = precisions[:1]
+        pairs = smallest(pairs)
     chosen, reasons = [], {}
-    for case, precision in itertools.product(found, precisions):
-        if precision not in case.precisions:
-            continue
+    for case, precision in pairs:
         meta = case.arguments(precision, "meta")
-        able = [
-            b for b in wanted if backends or precision not in QUANTIZED or b not in BASELINES
-        ]  # PyTorch has no W8A8
-        why = {b: None if b == COMPILED else why_not(case.op, b, *meta, device=device) for b in able}
+        able = [b for b in wanted if backends or usual(b, case, precision, device)]
+        why = {b: objection(b, case, precision, meta, device) for b in able}
         reasons |= {b: reason for b, reason in why.items() if reason}
         chosen.append(Chosen(case, precision, tuple(b for b, reason in why.items() if reason is None)))
     if backends and (idle := [b for b in wanted if not any(b in one.backends for one in chosen)]):
-        raise MissingError(f"backend {idle[0]!r} can run none of it: {reasons[idle[0]]}; see `sana doctor`")
-    return [one for one in chosen if one.backends]
+        reason = reasons.get(idle[0], "no case has a precision that was asked for")
+        raise MissingError(f"backend {idle[0]!r} can run none of it: {reason}; see `sana doctor`")
+    return [one for one in chosen if one.backends and (backends or not of_baselines_alone(one))]
+
+
+def smallest(pairs: list[tuple[Case, str]]) -> list[tuple[Case, str]]:
+    """Of every op in every precision the case with the fewest multiply-adds."""
+    least: dict[tuple[str, str], Case] = {}
+    for case, precision in sorted(pairs, key=lambda pair: pair[0].macs):
+        least.setdefault((case.op, precision), case)
+    return [(case, precision) for (_, precision), case in least.items()]
+
+
+def usual(backend: str, case: Case, precision: str, device: torch.device) -> bool:
+    """Is a backend measured where nobody asked for it by name? PyTorch in 8 bits where it has a fast product, on a GPU; its
+    plain form of W8A8, in fp64, never."""
+    if backend not in BASELINES or precision not in QUANTIZED:
+        return True
+    return backend != "reference" and case.op == "gemm" and device.type == "cuda"
+
+
+def objection(backend: str, case: Case, precision: str, meta: tuple, device: torch.device) -> str | None:
+    """Why a backend cannot run a case; None where it can, as far as is known."""
+    if backend == EIGHT_BIT and not (case.op == "gemm" and precision in QUANTIZED):
+        return f"PyTorch multiplies 8 bits in gemm, in {' and '.join(QUANTIZED)}"
+    if backend in (COMPILED, EIGHT_BIT):
+        return None
+    if case.op == "gemm" and _to_quantize(*meta[:3]):
+        x, _, weight, *rest = meta
+        reason = why_not("quantize", backend, x, weight.dtype, device=device)
+        return reason or why_not("gemm", backend, *fake_quantize(x, weight.dtype, ""), weight, *rest, device=device)
+    return why_not(case.op, backend, *meta, device=device)
+
+
+def of_baselines_alone(one: Chosen) -> bool:
+    """In 8 bits, as fp8 on a GPU without it: then there is nothing to compare."""
+    return one.precision in QUANTIZED and not set(one.backends) - {*BASELINES}
 
 
 @dataclass
@@ -138,9 +177,9 @@ class KernelBench:
             m = measured[name]
             if m.count(verdict):
                 m.samples += samples
-        moved = bytes_moved(inputs[0], plain, last_cache_bytes(self.device))
+        moved, cold = bytes_moved(inputs[0], plain, last_cache_bytes(self.device)), are_cold(inputs, self.device)
         rows = [
-            self.row(one, backend, m, moved) if m.status == "ok" else self.row_without(one, backend, m)
+            self.row(one, backend, m, moved, cold) if m.status == "ok" else self.row_without(one, backend, m)
             for backend, m in measured.items()
         ]
         medians = {row["backend"]: row["timing"]["ms"]["median"] for row in rows if row["status"] == "ok"}
@@ -157,16 +196,18 @@ class KernelBench:
         """action(*args), or None where it can't be (`Outcome.attempt`)."""
         return outcome.attempt(name, lambda: None, self.say, action, *args)
 
-    def truth(self, one: Chosen) -> tuple[list[tuple], Tensor, Tensor]:
-        """Cold inputs, what plain PyTorch makes of the first, and that in fp64."""
+    def truth(self, one: Chosen) -> tuple[list[tuple], Tensor | tuple, Tensor]:
+        """Inputs, what plain PyTorch makes of the first, and that in fp64."""
         inputs = cold_inputs(one.case, one.precision, self.device, self.seed)
         return inputs, *expected(one.case.op, inputs[0])
 
-    def first(self, one: Chosen, backend: str, m: Measured, inputs: list[tuple], plain: Tensor, oracle: Tensor) -> None:
+    def first(
+        self, one: Chosen, backend: str, m: Measured, inputs: list[tuple], plain: Tensor | tuple, oracle: Tensor
+    ) -> None:
         """Prepare a backend, call it and compare it."""
         op = one.case.op
         call, own = runner(op, backend), [prepared(op, backend, given) for given in inputs]
-        made = (t[..., : oracle.shape[-1]] for t in (values(op, call(*own[0])), plain))  # without padding
+        made = (values(op, t)[..., : oracle.shape[-1]] for t in (call(*own[0]), plain))  # without padding
         m.check = check.kernel_check(*made, oracle)
         m.time = partial(time_calls, call, own, self.device)
 
@@ -180,11 +221,11 @@ class KernelBench:
         """Of a backend that could not be measured."""
         return self.common(one, backend, m.status) | {"reason": m.reason}
 
-    def row(self, one: Chosen, backend: str, m: Measured, moved: int) -> dict:
+    def row(self, one: Chosen, backend: str, m: Measured, moved: int, cold: bool) -> dict:
         ms = statistics_ms(m.samples)
         seconds = ms["median"] / 1e3
         percent = {
-            "copy": self.peaks.percent(moved, seconds, "copy"),
+            "copy": self.peaks.percent(moved, seconds, "copy") if cold else None,
             "arithmetic": self.peaks.percent(2 * one.case.macs, seconds, one.precision),
         }
         failures = [
@@ -195,8 +236,9 @@ class KernelBench:
         passed = m.check["passed"] and not failures
         return self.common(one, backend, "ok" if passed else "FAIL") | {
             "timing": {
-                "method": "cuda events" if self.device.type == "cuda" else "wall clock", "inputs": "cold", "warmup": 1,
-                "n": len(m.samples), "rejected": m.rejected, "unsteady": m.unsteady, "ms": ms, "raw_ms": thinned(m.samples),
+                "method": "cuda events" if self.device.type == "cuda" else "wall clock",
+                "inputs": "cold" if cold else "cached", "warmup": 1, "n": len(m.samples), "rejected": m.rejected,
+                "unsteady": m.unsteady, "ms": ms, "raw_ms": thinned(m.samples),
             },
             "work": {
                 "gmac": one.case.macs / 1e9, "gib": moved / 2**30, "gb_s": moved / seconds / 1e9, "pct_of_peak": percent,
@@ -213,10 +255,42 @@ def thinned(samples: list[float], most: int = 200) -> list[float]:
 
 def runner(op: str, backend: str) -> Callable:
     """What computes an op on a backend: the registered kernel itself, or its reference under torch.compile."""
-    run = _kernel(op, "reference" if backend == COMPILED else backend)
+    own = "reference" if backend in BASELINES else backend
+    run = _kernel(op, own)
     if op == "gemm":
-        run = partial(_gemm, run, _kernel("quantize", "reference" if backend == COMPILED else backend))
-    return torch.compile(run, mode="max-autotune-no-cudagraphs", dynamic=False) if backend == COMPILED else run
+        run = library_gemm if backend in (COMPILED, EIGHT_BIT) else run
+        run = partial(_gemm, run, _kernel("quantize", own))
+    return compiled(run) if backend == COMPILED else run
+
+
+def compiled(run: Callable) -> Callable:
+    """Under torch.compile, as if for the first time: Dynamo counts an op's recompilations over all cases of it, and from
+    the ninth on it would run them eagerly without a word. What was compiled before is forgotten."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(run, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def library_gemm(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """gemm as PyTorch alone can do it: 8-bit rows by its library's product, and in fp32 what follows."""
+    if x_scale is None:
+        return _kernel("gemm", "reference")(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype)
+    y = product(x.flatten(0, 1), weight).unflatten(0, x.shape[:2]).float() * (x_scale[..., None] * weight_scale)
+    y = y if bias is None else y + bias.float()
+    y = F.silu(y) if silu else y
+    if residual is not None:
+        y = residual + (y if gate is None else gate.unsqueeze(1) * y)
+    return y.to(dtype)
 
 
 def _kernel(op: str, backend: str) -> Callable:
@@ -224,24 +298,31 @@ def _kernel(op: str, backend: str) -> Callable:
 
 
 def _gemm(run: Callable, quantize: Callable, x: Tensor, x_scale: Tensor | None, weight: Tensor, *rest) -> Tensor:
-    """gemm, of rows that are quantised first where only the weight is ("+quantize")."""
-    if x_scale is None and x.dtype != weight.dtype:
+    """gemm, of rows that are perhaps quantised first."""
+    if _to_quantize(x, x_scale, weight):
         x, x_scale = quantize(x, weight.dtype)
     return run(x, x_scale, weight, *rest)
 
 
+def _to_quantize(x: Tensor, x_scale: Tensor | None, weight: Tensor) -> bool:
+    """Has only the weight 8 bits, as in the cases "+quantize"?"""
+    return x_scale is None and x.dtype != weight.dtype
+
+
 def prepared(op: str, backend: str, arguments: tuple) -> tuple:
     """The arguments as a model hands them to this backend: weights are packed once, when it is loaded."""
-    if backend == "cpu" and op in CONVOLUTIONS:
+    if op in CONVOLUTIONS:
         x, weight, scale, shape, *rest = arguments
-        return x, pack_conv2d(ConvWeight(weight, scale, shape), CONVOLUTIONS[op]).values, scale, shape, *rest
+        return x, pack_conv2d(ConvWeight(weight, scale, shape), CONVOLUTIONS[op], backend).values, scale, shape, *rest
+    if backend in ON_GPU and op in DEPTHWISE:
+        return tuple(taps_first(a) if i == DEPTHWISE[op] else a for i, a in enumerate(arguments))
     weights = {"gemm": (2,), "mix_ffn": (4, 9)}.get(op, ()) if backend == "cpu" else ()
     return tuple(pack(a) if i in weights and a.dtype in PACKED else a for i, a in enumerate(arguments))
 
 
-def expected(op: str, arguments: tuple) -> tuple[Tensor, Tensor]:
-    """What plain PyTorch makes of the arguments, and the truth in fp64."""
-    plain, exact = values(op, runner(op, "reference")(*arguments)), tuple(wide(a) for a in arguments)
+def expected(op: str, arguments: tuple) -> tuple[Tensor | tuple, Tensor]:
+    """What plain PyTorch makes of the arguments, and the truth in fp64: the values, where that is quantised rows."""
+    plain, exact = runner(op, "reference")(*arguments), tuple(wide(a) for a in arguments)
     if op.endswith("_quantized"):  # the truth is what would be quantised: PyTorch is half a step away from it
         return plain, runner(op.removesuffix("_quantized"), "reference")(*exact[:-1])
     return plain, values(op, runner(op, "reference")(*exact))
@@ -255,19 +336,32 @@ def values(op: str, result: Tensor | tuple) -> Tensor:
 
 
 def wide(value: object) -> object:
-    """An argument of the fp64 oracle."""
+    """An argument of the fp64 oracle: what is quantised, to fp8 as well, stays so."""
     if isinstance(value, torch.dtype):
         return torch.float64 if value.is_floating_point and value.itemsize > 1 else value
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.double() if isinstance(value, Tensor) and wide(value.dtype) == torch.float64 else value
 
 
 def cold_inputs(case: Case, precision: str, device: torch.device, seed: int) -> list[tuple]:
-    """As many copies of the arguments as it takes to be twice as large as the last cache, within reason."""
+    """As many copies of the arguments as it takes to be larger than the last cache, within reason."""
     first = case.arguments(precision, device, seed)
-    size = max(1, sum(a.nbytes for a in first if isinstance(a, Tensor)))
-    copies = math.ceil(2 * last_cache_bytes(device) / size) + 1
-    copies = max(2, min(copies, MOST_COPIES, MOST_BYTES // size))
+    one = max(1, size(first))
+    copies = math.ceil(cold_bytes(device) / one) + 1
+    copies = max(2, min(copies, MOST_COPIES, MOST_BYTES // one))
     return [first, *(clone(first) for _ in range(copies - 1))]
+
+
+def cold_bytes(device: torch.device) -> int:
+    """What inputs must come to together for each to have left the cache when its turn comes again.
+
+    Of a GPU more, whose L2 cache may be two with a copy of a line in each, and evicts not only the oldest.
+    """
+    return (4 if device.type == "cuda" else 2) * last_cache_bytes(device)
+
+
+def are_cold(inputs: list[tuple], device: torch.device) -> bool:
+    """Are they together as large as that? Those of a small case are not, however many."""
+    return sum(map(size, inputs)) >= cold_bytes(device)
 
 
 def clone(arguments: tuple) -> tuple:
@@ -296,11 +390,15 @@ def last_cache_bytes(device: torch.device) -> int:
     return next((size for name in names if (size := os.sysconf(name)) > 0), 2**26)
 
 
-def bytes_moved(arguments: tuple, output: Tensor, cache: int) -> int:
-    """What crosses the memory bus in one call on cold inputs."""
-    read = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
-    written = output.numel() * output.element_size()
+def bytes_moved(arguments: tuple, result: Tensor | tuple, cache: int) -> int:
+    """What crosses the memory bus in one call on cold inputs; `result` as the op returns it, quantised or not."""
+    read, written = size(arguments), size(result if isinstance(result, tuple) else (result,))
     return read + (written if written > cache else 0)
+
+
+def size(values: tuple) -> int:
+    """Bytes of the tensors among them."""
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def time_calls(call: Callable, inputs: list[tuple], device: torch.device) -> list[float]:

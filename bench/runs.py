@@ -9,9 +9,10 @@ all of them paint from the same weights and the same noise.
     onnxruntime, tensorrt           our exported graphs in those two (bench/exported.py)
 
 `precision` is the DiT's, rounded to nearest where it is quantised; text encoder and decoder run in bf16 beside it (fp32
-beside an fp32 DiT), or in the precision itself where the name ends in +. What a precision is executed in stands in the
-row's plan; `reference:w4a4` and `reference@FOLDER` compute exactly what is stored. The weights exist once in memory, and
-once more for each other dtype that a run asks for.
+beside an fp32 DiT), or in the precision itself where the name ends in +. On a GPU our denoising loop is one CUDA graph, but
+for names that end in -eager (cuda:w8a8-eager): their rows show what the graph gains, and stand where a capture fails. What
+a precision is executed in stands in the row's plan; `reference:w4a4` and `reference@FOLDER` compute exactly what is stored.
+The weights exist once in memory, and once more for each other dtype that a run asks for.
 """
 
 import time
@@ -45,8 +46,9 @@ class PipelineRun:
         """Everything before the first picture. Raises MemoryError or MissingError where it can't be."""
         loaded = self.weights.reserve(self.name, settings, self.again)
         plan = resolve(
-            loaded.config, self.name.backend.removesuffix("-compile"), self.weights.device, self.name.precisions
-        )
+            loaded.config, self.name.backend.removesuffix("-compile"), self.weights.device, self.name.precisions,
+            cuda_graph=not self.name.eager,
+        )  # fmt: skip
         for block in loaded.dit.blocks:  # its own modules, of shared weights
             plan.prepare("dit", block)
         for layer in loaded.text_encoder.layers:

@@ -6,7 +6,7 @@ that run), `software`, and `results`, a list of rows. Every row has
     kind        image | first_image | step | decode | kernel | quality | text
     name        what was measured, such as sana-0.6b_1024x1024 or linear_attention/0.6b_1024
     backend     with precision, the name of the run, such as cpu:bf16
-    precision   of the DiT; ending in +, of text encoder and decoder, too
+    precision   of the DiT; ending in +, of text encoder and decoder, too; ending in -eager, without a CUDA graph
     status      ok | FAIL (see check) | out of memory | not available | not measured: see reason | error: see reason
 
 and, where it was measured (ok, FAIL),

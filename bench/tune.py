@@ -46,11 +46,19 @@ def space(kind: str, dtype: torch.dtype, shared: int) -> list[Tile]:
 
 
 def propose(
-    ops: list[str], dtypes: list[str], arch: int, processors: int, shared: int, seconds: Seconds, say: Callable = print
+    ops: list[str],
+    dtypes: list[str],
+    arch: int,
+    processors: int,
+    shared: int,
+    seconds: Seconds,
+    say: Callable = print,
+    keep: Callable[[dict], object] = lambda table: None,
 ) -> dict:
     """The table with this architecture's entries as measured by `seconds`; fp16 is taken to be like bf16.
 
-    `processors`, `shared`: the GPU's multiprocessors, and bytes of shared memory that a block can have.
+    `processors`, `shared`: the GPU's multiprocessors, and bytes of shared memory that a block can have. `keep` gets the
+    table as it is after each dtype of each op.
     """
     table = {str(name): entry for name, entry in tiles.TABLE.items()}
     entry = json.loads(json.dumps(tiles.TABLE[tiles.known(arch)])) | {"processors": processors}
@@ -73,6 +81,7 @@ def propose(
         entry[kind][name] = rows[0][:5] if kind == "attention" else rows
         if dtype == torch.bfloat16:
             entry[kind]["float16"] = entry[kind][name]
+        keep(table | {str(arch): entry})
     return table | {str(arch): entry}
 
 
@@ -134,13 +143,13 @@ def wanted(op: str | None, dtypes: str) -> tuple[list[str], list[str]]:
 
 def measure(kind: str, dtype: torch.dtype, tile: Tile) -> float | None:
     """Seconds per multiply-add on this GPU, the median of 20 calls; None where the tile cannot run."""
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     chosen, call, macs = _attention(dtype, tile) if kind == "attention" else _product(dtype, tile, "residual" in kind)
     try:
         with chosen:
             times = next(gpu_times(itertools.repeat(call)))
-    except (OutOfResources, RuntimeError) as error:  # Triton's compiler gives up with a RuntimeError
+    except (TritonError, RuntimeError) as error:  # no resources, or what Triton or LLVM cannot compile
         if isinstance(error, torch.AcceleratorError):
             raise
         return None

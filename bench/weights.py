@@ -18,6 +18,7 @@ from sana_model.weights.quantized_checkpoint import header_in
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
+EAGER = "-eager"  # ends the name of a run whose kernels are started one by one
 BASELINE_PRECISIONS = {
     "diffusers": DTYPES,
     "diffusers-compile": DTYPES,
@@ -34,6 +35,7 @@ class RunName:
     precision: str
     everywhere: bool = False
     folder: str = ""  # a quantised model, whose precision this is
+    eager: bool = False  # without a CUDA graph
 
     @classmethod
     def parse(cls, text: str) -> "RunName":
@@ -50,7 +52,9 @@ class RunName:
             if header is None:
                 raise UserError(f"run {text!r}: {folder} holds no quantised DiT; `sana quantize` makes one")
             return cls(backend, header.precision, folder=folder)
-        name = cls(backend, precision.removesuffix("+") or "bf16", precision.endswith("+"))
+        eager = backend in OWN and precision.endswith(EAGER)
+        precision = precision.removesuffix(EAGER) if eager else precision
+        name = cls(backend, precision.removesuffix("+") or "bf16", precision.endswith("+"), eager=eager)
         allowed = PRECISIONS if backend in (*OWN, "reference-compile") else BASELINE_PRECISIONS[backend]
         if name.precision not in allowed:
             raise UserError(
@@ -66,7 +70,7 @@ class RunName:
         return (
             f"{self.precision}@{Path(self.folder).resolve().name}"
             if self.folder
-            else self.precision + "+" * self.everywhere
+            else self.precision + "+" * self.everywhere + EAGER * self.eager
         )
 
     @property

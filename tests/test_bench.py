@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sana_bench import check, cli, harness, image, kernels, report, schema, work
 from sana_bench.cases import CASES
+from sana_kernels import backend
+from sana_model.cli import parser as cli_parser
 from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
 from sana_model.settings import PRECISIONS
@@ -201,8 +203,8 @@ class FakeGPU:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host / 1e3)
 
-    def sleep(self, cycles):  # a clock of 1 GHz
-        self.free = max(self.free, self.host) + cycles / 1e6
+    def sleep(self, cycles):  # a clock of 1 GHz; the first time, the kernel has to be loaded
+        self.free = max(self.free, self.host) + cycles / 1e6 + (0 if self.sleeps else 500)
         self.sleeps += 1
 
     def kernel(self):
@@ -216,7 +218,7 @@ def test_what_is_timed_on_a_gpu_does_not_wait_for_python(monkeypatch):
     blocks = harness.gpu_times(gpu.kernel for _ in range(101))
     for _ in range(2):
         assert next(blocks) == pytest.approx([0.001] * 20)
-    assert gpu.sleeps == 3  # one to learn the clock
+    assert gpu.sleeps == 4  # two to learn the clock
     with monkeypatch.context() as awake:  # control: then it waits
         awake.setattr(torch.cuda, "_sleep", lambda cycles: None)
         gpu.free = gpu.host
@@ -226,6 +228,37 @@ def test_what_is_timed_on_a_gpu_does_not_wait_for_python(monkeypatch):
     monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.001)
     times = kernels.time_calls(lambda i: (gpu.kernel(), seen.append(i)), inputs, torch.device("cuda"))
     assert len(times) == 20 and seen == [i % 7 for i in range(41)]  # the inputs stay cold
+
+
+def test_the_clock_of_a_sleep_is_learnt_from_a_kernel_that_is_loaded(monkeypatch):
+    FakeGPU(monkeypatch)
+    assert harness._sleep_rate() == pytest.approx(1e9)
+
+
+def test_a_probe_of_a_gpu_is_one_window(monkeypatch):
+    measured = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(harness, "_gpu_rate", lambda kind, seconds: measured.append(kind) or (1e12, 1e12))
+    peaks = harness.peaks(torch.device("cuda"))
+    measured.clear()
+    assert peaks.probe({"bf16"}) and measured == ["bf16"]
+
+
+def test_the_state_of_the_gpu_is_asked_at_both_ends_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness, "gpu_state", lambda: asked.append("now") or [str(len(asked))])
+    results = harness.Results(tmp_path / "x.json", seed=0)
+    for _ in range(3):
+        results.replace([])
+    results.save(complete=True)
+    assert results.document["machine"]["gpu_state"] == {"before": ["1"], "after": ["2"]} and len(asked) == 2
+
+
+def test_fp32_of_a_benchmark_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    args = cli_parser().parse_args(["bench", "kernels", "--device", "cpu"])
+    cli._setup(args)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.gpu
@@ -340,6 +373,77 @@ def test_cold_inputs_are_the_same_values_in_the_same_strides_elsewhere(case):
     assert min(t.min() for t, _ in tensors if t.is_floating_point()) < 0
 
 
+def test_inputs_are_called_cold_where_the_cache_cannot_hold_them(tiny_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "BATCH_SECONDS", 0.01)
+    for cache, label in ((2**20, "cold"), (2**40, "cached")):
+        monkeypatch.setattr(kernels, "last_cache_bytes", lambda device, cache=cache: cache)
+        (row,) = tiny_kernels()["results"]
+        assert row["timing"]["inputs"] == label
+        assert (row["work"]["pct_of_peak"]["copy"] is None) == (label == "cached")  # no byte has to cross the bus
+
+
+def test_a_gpu_gets_more_cold_inputs(monkeypatch):
+    monkeypatch.setattr(kernels, "last_cache_bytes", lambda device: 2**20)
+    assert kernels.cold_bytes(torch.device("cuda")) == 4 * 2**20
+    assert kernels.cold_bytes(torch.device("cpu")) == 2 * 2**20
+
+
+def case_named(name: str):
+    return next(case for case in CASES if str(case) == name)
+
+
+@pytest.mark.parametrize("op", ["modulate_quantized", "quantize"])
+def test_of_quantised_rows_the_bytes_are_those_that_are_written(op):
+    arguments = case_named(f"{op}/tiny_256").arguments("bf16")
+    plain, oracle = kernels.expected(op, arguments)
+    values, scale = plain
+    read = sum(t.nbytes for t in arguments if isinstance(t, torch.Tensor))
+    assert kernels.bytes_moved(arguments, plain, cache=0) == read + values.numel() + 4 * scale.numel()
+    assert kernels.bytes_moved(arguments, plain, cache=2**30) == read
+    made = kernels.values(op, plain)
+    assert made.shape[:-1] == oracle.shape[:-1] and made.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "reference"])
+@pytest.mark.parametrize("name", ["depthwise_glu/tiny_256", "depthwise_glu_quantized/tiny_256", "mix_ffn/tiny_256"])
+def test_depthwise_weights_are_measured_as_a_model_hands_them_over(name, backend):
+    case = case_named(name)
+    given = case.arguments("fp32")
+    made = kernels.prepared(case.op, backend, given)
+    (weight,) = (a for a in made if isinstance(a, torch.Tensor) and a.ndim == 4)
+    assert weight.stride(0) == (1 if backend in ("cuda", "triton") else 9)
+    assert any(torch.equal(weight, a) for a in given if isinstance(a, torch.Tensor) and a.shape == weight.shape)
+
+
+@pytest.mark.parametrize("name", ["conv2d/tiny_decoder_stage2", "upsample/tiny_decoder_stage5"])
+def test_convolutions_of_cuda_are_measured_channels_last(name):
+    case = case_named(name)
+    given = case.arguments("bf16")
+    weight = kernels.prepared(case.op, "cuda", given)[1]
+    assert weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(weight, given[1])
+    assert kernels.prepared(case.op, "reference", given)[1] is given[1]
+
+
+def test_every_case_of_an_op_is_compiled(monkeypatch):
+    """Dynamo compiles a function for eight shapes, and would run the ninth as it is."""
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # left as it was
+    monkeypatch.setattr(torch, "compile", lambda run, mode, dynamic: compile_(run, backend=counting, dynamic=dynamic))
+    for tokens in range(1, 12):
+        run = kernels.runner("gate_residual", kernels.COMPILED)
+        run(torch.zeros(1, tokens, 8), torch.zeros(1, tokens, 8), torch.zeros(1, 8))
+    assert len(compiled) == 11
+    with pytest.raises(Exception, match="recompile_limit"):  # and is no longer silent where the limit is met
+        for tokens in range(1, 12):
+            run(torch.zeros(1, tokens, 8), torch.zeros(1, tokens, 8), torch.zeros(1, 8))
+
+
 @pytest.mark.parametrize(
     "flags", [{"op": "nope"}, {"backends": "tpu"}, {"dtypes": "int3"}, {"name": "no such case"}], ids=str
 )
@@ -355,6 +459,73 @@ def test_a_backend_asked_for_by_name_that_cannot_run_is_not_passed_over():
     chosen = kernels.select("modulate", "tiny", None, "fp32", torch.device("cpu"))
     assert "reference" in chosen[0].backends
     assert "triton" not in chosen[0].backends
+
+
+# ---- which cases, and against which baselines
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Makes the registry believe in a GPU of compute capability 9.0, or another."""
+
+    def gpu(capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(backend, "backend_status", lambda name: None)
+        return torch.device("cuda")
+
+    return gpu
+
+
+def test_8_bits_on_a_gpu_have_the_library_as_their_baseline(hopper):
+    gpu = hopper()
+    for precision, ours in (("w8a8", {"cuda", "triton"}), ("fp8", {"triton"})):
+        chosen = kernels.select(None, "0.6b_1024", None, precision, gpu)
+        found = {one.case.op: set(one.backends) for one in chosen}
+        assert found["gemm"] >= ours | {kernels.COMPILED, kernels.EIGHT_BIT}, precision
+        assert found["mix_ffn"] >= ours and not found["mix_ffn"] & {*kernels.BASELINES}
+        assert "reference" not in found["gemm"], "which computes in fp64"
+    quantized = {p: kernels.select("gemm", "0.6b_1024_qkv+quantize", None, p, gpu)[0].backends for p in ("w8a8", "fp8")}
+    assert "cuda" in quantized["w8a8"] and "cuda" not in quantized["fp8"], "by what multiplies, not by what comes in"
+    chosen = kernels.select("gemm", "0.6b_1024", None, "bf16", gpu)
+    assert all(kernels.EIGHT_BIT not in one.backends and "reference" in one.backends for one in chosen)
+
+
+def test_what_no_kernel_of_ours_multiplies_is_not_measured(hopper):
+    assert kernels.select(None, "0.6b_1024", None, "fp8", hopper((8, 0))) == []
+    chosen = kernels.select("gemm", "tiny", None, "w8a8", torch.device("cpu"))
+    assert not any(set(one.backends) & {*kernels.BASELINES} for one in chosen), "on a CPU only by name"
+    with pytest.raises(MissingError, match=r"torch-8bit.*multiplies 8 bits in gemm, in w8a8 and fp8"):
+        kernels.select("gemm", "tiny", "torch-8bit", "bf16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "fp8"])
+def test_the_library_multiplies_the_same_8_bits(precision):
+    found = [case for case in CASES if case.op == "gemm" and "tiny" in case.name]
+    assert len(found) == 5
+    for case in found:
+        arguments = case.arguments(precision)
+        plain, oracle = kernels.expected("gemm", arguments)
+        made = kernels.runner("gemm", kernels.EIGHT_BIT)(*arguments)
+        assert check.kernel_check(made, plain, oracle)["passed"], case
+        made[:, 0] = 0
+        assert not check.kernel_check(made, plain, oracle)["passed"]
+
+
+def test_quick_measures_the_smallest_case_of_each_op_in_each_precision(hopper):
+    chosen = kernels.select(None, "0.6b_1024,decoder_stage2_1024", None, "bf16,w8a8", hopper(), quick=True)
+    found = {(one.case.op, one.precision): one.case.name for one in chosen}
+    assert len(found) == len(chosen)
+    assert found["gemm", "bf16"] == found["gemm", "w8a8"] == "0.6b_1024_out"
+    assert found["conv2d", "bf16"] == "decoder_stage2_1024_silu", "not a transformed one, which is the CPU's"
+    assert ("conv2d", "w8a8") not in found and ("modulate", "bf16") in found
+    assert kernels.COMPILED not in chosen[0].backends
+
+
+def test_quick_leaves_no_op_out_whose_smallest_case_is_of_another_precision():
+    """The smallest upsampling to 1024 px is of transformed int8."""
+    (one,) = kernels.select("upsample", "decoder_stage4_1024", None, "fp32", torch.device("cpu"), quick=True)
+    assert one.case.name == "decoder_stage4_1024"
 
 
 def test_every_precision_has_limits():

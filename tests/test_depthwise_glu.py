@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import assert_kernel, assert_quantized
+from compare import assert_close, assert_kernel, assert_quantized
 from variants import DTYPES, device_of, double, isas, run, signed, variants
 
 from sana_kernels.gemm.reference import quantize
@@ -41,6 +41,14 @@ def test_quantized_rows_against_fp64(variant, dtype, grid):
     assert values.shape == (grid[0], grid[1] * grid[2], -(-grid[3] // 64) * 64)
     rounded = 127 * torch.finfo(dtype).eps / 2 if variant == "cuda" else 0  # of u to h's dtype, as the reference allows
     assert_quantized(values, scale, reference(*double(*args)), SLACK + rounded, f"{variant} {grid}")
+
+
+@pytest.mark.gpu
+def test_the_reference_computes_fp32_without_tf32(monkeypatch):
+    """Which PyTorch allows convolutions by default, and which keeps 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    args = arguments(1, 8, 8, 64, torch.float32, torch.float32, "cuda")
+    assert_close(reference(*args), reference(*double(*args)), of_rms=1e-5)
 
 
 MISTAKES = {

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from models import SMALL
 
 import sana_kernels
 import sana_model
+from sana_bench import runs
 from sana_bench.check import DIT_LIMITS, sqnr
+from sana_bench.weights import RunName
 from sana_kernels import backend
 from sana_model import plan as plan_module
 from sana_model.autoencoder.family import lite
@@ -103,6 +106,30 @@ def test_a_plan_says_how_the_steps_run(gpu):
     assert "denoising loop: eager (CUDA graphs are turned off)" in str(plan)
     plan = resolve(SANA["1.6b"], "cuda", gpu((9, 0)), precisions_for("fp32"))
     assert "library: FlashAttention computes in bfloat16 and float16, not torch.float32" in str(plan)
+
+
+@pytest.mark.parametrize("name, graph", [("cuda:w8a8", True), ("cuda:w8a8-eager", False), ("cuda:bf16+-eager", False)])
+def test_a_run_of_the_benchmark_may_do_without_a_graph(gpu, monkeypatch, name, graph):
+    """So that there are figures where a capture fails."""
+    run = RunName.parse(name)
+    assert str(run) == name and run.precision == name[5:9].rstrip("+-") and run.everywhere == ("+" in name)
+    plans = []
+
+    def resolved(*args, **options):
+        plans.append(resolve(*args, **options))
+        raise MissingError("as far as this machine gets")
+
+    monkeypatch.setattr(runs, "resolve", resolved)
+    weights = SimpleNamespace(reserve=lambda *args: SimpleNamespace(config=SANA["0.6b"]), device=gpu((9, 0)))
+    with pytest.raises(MissingError):
+        runs.make(run, weights).prepare(None)
+    assert (plans[0].eager is None) == graph
+
+
+@pytest.mark.parametrize("name", ["diffusers:bf16-eager", "reference-compile:bf16-eager", "cuda:nothing-eager"])
+def test_only_runs_of_ours_have_a_graph_to_do_without(name):
+    with pytest.raises(UserError, match=r"precision '(bf16-eager|nothing)' is not known"):
+        RunName.parse(name)
 
 
 # ------------------------------------------------------------------------------------------------ 4 bits

@@ -7,9 +7,14 @@ import sys
 import time
 
 import pytest
+import torch
 
-from sana_bench import gpu
+from sana_bench import gpu, tune
+from sana_bench.kernels import select
+from sana_bench.runs import RunName
+from sana_kernels import backend
 from sana_kernels.backend import BACKENDS
+from sana_model import cli
 
 # Its first argument is -c (a question of the runner) or -m (a step). FAKE has what to do differently: {word: action}
 # for the steps that have this word among their arguments.
@@ -23,8 +28,8 @@ if args[0] == "-c":
         sys.exit("no gpu" in actions)
     else:
         print(actions.get("facts", "facts: ") + json.dumps({"precisions": ["fp32", "bf16", "w8a8", "w4a4"],
-              "four_bit": ["w4a4"], "baselines": ["diffusers", "diffusers-compile", "openvino"], "ops": ["gemm"],
-              "tuned": ["gemm"], "cuda": actions.get("cuda")}))
+              "baselines": ["diffusers", "diffusers-compile", "openvino"],
+              "kernels": {"gemm": ["bf16", "w8a8"]}, "tuned": [["gemm", "int8"]], "cuda": actions.get("cuda")}))
         print("warning: {of another library, at its end}")
     sys.exit()
 with open(os.environ["CALLS"], "a") as calls:
@@ -45,18 +50,24 @@ if "--json" in args:
     document = {"run": {"complete": action != "partial"}, "results": [row]} if "bench" in args else {"90": {}}
     with open(args[args.index("--json") + 1], "w") as file:
         file.write(json.dumps(document)[: 20 if action == "torn" else None])
+    if action == "killed":
+        os.kill(os.getppid(), signal.SIGKILL)
     if action == "Ctrl-C":
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(60)
 print("did", args[1])
-sys.exit(action in ("FAIL", "partial"))
+sys.exit(action in ("FAIL", "partial", "crash"))
 """
 SANITIZER = """#!/bin/sh
 printf '%s\\n' "$*" "57 calls of 9 CUDA ops" "$PYTORCH_NO_CUDA_MEMORY_CACHING" "========= {line}"
 exit {status}
 """
 ROW = "image_sana-0.6b_1024_batch1"
-KERNELS = "kernels_gemm"
+COMPILED = "diffusers-compile_sana-0.6b_1024_batch1"
+KERNELS = "kernels_gemm_bf16"
+TILES = "tiles_gemm_int8"
+OTHERS = [f"{label}_sana-0.6b_1024_batch1" for label in ("triton", "others")]
+ROWS = [ROW, COMPILED, KERNELS, "kernels_gemm_w8a8", TILES, *OTHERS, "image_sana-0.6b_512_batch1"]
 
 
 @pytest.fixture
@@ -100,7 +111,7 @@ def verdicts(text: str) -> dict[str, str]:
 
 
 VERDICTS = ("ok", "FAIL", "skipped", "out of time")
-STEPS = ("build", "tests", "memcheck", "racecheck", "kernels", "image")
+STEPS = ("build", "tests", "image", "kernels", "memcheck", "racecheck")
 
 
 def alive(pid: int) -> bool:
@@ -122,11 +133,12 @@ def test_quick_does_every_step_and_prints_a_table(run):
     status, text = run("quick")
     assert status == 0 and verdicts(text) == dict.fromkeys(STEPS, "ok")
     assert "cuda:bf16 50.0 ms" in text  # 200 ms for four pictures
-    pip, pytest_, kernels, image = run.calls()
+    pip, pytest_, image, kernels = run.calls()
     assert pip[1] == "pip" and {"--no-build-isolation", "--no-deps"} <= {*pip}
     assert pytest_[1] == "pytest" and "gpu" in pytest_
     assert kernels[1:4] == ["sana_model", "bench", "kernels"]
-    assert image[image.index("--runs") + 1] == "auto:bf16,auto:w8a8,diffusers:bf16"
+    assert image[image.index("--runs") + 1] == "auto:w8a8,auto:bf16,auto:bf16-eager,diffusers:bf16"
+    assert image[image.index("--repeat") + 1] == "2"
     log = (run.out / "log.txt").read_text()
     assert "--tool memcheck" in log and "--tool racecheck" in log
     assert "gpu ops\n57 calls of 9 CUDA ops\n1\n" in log and text.count("0 errors; 57 calls of 9 CUDA ops") == 2
@@ -194,7 +206,7 @@ def test_what_compute_sanitizer_says(run, line, status, expected):
 def test_no_compute_sanitizer_is_a_sentence(run, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda *args, **options: None)
     status, text = run("quick")
-    assert status == 0 and verdicts(text) == dict.fromkeys(STEPS, "ok") | dict.fromkeys(STEPS[2:4], "skipped")
+    assert status == 0 and verdicts(text) == dict.fromkeys(STEPS, "ok") | dict.fromkeys(STEPS[4:], "skipped")
 
 
 # ---- more
@@ -203,26 +215,33 @@ def test_no_compute_sanitizer_is_a_sentence(run, monkeypatch):
 def test_more_measures_each_row_once(run):
     status, text = run("more")
     measured = {path.stem for path in run.out.glob("*.json")}
-    assert status == 0 and verdicts(text) == dict.fromkeys(("build", *measured), "ok")
-    assert measured == {ROW, "compiled_sana-0.6b_1024_batch1", KERNELS, "tiles_gemm", "image_sana-0.6b_512_batch1"}
+    assert status == 0 and list(verdicts(text)) == ["build", *ROWS] and {*verdicts(text).values()} == {"ok"}
+    assert measured == {*ROWS}
     (run.out / f"{KERNELS}.json").unlink()
     (run.out / f"{ROW}.json").write_text('{"run": {"comp')  # of a disk that was full, say
     status, text = run("more")
     assert [call[2:4] for call in run.calls()[1:]] == [["bench", "image"], ["bench", "kernels"]]
-    assert status == 0 and len(verdicts(text)) == 6
+    assert status == 0 and len(verdicts(text)) == 1 + len(ROWS)
 
 
 @pytest.mark.parametrize("action", ["fail", "partial", "torn"])
 def test_a_row_that_broke_leaves_no_result_and_is_tried_again_last(run, action):
     status, text = run("more", **{"1024": action})
-    assert status == 1 and verdicts(text)[ROW] == "FAIL" and "2 of 5 rows" in text
+    assert status == 1 and verdicts(text)[ROW] == "FAIL" and "4 of 8 rows" in text
     assert not (run.out / f"{ROW}.json").exists() and not (run.out / ".partial").exists()
     assert (run.out / f"{ROW}.partial.json").exists() == (action != "fail")  # what there is of it
     assert (f"{ROW}.partial.json" in text) == (action != "fail")
     (run.out / f"{KERNELS}.json").unlink()
     status, text = run("more")
     assert status == 0 and not list(run.out.glob("*.failed.json")) and not list(run.out.glob("*.partial.json"))
-    assert [call[3] for call in run.calls()[1:]] == ["kernels", "image", "image"]
+    assert [call[3] for call in run.calls()[1:]] == ["kernels", *["image"] * 4]
+
+
+def test_half_a_proposal_is_no_result(run):
+    """Tiles are written dtype by dtype, and a table does not say that some are missing."""
+    status, text = run("more", tune="crash")
+    assert status == 1 and verdicts(text)[TILES] == "FAIL" and (run.out / f"{TILES}.partial.json").exists()
+    assert run("more")[0] == 0 and [call[2] for call in run.calls()[1:]] == ["tune"]
 
 
 def test_a_run_that_breaks_leaves_the_result_of_an_earlier_one(run):
@@ -244,41 +263,117 @@ def test_a_row_that_fails_parity_or_crashes_is_a_result(run, action):
 def test_a_row_that_hangs_is_ended_and_the_next_one_measured(run, monkeypatch):
     monkeypatch.setattr(gpu, "ROW_SECONDS", 0.5)
     status, text = run("more", tune="hang")
-    assert (
-        status == 1
-        and verdicts(text)["tiles_gemm"] == "out of time"
-        and verdicts(text)["image_sana-0.6b_512_batch1"] == "ok"
-    )
+    assert status == 1 and verdicts(text)[TILES] == "out of time" and verdicts(text)[ROWS[-1]] == "ok"
 
 
 def test_ctrl_c_leaves_whole_files_and_a_table(run):
     status, text = run("more", kernels="Ctrl-C")
     assert status == 130 and verdicts(text)[ROW] == "ok" and KERNELS not in verdicts(text)
-    assert "3 of 5 rows are missing" in text
+    assert "6 of 8 rows are missing" in text
     assert len(list(run.out.glob("*.json"))) == 2 and not (run.out / ".partial").exists()
-    assert run("more")[0] == 0 and len(run.calls()) == 1 + 3
+    assert run("more")[0] == 0 and len(run.calls()) == 1 + 6
 
 
 def test_no_row_is_begun_when_the_time_is_over(run):
     status, text = run("more", "--minutes", "0.1")
-    assert status == 0 and verdicts(text) == {"build": "ok"} and "5 of 5 rows are missing" in text
+    assert status == 0 and verdicts(text) == {"build": "ok"} and "8 of 8 rows are missing" in text
     assert len(run.calls()) == 1
 
 
+def test_calls_of_less_than_ten_minutes_get_further_each_time(run, monkeypatch):
+    """What does not fit into a call is left for the next one, and not begun; what was measured is not measured again."""
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    execute, begun = gpu.execute, []
+
+    def taking(name, command, seconds, *rest, **options):
+        now[0] += {"build": 60, "package": 5}.get(name, 150)
+        if name in ROWS:
+            begun.append((name, seconds))
+        return execute(name, command, seconds, *rest, **options)
+
+    monkeypatch.setattr(gpu, "execute", taking)
+    calls = []
+    while len(begun) < len(ROWS):
+        before, now[0] = len(begun), 0.0
+        run("more", "--minutes", "8.5")
+        assert now[0] <= 8.5 * 60
+        calls.append([name for name, _ in begun[before:]])
+    # A call has 445 s, and what is compiled is not begun with less than 300: only at the start of one.
+    assert calls == [[ROW, KERNELS], [COMPILED, "kernels_gemm_w8a8"], [TILES, OTHERS[0]], [OTHERS[1]], [ROWS[-1]]]
+    assert all(150 <= seconds <= gpu.ROW_SECONDS for _, seconds in begun)
+
+
+def test_a_call_that_is_killed_leaves_what_it_measured(run):
+    """As where a machine is lent for ten minutes: nothing of the runner's own gets a chance."""
+    arguments = [sys.executable, "-c", KILLED, str(run.out)]
+    env = os.environ | {"FAKE": json.dumps({"1024": "killed"}), "PYTHONPATH": str(gpu.ROOT)}
+    monkeypatched = json.dumps(gpu.PYTHON)
+    killed = subprocess.run([*arguments, monkeypatched], env=env, capture_output=True, timeout=60)
+    assert killed.returncode == -9
+    assert (run.out / ".partial" / f"{ROW}.json").exists() and not (run.out / f"{ROW}.json").exists()
+    run("more", "--minutes", "0.1")
+    assert (run.out / f"{ROW}.partial.json").exists()
+    assert run("more")[0] == 0 and not (run.out / f"{ROW}.partial.json").exists()
+
+
+KILLED = """
+import json, sys
+from sana_bench import gpu
+gpu.PYTHON = json.loads(sys.argv[2])
+gpu.main(["more", "--out", sys.argv[1]])
+"""
+
+
+FACTS = {
+    "precisions": ["fp32", "bf16", "w8a8", "fp8", "w4a4"], "tuned": [["gemm", "bf16"]],
+    "kernels": {"rms_norm": ["fp32", "bf16"], "gemm": ["fp32", "bf16", "w8a8", "fp8"], "mix_ffn": ["bf16", "w8a8"]},
+    "baselines": ["diffusers", "diffusers-compile", "reference-compile"],
+}  # fmt: skip
+
+
+def test_more_begins_with_what_matters_most():
+    rows = list(gpu.more_rows(FACTS))
+    assert rows[:2] == [ROW, COMPILED]
+    assert rows[2:6] == [KERNELS, "kernels_gemm_w8a8", "kernels_mix_ffn_bf16", "kernels_mix_ffn_w8a8"]
+    assert (
+        rows.index("image_sana-1.6b_1024_batch1") < rows.index("kernels_rms_norm_bf16") < rows.index("tiles_gemm_bf16")
+    )
+    assert rows.index("tiles_gemm_bf16") < rows.index("others_sana-0.6b_1024_batch1") < rows.index("kernels_gemm_fp32")
+    assert rows[-1].startswith("image_") and len(rows) == len({*rows})
+
+
 def test_more_has_every_workload_once():
-    facts = {"precisions": ["fp32", "bf16", "w8a8", "w4a4"], "four_bit": ["w4a4"], "ops": ["gemm"], "tuned": ["gemm"],
-             "baselines": ["diffusers", "reference-compile"]}  # fmt: skip
-    rows = gpu.more_rows(facts)
-    assert next(iter(rows)) == ROW
+    rows = gpu.more_rows(FACTS)
+    runs = {name: {*row.command[-1].split(",")} for name, row in rows.items() if "--runs" in row.command}
     for model in gpu.MODELS:
         for size, batch in ((512, 8), (1024, 4), (2048, 4), (4096, 1)):
             assert f"image_{model}_{size}_batch{batch}" in rows
+        assert "reference-compile:bf16" in runs[f"reference-compile_{model}_1024_batch1"]
     assert "image_sana-0.6b_4096_batch4" not in rows
-    assert "reference-compile:bf16" in rows["compiled_sana-1.6b_1024_batch1"][-1]
-    assert {"auto:fp32", "triton:w8a8", "diffusers:bf16"} <= {*rows[ROW][-1].split(",")}
-    assert all("-compile" not in row[-1] for name, row in rows.items() if name.startswith("image"))
-    assert all("w4" not in row[-1] for name, row in rows.items() if name.startswith(("image", "compiled")))
-    assert "w4a4" in rows[KERNELS][-1]
+    assert runs[ROW] == {"auto:w8a8", "auto:fp8", "auto:bf16", "auto:bf16-eager", "diffusers:bf16"}
+    assert runs[COMPILED] == {"auto:w8a8", "auto:fp8", "auto:bf16", "diffusers-compile:bf16"}
+    assert "triton:w8a8" in runs[OTHERS[0]] and "auto:fp32" in runs[OTHERS[1]]
+    assert all(sum("-compile" in run for run in found) <= 1 for found in runs.values())
+    assert not any("w4" in run for found in runs.values() for run in found)
+    kernels = [row for name, row in rows.items() if name.startswith("kernels")]
+    assert len(kernels) == sum(map(len, FACTS["kernels"].values()))
+    assert all(0 < row.needs <= 300 for row in rows.values()), "with a build there is room in a call of 8.5 minutes"
+
+
+def test_quick_times_every_op_on_a_shape_of_the_models(monkeypatch, run):
+    """And with 8 bits a product, and what most of the decoder's work is, a residual block's convolution."""
+    run("quick")
+    (kernels,) = (call for call in run.calls() if "kernels" in call)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backend, "backend_status", lambda name: None)
+    args = cli.parser().parse_args(kernels[2:])
+    chosen = select(args.op, args.case, args.backends, args.dtypes, torch.device("cuda"), quick=args.quick)
+    found = {(one.case.op, one.precision): one for one in chosen}
+    assert {op for op, _ in found} == {*backend.OPS} and not any("tiny" in one.case.name for one in chosen)
+    assert {"cuda", "triton", "torch-8bit"} <= {*found["gemm", "w8a8"].backends}
+    assert found["conv2d", "bf16"].case.name == "decoder_stage2_1024_silu"
 
 
 def test_what_counts_as_our_failure():
@@ -307,12 +402,14 @@ def test_wrong_flags(run, monkeypatch, flags):
 
 def test_its_commands_are_understood(capsys):
     """By the parser of `sana`, and by what stands for this checkout's precisions, baselines and ops."""
-    from sana_bench.runs import RunName
-    from sana_model import cli
-
-    exec(gpu.FACTS)
+    exec(gpu.FACTS, {})
     facts = json.loads(capsys.readouterr().out.strip().removeprefix(gpu.FACTS_ARE))
-    for row in gpu.more_rows(facts).values():
-        args = cli.parser().parse_args([*row, "--json", "x.json"])
-        if "--runs" in row:
+    for name, row in gpu.more_rows(facts).items():
+        args = cli.parser().parse_args([*row.command, "--json", "x.json"])
+        if "--runs" in row.command:
             assert all(RunName.parse(run.replace("auto", "cuda")) for run in args.runs.split(","))
+        elif name.startswith("kernels"):
+            assert select(args.op, args.case, "reference", args.dtypes, torch.device("cpu")), name
+        else:
+            assert args.op in tune.OPS and args.dtypes in tune.DTYPES
+    assert {"bf16", "w8a8", "fp8"} <= {*facts["kernels"]["gemm"]} and "w4a4" not in facts["kernels"]["gemm"]

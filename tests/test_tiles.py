@@ -72,6 +72,17 @@ def test_a_proposal_is_a_table(monkeypatch):
     assert proposal["80"] == json.loads(json.dumps(tiles.TABLE[80]))  # the others stay as they are
 
 
+def test_what_is_measured_is_kept_dtype_by_dtype():
+    kept = []
+    proposal = tune.propose(
+        ["gemm"], ["bf16", "int8"], 90, 78, HOPPER, fake_seconds, say=lambda text: None,
+        keep=lambda table: kept.append(tune.render(table)),
+    )  # fmt: skip
+    assert len(kept) == 2 and kept[1] == tune.render(proposal)
+    bf16 = tune.propose(["gemm"], ["bf16"], 90, 78, HOPPER, fake_seconds, say=lambda text: None)
+    assert kept[0] == tune.render(bf16) != kept[1], "a table of its own, which may be merged with others"
+
+
 def test_the_table_is_written_as_tune_writes_it():
     """So that a proposal differs from it in what was measured alone."""
     table = {str(arch): entry for arch, entry in tiles.TABLE.items()}
@@ -120,6 +131,29 @@ def test_the_tiles_that_are_measured_are_those_that_run(monkeypatch):
     monkeypatch.setattr(tune, "gpu_times", lambda calls: iter([[next(calls)() or 2.0 for _ in range(20)]]))
     assert tune.measure("gemm", torch.bfloat16, wanted) == pytest.approx(2e-6)
     assert ran == [wanted] * 20 and module.gemm_tile is before
+
+
+@pytest.mark.parametrize("name", ["OutOfResources", "CompilationError", "RuntimeError", "AcceleratorError"])
+def test_a_tile_that_cannot_run_is_left_out(monkeypatch, name):
+    """Whatever Triton or its compiler says; not what the GPU says, after which nothing runs."""
+    errors = {
+        "OutOfResources": lambda: pytest.importorskip("triton.runtime.errors").OutOfResources(3, 2, "shared memory"),
+        "CompilationError": lambda: pytest.importorskip("triton.compiler.errors").CompilationError(None, None, "no"),
+        "RuntimeError": lambda: RuntimeError("PassManager::run failed"),
+        "AcceleratorError": lambda: torch.AcceleratorError("an illegal memory access was encountered", 700),
+    }
+    error = errors[name]()
+
+    def raising(calls):
+        raise error
+
+    monkeypatch.setattr(tune, "_product", lambda *args: (tune.mock.MagicMock(), None, 1000))
+    monkeypatch.setattr(tune, "gpu_times", raising)
+    if name == "AcceleratorError":
+        with pytest.raises(torch.AcceleratorError):
+            tune.measure("gemm", torch.bfloat16, Tile(64, 64, 64, 4, 2))
+    else:
+        assert tune.measure("gemm", torch.bfloat16, Tile(64, 64, 64, 4, 2)) is None
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, capsys):

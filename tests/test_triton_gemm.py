@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from compare import assert_kernel
-from interpreted import DEVICE, defective, on_gpu, on_guarded
+from compare import assert_kernel, relative_rms
+from interpreted import DEVICE, FP8_SUMS, chain_of, defective, on_gpu, on_guarded
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm import reference, triton
@@ -68,7 +68,16 @@ def check(module, monkeypatch, case, dtype, eight_bits=None):
     args = case.make(dtype, eight_bits)
     y = on_guarded(module.gemm, *args)
     assert y.is_contiguous()
-    assert_kernel(y, reference.gemm(*args), oracle(args), f"{case} {eight_bits}")
+    assert_product(y, args, f"{case} {eight_bits}")
+
+
+def assert_product(y: torch.Tensor, args: tuple, what: str, device: str = DEVICE) -> None:
+    """The rule for kernels; of fp8 in fp32, on a GPU what its tensor cores can keep."""
+    x = args[0]
+    if device == "cuda" and (x.dtype, y.dtype) == (torch.float8_e4m3fn, torch.float32):
+        assert relative_rms(y, oracle(args)) <= FP8_SUMS, what
+    else:
+        assert_kernel(y, reference.gemm(*args), oracle(args), what, chain=chain_of(x.shape[-1], x.dtype))
 
 
 @on_gpu
@@ -84,6 +93,43 @@ def test_error_against_fp64(monkeypatch, dtype, case):
 @pytest.mark.parametrize("eight_bits", EIGHT_BITS, ids=str)
 def test_eight_bits_against_fp64(monkeypatch, eight_bits, dtype, case):
     check(triton, monkeypatch, case, dtype, eight_bits)
+
+
+def in_parts(x: torch.Tensor, weight: torch.Tensor, size: int, keep=lambda sums: sums) -> torch.Tensor:
+    """x weightᵀ in fp32, `size` values of K at a time, and what `keep` leaves of each part's sum."""
+    total = torch.zeros(*x.shape[:-1], len(weight))
+    for a, b in zip(x.float().split(size, -1), weight.float().split(size, -1), strict=True):
+        total += keep(a @ b.t())
+    return total
+
+
+def truncated(sums: torch.Tensor, bits: int) -> torch.Tensor:
+    step = 2.0 ** (sums.abs().clamp_min(2.0**-99).log2().floor() + 1 - bits)
+    return (sums / step).trunc() * step
+
+
+def test_products_of_a_gpu_may_be_as_exact_as_its_units_are():
+    """K multiply-adds in a row, and sums that keep 14 bits, which the rule without them would not let pass; not TF32, and
+    not sums in bf16."""
+    case = Case(1, 20, 300, 2240)
+    args = [a.cpu() if isinstance(a, torch.Tensor) else a for a in case.make(torch.float32)]
+    exact = oracle(tuple(args))
+    chain = in_parts(args[0], args[2], 1)
+    with pytest.raises(AssertionError):
+        assert_kernel(chain, exact.float(), exact)
+    assert_kernel(chain, exact.float(), exact, chain=2240)
+    tf32 = [(t.view(torch.int32) & -(1 << 13)).view(torch.float32) for t in (args[0], args[2])]
+    with pytest.raises(AssertionError):
+        assert_kernel(in_parts(*tf32, 1), exact.float(), exact, chain=2240)
+
+    args = [a.cpu() if isinstance(a, torch.Tensor) else a for a in case.make(torch.float32, torch.float8_e4m3fn)]
+    scales = args[1][..., None] * args[3]
+    hopper, bf16 = (in_parts(args[0], args[2], 128, lambda s, n=n: truncated(s, n)) * scales for n in (14, 8))
+    with pytest.raises(AssertionError):
+        assert_product(hopper, tuple(args), "", "cpu")
+    assert_product(hopper, tuple(args), "", "cuda")
+    with pytest.raises(AssertionError):
+        assert_product(bf16, tuple(args), "", "cuda")
 
 
 @on_gpu

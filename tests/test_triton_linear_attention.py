@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_kernel
-from interpreted import DEVICE, defective, on_gpu, on_guarded
+from interpreted import DEVICE, chain_of, defective, on_gpu, on_guarded
 from test_linear_attention import Case
 from variants import DTYPES, double, signed
 
@@ -65,7 +65,8 @@ def check_from(module, case, dtype=torch.bfloat16, eight_bits=None):
     if x_scale is not None:
         x, weight = dequantize(x, x_scale), dequantize(weight, weight_scale)
     oracle = reference.linear_attention_from(x.double(), None, weight.double(), None, *rest)
-    assert_kernel(y, reference.linear_attention_from(*args), oracle, f"{case} {dtype} {eight_bits}")
+    expected, chain = reference.linear_attention_from(*args), chain_of(x.shape[-1], args[0].dtype)
+    assert_kernel(y, expected, oracle, f"{case} {dtype} {eight_bits}", chain=chain)
 
 
 @on_gpu

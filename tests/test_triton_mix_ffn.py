@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compare import assert_kernel, relative_rms
-from interpreted import DEVICE, defective, on_gpu, on_guarded
+from interpreted import DEVICE, chain_of, defective, on_gpu, on_guarded
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm.reference import MOST, dequantize, quantize
@@ -115,7 +115,8 @@ def ffn_arguments(B, height, width, C, F, dtype, eight_bits=None, gated=False):
 def test_mix_ffn_against_fp64(dtype, gated):
     args = ffn_arguments(2, 5, 3, 70, 96, dtype, gated=gated)
     y = on_guarded(triton.mix_ffn, *args)
-    assert_kernel(y, reference.mix_ffn(*args), reference.mix_ffn(*double(*args)))
+    chain = chain_of(70 + 96, dtype)  # both products
+    assert_kernel(y, reference.mix_ffn(*args), reference.mix_ffn(*double(*args)), chain=chain)
 
 
 @on_gpu
