@@ -113,7 +113,13 @@ def test_wrong_arguments_get_one_sentence(change, error, message):
     assert "\n" not in str(raised.value)
 
 
-BANDS = [Case(2, 70, 16, 64, 160), Case(3, 16, 16, 64, 96), Case(1, 3, 600, 64, 96), Case(1, 1, 1100, 64, 96), Case(3, 2, 2, 96, 160)]
+BANDS = [
+    Case(2, 70, 16, 64, 160),
+    Case(3, 16, 16, 64, 96),
+    Case(1, 3, 600, 64, 96),
+    Case(1, 1, 1100, 64, 96),
+    Case(3, 2, 2, 96, 160),
+]
 
 
 @pytest.mark.parametrize("case", BANDS, ids=str)
