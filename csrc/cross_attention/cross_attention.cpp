@@ -13,6 +13,7 @@
 //
 // Tiling: a task is a head and up to 256 image tokens; its packed k and v (100 KB at L = 300, D = 72 in bf16) stay in
 // the L2 cache. Within it, 12 queries at a time: their scores (15 KB) and the tile of k or v at hand (9 KB) stay in L1.
+// (On AMX 32 queries: cross_attention_amx.cpp.)
 // Tasks are independent: the bytes of the result do not depend on the threads.
 //
 // FLOPs: 4 B N L H D, and an exp per score, which is a tenth of it at D = 72. Bytes: q and out once, 4 B N H D in bf16,

@@ -3,6 +3,7 @@
 // Algorithm (arXiv 2410.10629, section 2.2; sana_kernels/linear_attention/reference.py), in three passes over tasks:
 //   1. state   per image and chunk of tokens: S[e][d] = sum_n relu(k[n][e]) v[n][d] and z[e] = sum_n relu(k[n][e])
 //   2. reduce  per image and head: the chunks' states are added, in order
+//      (on AMX it is then rearranged: linear_attention_amx.cpp)
 //   3. apply   per image and block of tokens: out[n][d] = (relu(q[n]) . S[:][d]) / (relu(q[n]) . z + eps)
 // With qk-norm, a pass first takes the mean square of each of its tokens over all heads; weights are widened to float
 // once.
