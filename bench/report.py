@@ -24,6 +24,9 @@ from sana_kernels import diagnostics
 from sana_model.errors import UserError
 from sana_model.files import write_text
 
+PARITY = {"dit_sqnr_db": "DiT", "latents_sqnr_db": "latents", "image_sqnr_db": "image", "text_sqnr_db": "text"}
+"""What is compared with fp32 → its name in a table's heading; a row has one number of each, of text up to two."""
+
 MARKED = re.compile(r"(<!-- table:(\w+) *(\S*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -42,7 +45,9 @@ def image_table(document: dict) -> str:
             "+ GiB",
             "% peak: DiT, decoder",
         ]
-        columns += ["dB: DiT, image, text", *(f"× {name}" for name in baselines)]
+        parts = {part["metric"] for row in group for part in row.get("check", {}).get("parts", ())}
+        columns.append("dB: " + ", ".join(name for metric, name in PARITY.items() if metric in parts))
+        columns += [f"× {name}" for name in baselines]
         title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
         rows = [_image_row(row, document, baselines) for row in group]
         out += [_markdown([title, *columns], rows), "", _conditions(document, group[0].get("weights", "")), ""]
@@ -63,7 +68,8 @@ def _image_row(row: dict, document: dict, baselines: list[str]) -> list[str]:
     )
     stages, percent = row["stages_ms"], row["work"]["pct_of_peak"]
     batch = row["workload"]["batch"]
-    decibels = ", ".join(f"{part['value']:.0f}" for part in row["check"]["parts"])
+    in_order = sorted(row["check"]["parts"], key=lambda part: list(PARITY).index(part["metric"]))
+    decibels = ", ".join(f"{part['value']:.0f}" for part in in_order)
     cells = [f"{stages[key] / batch:.0f}" for key in ("text_encode", "per_step", "decode")]
     cells.append(
         _range(row["timing"]["ms"], 1 / batch) if row["status"] == "ok" else f"**FAIL** ({_why(row['check'])})"

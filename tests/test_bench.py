@@ -360,3 +360,4 @@ def test_a_backend_asked_for_by_name_that_cannot_run_is_not_passed_over():
 def test_every_precision_has_limits():
     """4-bit text encoders, too (`cpu:w4a8+`)."""
     assert check.DIT_LIMITS.keys() == check.TEXT_LIMITS.keys() == PRECISIONS.keys()
+    assert check.RANDOM_TEXT_LIMITS.keys() == PRECISIONS.keys()
