@@ -204,6 +204,13 @@ def test_judges_and_a_folder_to_compare_with(bench, loaded, tmp_path, monkeypatc
         reference.features(tmp_path / "nowhere", {}, lambda text: None)
 
 
+def test_a_frechet_distance_needs_enough_pictures_of_either_set(monkeypatch):
+    monkeypatch.setattr(reference, "FID_IMAGES", 6)
+    few, enough = torch.randn(5, 3), torch.randn(6, 3)
+    for sets, found in (((few, enough), False), ((enough, few), False), ((enough, enough.flip(0)), True)):
+        assert ("fid_n" in reference.distances(*sets, "n")) == found
+
+
 def test_nothing_is_downloaded_for_published_figures(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(published, "try_to_load_from_cache", lambda repo, file: None)
