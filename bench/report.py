@@ -50,7 +50,7 @@ def image_table(document: dict) -> str:
         columns += [f"× {name}" for name in baselines]
         title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
         rows = [_image_row(row, document, baselines) for row in group]
-        out += [_markdown([title, *columns], rows), "", _conditions(document, group[0].get("weights", "")), ""]
+        out += [_markdown([title, *columns], rows), "", _conditions(document, group), ""]
     return "\n".join(out).strip()
 
 
@@ -106,7 +106,7 @@ def step_table(document: dict) -> str:
         ]
         rows = [_step_row(row, ops, baselines) for row in group]
         out += [_markdown([*header, *(f"× {b}" for b in baselines)], rows), ""]
-        out += [_conditions(document, group[0].get("weights", "")), ""]
+        out += [_conditions(document, group), ""]
     return "\n".join(out).strip()
 
 
@@ -133,8 +133,7 @@ def decode_table(document: dict) -> str:
     baselines = list(dict.fromkeys(name for row in rows for name in row.get("speedup", ())))
     header = ["decoder", "run", "**ms** p50 [p10–p90]", "+ GiB", "% of peak", "SQNR, PSNR dB"]
     body = [_decode_row(row, baselines) for row in rows]
-    conditions = _conditions(document, rows[0].get("weights", "") if rows else "")
-    return f"{_markdown([*header, *(f'× {name}' for name in baselines)], body)}\n\n{conditions}"
+    return f"{_markdown([*header, *(f'× {name}' for name in baselines)], body)}\n\n{_conditions(document, rows)}"
 
 
 def _decode_row(row: dict, baselines: list[str]) -> list[str]:
@@ -159,7 +158,7 @@ def kernel_table(document: dict) -> str:
     header = ["op, shape", "dtype", *(f"{backend} µs p50 [p10–p90]" for backend in backends)]
     header += ["best: GB/s", "% of copy", "% of peak", "error / PyTorch's", "× reference"]
     body = [[name, dtype, *_kernel_cells(by_backend, backends)] for (name, dtype), by_backend in cells.items()]
-    return f"{_markdown(header, body)}\n\n{_conditions(document, '')}"
+    return f"{_markdown(header, body)}\n\n{_conditions(document, rows)}"
 
 
 def _kernel_cells(by_backend: dict[str, dict], backends: list[str]) -> list[str]:
@@ -207,7 +206,7 @@ def quality_table(document: dict) -> str:
         if ceilings:
             best = ", ".join(f"{factor} {100 * value:.1f} %" for factor, value in ceilings.items())
             out += [f"The scorer's own accuracy on real pictures, the ceiling: {best}.", ""]
-        out += [_conditions(document, group[0].get("weights", "")), ""]
+        out += [_conditions(document, group), ""]
     return "\n".join(out).strip()
 
 
@@ -276,19 +275,23 @@ def _groups(document: dict, kind: str) -> Iterator[list[dict]]:
     yield from groups.values()
 
 
-def _conditions(document: dict, weights: str) -> str:
+def _conditions(document: dict, rows: list[dict]) -> str:
+    """What the rows of a table were measured with, and what speaks against them."""
     machine, run = document["machine"], document["run"]
     where = (
         machine["gpus"][0]["name"]
         if machine["gpus"] and run.get("device") != "cpu"
         else f"{machine['cpu']} ({machine['isa']}), {machine['threads_used']} threads"
     )
-    parts = [where, f"torch {document['software']['versions']['torch']}", run["id"]]
-    if weights:
-        parts.insert(0, weights)
+    parts = [where, f"torch {document['software']['versions']['torch']}", run["id"] + "+dirty" * bool(run.get("dirty"))]
+    if rows and rows[0].get("weights"):
+        parts.insert(0, rows[0]["weights"])
     load = machine.get("load", {}).get("before")
     if load:
         parts.append(f"load {load[0]:.1f} at the start")
+    unsteady = sum(row.get("timing", {}).get("unsteady", 0) for row in rows)
+    if unsteady:
+        parts.append(f"{unsteady} unsteady repetition{'s' * (unsteady > 1)}")
     again = f"Again: `{run['command']}`"
     return ". ".join((", ".join(parts), again)) + "."
 

@@ -109,6 +109,16 @@ def test_a_result_of_the_cpu_names_no_gpu(monkeypatch):
         assert ("Fake GPU" in report.image_table(document)) == named
 
 
+def test_what_speaks_against_a_table_stands_below_it():
+    document = example()
+    assert not {"+dirty", "unsteady"} & set(report.image_table(document).replace(",", " ").split())
+    document["run"]["dirty"] = True
+    document["results"][0]["timing"]["unsteady"] = 2
+    document["results"].append(example(kind="decode", backend="cuda")["results"][0])
+    document["results"][1]["timing"]["unsteady"] = 7  # of another table
+    assert "Z-cpu-abc+dirty, 2 unsteady repetitions. Again" in report.image_table(document)
+
+
 def test_compare_gives_no_ratio_where_there_is_none():
     failed = example(status="FAIL")
     assert compare.compare(example(), failed)[0]["verdict"] == "FAIL"
