@@ -100,6 +100,10 @@ class DiffusersRun:
             timestep=moment.timestep * self.weights.config.dit.timestep_scale, return_dict=False, **extra,
         )[0].float()  # fmt: skip
 
+    @property
+    def judged(self) -> dict[str, str]:
+        return self.name.precisions
+
     def plan(self) -> dict:
         return {
             "backend": self.name.backend, "pipeline": type(self.pipe).__name__,

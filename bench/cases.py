@@ -311,7 +311,6 @@ def _published() -> list[Case]:
             _depthwise_glu(label, B, *grid, F),
             _depthwise_glu_quantized(label, B, *grid, F),
             _mix_ffn(label, B, *grid, C, F),
-            _depthwise_glu(label, B, *grid, F),
         ]
     small = BUILT_IN["sana-0.6b"].dit
     cases += [

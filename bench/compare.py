@@ -2,6 +2,8 @@
 
 from sana_bench.schema import MEASURED
 
+FEWEST = 3  # repetitions, below which a range p10–p90 says nothing of how far a time varies
+
 
 def key(row: dict) -> tuple:
     """What makes two rows measurements of the same thing."""
@@ -14,8 +16,9 @@ def compare(old: dict, new: dict) -> list[dict]:
 
     Rows about quality and perplexity have no times, and no entry.
 
-    Verdicts: faster, slower; same, where the ranges p10–p90 overlap; FAIL, where the new row failed its check; and the
-    status, or "only in A", "only in B", for rows that can't be compared.
+    Verdicts: faster, slower; same, where the ranges p10–p90 overlap; "too few", where either row has fewer than 3
+    repetitions, as first pictures have; FAIL, where the new row failed its check; and the status, or "only in A", "only in
+    B", for rows that can't be compared.
     """
     before, after = (
         {key(row): row for row in document["results"] if row["kind"] not in ("quality", "text")}
@@ -35,9 +38,16 @@ def _entry(k: tuple, a: dict | None, b: dict | None) -> dict:
         if row["status"] != "ok":
             return entry | {"verdict": row["status"] if row is b else f"was {row['status']}"}
     x, y = a["timing"]["ms"], b["timing"]["ms"]
-    apart = y["p90"] < x["p10"] or x["p90"] < y["p10"]
-    verdict = "same" if not apart else "faster" if y["median"] < x["median"] else "slower"
-    return entry | {"verdict": verdict, "ratio": x["median"] / y["median"]}
+    return entry | {"verdict": _verdict(a["timing"], b["timing"]), "ratio": x["median"] / y["median"]}
+
+
+def _verdict(old: dict, new: dict) -> str:
+    if min(old.get("n", 0), new.get("n", 0)) < FEWEST:
+        return "too few"
+    x, y = old["ms"], new["ms"]
+    if x["p10"] <= y["p90"] and y["p10"] <= x["p90"]:
+        return "same"
+    return "faster" if y["median"] < x["median"] else "slower"
 
 
 def render(entries: list[dict], old: dict, new: dict) -> str:

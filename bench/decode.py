@@ -19,6 +19,7 @@ from sana_bench.metrics import psnr, to_bytes
 from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.weights import RunName, Weights, count
 from sana_model import memory
+from sana_model.config import AutoencoderConfig
 from sana_model.errors import MissingError, UserError
 from sana_model.plan import resolve
 from sana_model.settings import PRECISIONS, QUANTIZED
@@ -27,6 +28,15 @@ from sana_model.weights.loaded import LoadedModel
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "diffusers", "openvino")
 LARGEST_WHOLE = 1024  # pixels; the oracle of larger images is ours in bands
+
+CALIBRATION_SAMPLES = 4  # images, for OpenVINO's W8A8
+
+
+def latents(config: AutoencoderConfig, size: int, seed: int) -> Tensor:
+    """(1, C, h, w) for size × size pixels, as the decoder reads them: of the variance that it was trained on."""
+    side = size // config.spatial_compression
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, config.latent_channels, side, side, generator=generator) / config.scaling_factor
 
 
 class OwnDecoder:
@@ -106,14 +116,16 @@ class DiffusersDecoder(OwnDecoder):
 
 
 class OpenVINODecoder(DiffusersDecoder):
-    """The same, compiled by OpenVINO for one size."""
+    """The same, compiled by OpenVINO for one size; calibrated for W8A8 with latents like those that are timed."""
 
     def prepare(self, size: int) -> None:
         openvino.check_installed(self.precision)
         network = diffusers_autoencoder(self.weights.part("autoencoder", torch.float32))
-        side = size // self.weights.config.autoencoder.spatial_compression
-        z = torch.randn(1, self.weights.config.autoencoder.latent_channels, side, side)
-        self.network = openvino.compiled(network.decoder, [{"hidden_states": z}], self.precision)
+        examples = [
+            {"hidden_states": latents(self.weights.config.autoencoder, size, seed)}
+            for seed in range(CALIBRATION_SAMPLES)
+        ]
+        self.network = openvino.compiled(network.decoder, examples, self.precision)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.network(hidden_states=z)
@@ -159,12 +171,8 @@ class DecodeBench:
                 raise UserError(f"run {name}: the decoder is measured on {', '.join(BACKENDS)}")
 
     def latents(self, size: int, i: int) -> Tensor:
-        """Of repetition i, as the decoder reads them: of the variance that it was trained on."""
-        config = self.config.autoencoder
-        side = size // config.spatial_compression
-        generator = torch.Generator().manual_seed(self.seed + 1000 * size + i)
-        z = torch.randn(1, config.latent_channels, side, side, generator=generator) / config.scaling_factor
-        return z.to(self.device)
+        """Of repetition i."""
+        return latents(self.config.autoencoder, size, self.seed + 1000 * size + i).to(self.device)
 
     def run(self, repeat: int) -> dict:
         """Measure, and return the document. What was measured before Ctrl-C is written, too."""
@@ -195,8 +203,8 @@ class DecodeBench:
             def decode(i: int) -> float | None:
                 if measured.status != "ok":
                     return None
-                latents, clock = self.latents(size, i), Clock(self.device)
-                self.attempt(measured, measured.decoder.decode, latents)
+                z, clock = self.latents(size, i), Clock(self.device)
+                self.attempt(measured, measured.decoder.decode, z)
                 clock.lap("decode")
                 return clock.ms["decode"] if measured.status == "ok" else None
 

@@ -63,6 +63,7 @@ class Scores(Outcome):
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # figure → one per picture
     verdicts: list[Verdict] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # network → (B, D) per batch
+    checks: list[check.Check] = field(default_factory=list)  # of text encoder and decoder
     shown: list[Tensor] = field(default_factory=list)  # the first pictures, for the sheet
     painted: int = 0
 
@@ -74,6 +75,9 @@ class Wanted:
     pictures: Tensor  # (B, 3, H, W) uint8
     maps: list[Tensor]  # their feature maps
     moments: list[tuple[Moment, Tensor]]  # evaluations of the DiT on the way: what went in, its raw output in fp32
+    captions: check.Captions
+    latents: Tensor  # (1, 32, h, w), of the first picture
+    image: Tensor  # (1, 3, H, W), what the decoder makes of them
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class QualityBench:
         pictures = metrics.to_bytes(images)
         moments = self.moments(settings, captions, steps) if with_moments else []
         maps = self.look(self.original, settings, pictures)
-        return Wanted(pictures, maps, moments)
+        return Wanted(pictures, maps, moments, captions, latents[:1], images[:1])
 
     def moments(self, settings: Settings, captions, steps: list[tuple[int, Tensor, Tensor]]) -> list:
         """Recorded steps (i, input, output) as the moments that every run can be asked about."""
@@ -189,6 +193,8 @@ class QualityBench:
         run, count = scores.run, settings.count
         ours = isinstance(run, PipelineRun)  # our pipeline draws the noise of the seed itself; others are given it
         captions = run.text_encode(settings)
+        if not scores.checks:
+            scores.checks = self.check_parts(run, settings, captions, wanted)
         latents = run.denoise(settings, captions, None if ours else self.noise(settings))
         pictures = metrics.to_bytes(run.decode(latents, settings))
         if wanted.moments:
@@ -201,6 +207,15 @@ class QualityBench:
             scores.values["feature_distance"] += metrics.feature_distance(maps, wanted.maps).tolist()
         if self.judges.papers.lpips:
             scores.values["lpips"] += self.judges.papers.lpips(pictures, wanted.pictures)
+
+    def check_parts(self, run, settings: Settings, captions, wanted: Wanted) -> list[check.Check]:
+        """What no step shows: the decoder, on latents of the fp32 run, and of ours the captions. Of the first batch."""
+        judged = run.judged
+        checks = [check.image_check(run.decode(wanted.latents, settings), wanted.image, judged["autoencoder"])]
+        if isinstance(run, PipelineRun):
+            random = self.weights.loaded.random
+            checks += check.caption_checks(captions, wanted.captions, judged["text_encoder"], random=random)
+        return checks
 
     def noise(self, settings: Settings) -> Tensor:
         """What our pipeline draws for these settings, (B, 32, h, w)."""
@@ -247,8 +262,9 @@ class QualityBench:
         if scores.run is None:  # its weights are held as they are stored, and computed with in fp32
             plan = resolve(self.config, "reference", self.device, dict.fromkeys(self.weights.stored, "fp32"))
             return row | {"plan": plan.as_json()}
-        value, limit = figures["step_sqnr_db"], check.DIT_LIMITS[name.precision]
-        checked = check.summary([check.Check("fp32", "step_sqnr_db", value, limit, value >= limit)], [])
+        value, limit = figures["step_sqnr_db"], check.DIT_LIMITS[scores.run.judged["dit"]]
+        step = check.Check("fp32", "step_sqnr_db", value, limit, value >= limit)
+        checked = check.summary([step, *scores.checks], [])
         return row | {"status": "ok" if checked["passed"] else "FAIL", "check": checked, "plan": scores.run.plan()}
 
     def figures(self, scores: Scores) -> tuple[dict, dict]:

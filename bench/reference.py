@@ -14,7 +14,7 @@ from torch import Tensor
 from sana_bench import metrics
 from sana_model.errors import UserError
 
-FID_IMAGES = 5000  # in the folder; below, only the kernel distance, which is unbiased at any number
+FID_IMAGES = 5000  # of either set; below, only the kernel distance, which is unbiased at any number
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Network = Callable[[Tensor], Tensor]
 """Pictures (B, 3, H, W) uint8 → features (B, D)."""
@@ -48,6 +48,6 @@ def read(file: Path) -> Tensor:
 def distances(pictures: Tensor, wanted: Tensor, network: str) -> dict[str, float]:
     """The figures of two sets of features (N, D) and (M, D), by name."""
     found = {f"kid_{network}": metrics.kernel_distance(pictures, wanted)}
-    if len(wanted) >= FID_IMAGES:
+    if min(len(pictures), len(wanted)) >= FID_IMAGES:
         found[f"fid_{network}"] = metrics.frechet_distance(pictures, wanted)
     return found

@@ -24,6 +24,9 @@ from sana_kernels import diagnostics
 from sana_model.errors import UserError
 from sana_model.files import write_text
 
+PARITY = {"dit_sqnr_db": "DiT", "latents_sqnr_db": "latents", "image_sqnr_db": "image", "text_sqnr_db": "text"}
+"""What is compared with fp32 → its name in a table's heading; a row has one number of each, of text up to two."""
+
 MARKED = re.compile(r"(<!-- table:(\w+) *(\S*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -42,10 +45,12 @@ def image_table(document: dict) -> str:
             "+ GiB",
             "% peak: DiT, decoder",
         ]
-        columns += ["dB: DiT, image, text", *(f"× {name}" for name in baselines)]
+        parts = {part["metric"] for row in group for part in row.get("check", {}).get("parts", ())}
+        columns.append("dB: " + ", ".join(name for metric, name in PARITY.items() if metric in parts))
+        columns += [f"× {name}" for name in baselines]
         title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
         rows = [_image_row(row, document, baselines) for row in group]
-        out += [_markdown([title, *columns], rows), "", _conditions(document, group[0].get("weights", "")), ""]
+        out += [_markdown([title, *columns], rows), "", _conditions(document, group), ""]
     return "\n".join(out).strip()
 
 
@@ -63,7 +68,8 @@ def _image_row(row: dict, document: dict, baselines: list[str]) -> list[str]:
     )
     stages, percent = row["stages_ms"], row["work"]["pct_of_peak"]
     batch = row["workload"]["batch"]
-    decibels = ", ".join(f"{part['value']:.0f}" for part in row["check"]["parts"])
+    in_order = sorted(row["check"]["parts"], key=lambda part: list(PARITY).index(part["metric"]))
+    decibels = ", ".join(f"{part['value']:.0f}" for part in in_order)
     cells = [f"{stages[key] / batch:.0f}" for key in ("text_encode", "per_step", "decode")]
     cells.append(
         _range(row["timing"]["ms"], 1 / batch) if row["status"] == "ok" else f"**FAIL** ({_why(row['check'])})"
@@ -100,7 +106,7 @@ def step_table(document: dict) -> str:
         ]
         rows = [_step_row(row, ops, baselines) for row in group]
         out += [_markdown([*header, *(f"× {b}" for b in baselines)], rows), ""]
-        out += [_conditions(document, group[0].get("weights", "")), ""]
+        out += [_conditions(document, group), ""]
     return "\n".join(out).strip()
 
 
@@ -127,8 +133,7 @@ def decode_table(document: dict) -> str:
     baselines = list(dict.fromkeys(name for row in rows for name in row.get("speedup", ())))
     header = ["decoder", "run", "**ms** p50 [p10–p90]", "+ GiB", "% of peak", "SQNR, PSNR dB"]
     body = [_decode_row(row, baselines) for row in rows]
-    conditions = _conditions(document, rows[0].get("weights", "") if rows else "")
-    return f"{_markdown([*header, *(f'× {name}' for name in baselines)], body)}\n\n{conditions}"
+    return f"{_markdown([*header, *(f'× {name}' for name in baselines)], body)}\n\n{_conditions(document, rows)}"
 
 
 def _decode_row(row: dict, baselines: list[str]) -> list[str]:
@@ -153,7 +158,7 @@ def kernel_table(document: dict) -> str:
     header = ["op, shape", "dtype", *(f"{backend} µs p50 [p10–p90]" for backend in backends)]
     header += ["best: GB/s", "% of copy", "% of peak", "error / PyTorch's", "× reference"]
     body = [[name, dtype, *_kernel_cells(by_backend, backends)] for (name, dtype), by_backend in cells.items()]
-    return f"{_markdown(header, body)}\n\n{_conditions(document, '')}"
+    return f"{_markdown(header, body)}\n\n{_conditions(document, rows)}"
 
 
 def _kernel_cells(by_backend: dict[str, dict], backends: list[str]) -> list[str]:
@@ -201,7 +206,7 @@ def quality_table(document: dict) -> str:
         if ceilings:
             best = ", ".join(f"{factor} {100 * value:.1f} %" for factor, value in ceilings.items())
             out += [f"The scorer's own accuracy on real pictures, the ceiling: {best}.", ""]
-        out += [_conditions(document, group[0].get("weights", "")), ""]
+        out += [_conditions(document, group), ""]
     return "\n".join(out).strip()
 
 
@@ -270,19 +275,23 @@ def _groups(document: dict, kind: str) -> Iterator[list[dict]]:
     yield from groups.values()
 
 
-def _conditions(document: dict, weights: str) -> str:
+def _conditions(document: dict, rows: list[dict]) -> str:
+    """What the rows of a table were measured with, and what speaks against them."""
     machine, run = document["machine"], document["run"]
     where = (
         machine["gpus"][0]["name"]
         if machine["gpus"] and run.get("device") != "cpu"
         else f"{machine['cpu']} ({machine['isa']}), {machine['threads_used']} threads"
     )
-    parts = [where, f"torch {document['software']['versions']['torch']}", run["id"]]
-    if weights:
-        parts.insert(0, weights)
+    parts = [where, f"torch {document['software']['versions']['torch']}", run["id"] + "+dirty" * bool(run.get("dirty"))]
+    if rows and rows[0].get("weights"):
+        parts.insert(0, rows[0]["weights"])
     load = machine.get("load", {}).get("before")
     if load:
         parts.append(f"load {load[0]:.1f} at the start")
+    unsteady = sum(row.get("timing", {}).get("unsteady", 0) for row in rows)
+    if unsteady:
+        parts.append(f"{unsteady} unsteady repetition{'s' * (unsteady > 1)}")
     again = f"Again: `{run['command']}`"
     return ". ".join((", ".join(parts), again)) + "."
 

@@ -83,6 +83,11 @@ class PipelineRun:
         m = moment
         return self.pipeline.dit(m.latents, m.timestep, m.states, m.lengths, m.guidance).float()
 
+    @property
+    def judged(self) -> dict[str, str]:
+        """By part, the precision whose limits hold for this run."""
+        return self.name.judged(self.pipeline.plan.executed)
+
     def plan(self) -> dict:
         """Which kernel computes what, as of the last picture."""
         return self.pipeline.plan.as_json() | {"outside_share": self._outside_share}

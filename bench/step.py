@@ -95,7 +95,7 @@ class StepBench:
     def _first(self, measured: Measured, expected: Tensor) -> None:
         measured.run.prepare(self.settings)
         actual = measured.run.velocity(self.moment)
-        measured.parity = check.dit_check(actual, expected, measured.run.name.precision)
+        measured.parity = check.dit_check(actual, expected, measured.run.judged["dit"])
         measured.step = stepper(measured.run, self.moment)
         measured.products = matrix_products(measured.run, self.moment)
         for warm_up in (measured.step, measured.products):

@@ -88,6 +88,14 @@ class RunName:
     def dtypes(self) -> dict[str, torch.dtype]:
         return dtypes_of(self.precisions)
 
+    def judged(self, executed: dict[str, str]) -> dict[str, str]:
+        """By part, the precision whose limits hold (`check`), given what a plan executes: 4-bit weights have lost what they
+        lost, and activations have as many bits as they are multiplied with."""
+        return {
+            part: "w4a8" if (precision, executed[part]) == ("w4a4", "w8a8") else precision
+            for part, precision in self.precisions.items()
+        }
+
 
 @dataclass(frozen=True)
 class Moment:

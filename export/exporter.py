@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sana_export import calibration, graphs, layout, ops
 from sana_export.layout import GRAPHS, PARTS, Graph, Manifest, Signature
+from sana_kernels.quant.calibration import calibrate
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
 from sana_model.exported.onnxruntime import package
@@ -150,7 +151,7 @@ def calibrated(request: Request) -> dict[str, float]:
     if request.precision == "fp16":
         calibration.check_range(pipe, request.samples, request.steps)
         return {}
-    inputs = calibration.calibrate(pipe, calibration.PROMPTS, request.samples, request.steps)
+    inputs = calibrate(pipe, calibration.PROMPTS, request.samples, request.steps)
     return calibration.activation_scales(inputs)
 
 

@@ -70,13 +70,17 @@ def mix_ffn(
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """As `sana_kernels.cross_attention`; lengths (B,) are tensors in a graph, and never None."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
-    columns = torch.arange(k.shape[2], device=q.device)
+    scores = attention_scores(q, k)
+    columns = torch.arange(k.shape[1], device=q.device)
     # Half of the most negative number: a score that is added to it cannot make a row of nothing but -inf.
     hidden = torch.finfo(q.dtype).min / 2
     mask = torch.where(columns < lengths[:, None], 0.0, hidden).to(q.dtype)[:, None, None]
-    return ((scores + mask).softmax(-1) @ v).transpose(1, 2)
+    return ((scores + mask).softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """(B, N, H, D), (B, L, H, D) → (B, H, N, L)."""
+    return q.transpose(1, 2) * q.shape[-1] ** -0.5 @ k.transpose(1, 2).transpose(2, 3)
 
 
 def linear_attention_node(

@@ -358,6 +358,11 @@ def test_a_kernel_that_crashes_does_not_take_the_others_along(tmp_path, monkeypa
     assert [row["status"] for row in results.document["results"][2:]] == ["out of memory"] * 2
 
 
+def test_no_case_is_measured_twice():
+    names = [(case.op, case.name) for case in CASES]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "tiny" in c.name or "stage5" in c.name], ids=str)
 def test_cold_inputs_are_the_same_values_in_the_same_strides_elsewhere(case):
     first = case.arguments("fp32")
@@ -531,3 +536,4 @@ def test_quick_leaves_no_op_out_whose_smallest_case_is_of_another_precision():
 def test_every_precision_has_limits():
     """4-bit text encoders, too (`cpu:w4a8+`)."""
     assert check.DIT_LIMITS.keys() == check.TEXT_LIMITS.keys() == PRECISIONS.keys()
+    assert check.RANDOM_TEXT_LIMITS.keys() == PRECISIONS.keys()

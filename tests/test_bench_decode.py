@@ -68,6 +68,18 @@ def test_rows(measure):
     assert table.count("sana-tiny-random_96x96") == 5 and "× diffusers:bf16" in table
 
 
+def test_others_are_calibrated_with_latents_like_those_that_are_timed(loaded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decode.openvino, "check_installed", lambda precision: None)
+    monkeypatch.setattr(decode.openvino, "compiled", lambda network, examples, precision: seen.extend(examples))
+    decode.OpenVINODecoder("openvino", "w8a8", runs.Weights(loaded, torch.device("cpu"))).prepare(256)
+    config = loaded.config.autoencoder
+    for example in seen:
+        assert example["hidden_states"].shape == (1, config.latent_channels, 8, 8)
+        assert example["hidden_states"].std().item() == pytest.approx(1 / config.scaling_factor, rel=0.1)
+    assert len({example["hidden_states"].sum().item() for example in seen}) == len(seen) >= 4
+
+
 def test_a_wrong_decoder_fails(measure):
     """The control: a decoder that is off by one part in ten passes nowhere, and has no speed-up."""
 

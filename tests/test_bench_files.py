@@ -13,7 +13,7 @@ def example(**changes):
     r = {
         "kind": "image", "name": "m_64x64", "backend": "cpu", "precision": "bf16", "status": "ok",
         "workload": {"batch": 1, "height": 64, "width": 64, "steps": 2, "guidance": 4.5, "text_tokens": 60},
-        "timing": {"ms": {"median": 100.0, "p10": 95.0, "p90": 105.0}},
+        "timing": {"n": 5, "ms": {"median": 100.0, "p10": 95.0, "p90": 105.0}},
         "stages_ms": {"text_encode": 10.0, "denoise": 60.0, "per_step": 30.0, "decode": 29.0, "other": 1.0},
         "check": {
             "against": "fp32", "metric": "dit_sqnr_db", "value": 40.0, "limit": 30, "passed": True, "parts": [],
@@ -75,11 +75,19 @@ def test_files_that_are_no_results_are_refused(tmp_path):
     [((50.0, 45.0, 55.0), "faster"), ((150.0, 140.0, 160.0), "slower"), ((97.0, 90.0, 104.0), "same")],
 )
 def test_compare_tells_apart_what_does_not_overlap(ms, verdict):
-    new = example(timing={"ms": dict(zip(("median", "p10", "p90"), ms, strict=True))})
+    new = example(timing={"n": 3, "ms": dict(zip(("median", "p10", "p90"), ms, strict=True))})
     (entry,) = compare.compare(example(), new)
     assert entry["verdict"] == verdict
     assert entry["ratio"] == pytest.approx(100 / ms[0])
     assert verdict in compare.render([entry], example(), new)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_compare_does_not_judge_by_one_or_two_repetitions(n):
+    few = example(timing={"n": n, "ms": dict.fromkeys(("median", "p10", "p90"), 90.0)})
+    for old, new in ((example(), few), (few, example()), (few, few)):
+        (entry,) = compare.compare(old, new)
+        assert entry["verdict"] == "too few" and entry["ratio"] is not None
 
 
 def test_the_command_to_run_it_again_names_no_file_of_this_machine(tmp_path, monkeypatch):
@@ -99,6 +107,16 @@ def test_a_result_of_the_cpu_names_no_gpu(monkeypatch):
         assert where in document["run"]["id"] and document["run"]["device"] == device
         document["results"] = example()["results"]
         assert ("Fake GPU" in report.image_table(document)) == named
+
+
+def test_what_speaks_against_a_table_stands_below_it():
+    document = example()
+    assert not {"+dirty", "unsteady"} & set(report.image_table(document).replace(",", " ").split())
+    document["run"]["dirty"] = True
+    document["results"][0]["timing"]["unsteady"] = 2
+    document["results"].append(example(kind="decode", backend="cuda")["results"][0])
+    document["results"][1]["timing"]["unsteady"] = 7  # of another table
+    assert "Z-cpu-abc+dirty, 2 unsteady repetitions. Again" in report.image_table(document)
 
 
 def test_compare_gives_no_ratio_where_there_is_none():

@@ -166,6 +166,64 @@ def test_a_wrong_run_prints_fail_and_no_speedup(paint):
     assert schema.validate(bench.results.document) == []
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_is_timed_is_compared_and_not_only_its_parts(paint, steps):
+    """Captions that change places: the DiT, the decoder and the captions themselves are right."""
+
+    def sabotage(bench):
+        bench.workload = replace(bench.workload, steps=steps)
+        run = bench.measured["reference:bf16"].run
+        denoise = run.denoise
+        run.denoise = lambda settings, captions, noise: denoise(settings, captions[::-1], noise)
+
+    bench = paint("diffusers:bf16", "reference:bf16", before=sabotage)
+    found = row(bench.results.document, "image", "reference:bf16")
+    assert (found["status"], found["check"]["metric"]) == ("FAIL", "latents_sqnr_db")
+    assert [part["metric"] for part in found["check"]["parts"] if not part["passed"]] == ["latents_sqnr_db"]
+    assert row(bench.results.document, "image", "diffusers:bf16")["status"] == "ok"
+    assert "dB: DiT, latents, image, text" in report.image_table(bench.results.document)
+
+
+def test_a_picture_that_comes_out_otherwise_the_second_time_fails(paint):
+    """What was remembered or captured by then is not what the first picture was made of."""
+
+    def sabotage(bench):
+        run = bench.measured["cpu:fp32"].run
+        denoise, pictures = run.denoise, []
+
+        def drifting(*args):
+            pictures.append(denoise(*args))
+            return pictures[-1] + 1e-6 * (len(pictures) - 1)
+
+        run.denoise = drifting
+
+    bench = paint("reference:fp32", "cpu:fp32", before=sabotage)
+    found = row(bench.results.document, "image", "cpu:fp32")
+    assert found["status"] == "FAIL" and found["check"]["value"] > found["check"]["limit"]
+    assert found["check"]["failures"] == ["the first picture, denoised again, has other latents"]
+    assert row(bench.results.document, "decode", "cpu:fp32")["status"] == "ok"
+    assert schema.validate(bench.results.document) == []
+    assert row(paint("cpu:bf16").results.document, "image", "cpu:bf16")["status"] == "ok"  # ours without sabotage
+
+
+def test_four_bits_are_judged_by_what_is_executed():
+    name = runs.RunName.parse("cpu:w4a4")
+    executed = {"text_encoder": "bf16", "autoencoder": "bf16"}
+    assert name.judged(executed | {"dit": "w8a8"})["dit"] == "w4a8"  # the rows that w4a8 has, too
+    assert name.judged(executed | {"dit": "w4a4"})["dit"] == name.judged(executed | {"dit": "exact"})["dit"] == "w4a4"
+    assert runs.RunName.parse("cpu:w4a8").judged(executed | {"dit": "w8a8"})["dit"] == "w4a8"
+    output = torch.randn(2, 32, 4, 4)
+    noisy = output + 10 ** (-13.5 / 20) * torch.randn_like(output)
+    assert check.dit_check(noisy, output, "w4a4").passed and not check.dit_check(noisy, output, "w4a8").passed
+
+
+def test_limits_of_captions_are_closer_for_trained_weights():
+    states, lengths = torch.randn(1, 9, 64), torch.tensor([9])
+    noisy = states + 10 ** (-12 / 20) * torch.randn_like(states)
+    assert check.text_check(noisy, states, lengths, "w8a8", random=True).passed
+    assert not check.text_check(noisy, states, lengths, "w8a8", random=False).passed
+
+
 def test_more_than_the_peak_fails(paint):
     bench = paint("reference:bf16", peaks=fake_peaks(bf16_fake=1e5, fp32_fake=1e5))
     found = row(bench.results.document, "image", "reference:bf16")
@@ -323,7 +381,7 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     assert document["machine"]["measured_peak"]["copy"] > 0
     assert "ms/image" in capsys.readouterr().out
     assert sana("compare", out, out) == 0
-    assert "same" in capsys.readouterr().out
+    assert "too few" in capsys.readouterr().out  # one repetition
     for flags in (["--size", "big"], ["--repeat", 0], ["--runs", ","], ["--batch", 0], ["--json", tmp_path]):
         with pytest.raises(UserError):
             sana("image", *flags)

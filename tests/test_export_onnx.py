@@ -23,7 +23,7 @@ import onnx_ir  # noqa: E402
 import sana_kernels  # noqa: E402
 import sana_model  # noqa: E402
 from sana_export import exporter, graphs, layout, ops  # noqa: E402
-from sana_export.check import check, relative_error  # noqa: E402
+from sana_export.check import check, picture_limit, relative_error  # noqa: E402
 from sana_model.cli import main  # noqa: E402
 from sana_model.errors import MissingError, UserError  # noqa: E402
 from sana_model.exported import onnxruntime  # noqa: E402
@@ -81,6 +81,40 @@ def test_the_check_sees_a_wrong_weight(copy, capsys):
     said = capsys.readouterr().out
     failed = [line.split(":")[0] for line in said.splitlines() if line.endswith("FAIL")]
     assert failed and {name.split(" ")[0] for name in failed} <= {"transformer", "picture"}
+
+
+def test_the_check_sees_wrong_scales(tmp_path_factory, tmp_path):
+    """Activation scales a tenth as large clip nearly everything, in the graph as in PyTorch's form of it."""
+    folder = exported.graphs(tmp_path_factory, "shrunk-0.6b", **exported.REQUESTS["w8a8"])
+    folder = shutil.copytree(folder, tmp_path / "graphs")
+    manifest = json.loads((folder / layout.MANIFEST).read_text())
+    del manifest["graphs"]["text_encoder"]
+    scales = manifest["graphs"]["transformer"]["activation_scales"]
+    manifest["graphs"]["transformer"]["activation_scales"] = {name: scale / 10 for name, scale in scales.items()}
+    (folder / layout.MANIFEST).write_text(json.dumps(manifest))
+    model, changed = model_of(folder), 0
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(".x_scale"):
+            layer = tensor.name.removeprefix("dit.").removesuffix(".x_scale")
+            smaller = graphs.rounded_up(torch.tensor(scales[layer] / 10), torch.bfloat16)
+            tensor.raw_data = smaller.view(torch.int16).numpy().tobytes()
+            changed += 1
+    assert changed == len(scales)
+    onnx.save(model, layout.graph_file(folder, "transformer"))
+    failed = [row.stage for row in check(folder).rows if not row.passed]
+    assert len(failed) == 3 and all(stage.endswith("beside the unquantised one") for stage in failed)
+
+
+def test_a_picture_is_judged_by_the_weakest_of_its_graphs(small):
+    manifest = layout.read(small)
+    assert picture_limit(manifest) == 45
+    for graph, precision, limit in (
+        ("decoder", "bf16", 20),
+        ("text_encoder", "w4a16", 15),
+        ("transformer", "w8a8", 15),
+    ):
+        weaker = dataclasses.replace(manifest.graphs[graph], precision=precision)
+        assert picture_limit(dataclasses.replace(manifest, graphs=manifest.graphs | {graph: weaker})) == limit
 
 
 @pytest.mark.parametrize(("height", "width", "batch"), [(512, 512, 1), (768, 1344, 2), (512, 512, 4)])

@@ -36,6 +36,17 @@ def test_fp16_is_refused_where_activations_leave_its_range(tmp_path_factory, tmp
         calibration.check_range(pipe, 1, 1)
 
 
+def test_fp16_is_refused_for_what_fused_ops_hide(tmp_path_factory):
+    """The scores of a cross-attention, of which queries, keys and output are in range."""
+    pipe = sana_model.load(exported.model(tmp_path_factory, "small"), backend="reference", precision="bf16")
+    cross = pipe.dit.blocks[1].cross_attention
+    with torch.no_grad():
+        cross.q.weight *= 1000
+        cross.kv.weight[: cross.q.out_features] *= 1000
+    with pytest.raises(UserError, match=r"reach .* \(block 1, matmul.*fp16 ends at 65504"):
+        calibration.check_range(pipe, 1, 1)
+
+
 def test_fresh_memory_is_no_activation(monkeypatch):
     """Of `empty` tensors only what is written into them counts, whatever they hold before."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

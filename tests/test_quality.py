@@ -119,6 +119,33 @@ def test_a_wrong_run_fails(bench):
     assert "**FAIL** (step" in report.quality_table(made.results.document)
 
 
+@pytest.mark.parametrize(("part", "metric"), [("autoencoder", "image_sqnr_db"), ("text_encoder", "text_sqnr_db")])
+def test_a_run_whose_other_parts_are_wrong_fails(bench, part, metric):
+    """Its steps are right: they are asked about on the fp32 run's way."""
+
+    def sabotage(made):
+        run = made.scores["cpu:w8a8+"].run
+        prepare = run.prepare
+
+        def wrong(settings):
+            prepare(settings)
+            if part == "autoencoder":
+                decode = run.pipeline.autoencoder.decode
+                run.pipeline.autoencoder.decode = lambda z: -decode(z)
+            else:
+                encode = run.pipeline.encode
+                run.pipeline.encode = lambda settings: tuple(
+                    replace(group, states=group.states.flip(-1)) for group in encode(settings)
+                )
+
+        run.prepare = wrong
+
+    found = row(bench("cpu:w8a8+", before=sabotage), "cpu:w8a8+")
+    assert (found["status"], found["check"]["metric"]) == ("FAIL", metric)
+    assert found["metrics"]["step_sqnr_db"] > 22
+    assert {p["metric"] for p in found["check"]["parts"]} == {"step_sqnr_db", "image_sqnr_db", "text_sqnr_db"}
+
+
 def test_a_run_that_drops_out_does_not_take_the_others_along(bench, monkeypatch):
     def crash(*args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
@@ -175,6 +202,13 @@ def test_judges_and_a_folder_to_compare_with(bench, loaded, tmp_path, monkeypatc
         reference.features(folder.parent, {}, lambda text: None)
     with pytest.raises(UserError, match="at least 2"):
         reference.features(tmp_path / "nowhere", {}, lambda text: None)
+
+
+def test_a_frechet_distance_needs_enough_pictures_of_either_set(monkeypatch):
+    monkeypatch.setattr(reference, "FID_IMAGES", 6)
+    few, enough = torch.randn(5, 3), torch.randn(6, 3)
+    for sets, found in (((few, enough), False), ((enough, few), False), ((enough, enough.flip(0)), True)):
+        assert ("fid_n" in reference.distances(*sets, "n")) == found
 
 
 def test_nothing_is_downloaded_for_published_figures(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sana_kernels.quant import calibration, checkpoint
 from sana_kernels.quant.layer import round_to_nearest
+from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
 from sana_model.cli import main
 from sana_model.commands.quantize import PROMPTS, read_prompts, summary
 from sana_model.dit import DiT
@@ -24,7 +26,7 @@ from sana_model.graph import Graphs
 from sana_model.pipeline import Pipeline, load
 from sana_model.plan import resolve
 from sana_model.quantize.job import Job
-from sana_model.quantize.model import Progress, fingerprint, quantize
+from sana_model.quantize.model import Progress, _layer, fingerprint, quantize
 from sana_model.settings import dtypes_of, precisions_for
 from sana_model.text_encoder import TextEncoder
 from sana_model.weights.models import convert, find, load_model
@@ -157,6 +159,18 @@ def test_every_layer_as_the_table_says(saved, tmp_path):
     before, after = load_file(saved / vae), load_file(tmp_path / "q" / vae)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not (tmp_path / "q.partial").exists()
+
+
+def test_a_layer_is_scored_on_rows_that_it_was_not_fitted_to(tmp_path):
+    """With GPTQ, and fewer rows than channels, the rows that it was fitted to say nothing."""
+    weight, rows = torch.randn(32, 256), torch.randn(128, 256)
+    inputs = calibration.LayerInputs(rows, rows.abs().amax(0))
+    recipe = Recipe("int4", "16bit", gptq=True)
+    info, _ = _layer(SimpleNamespace(name="m"), tmp_path, "l", weight, recipe, inputs, CPU)
+    fitted, held_out = inputs.split()
+    layer = quantize_layer(weight, recipe, fitted)
+    assert info.sqnr_db == pytest.approx(sqnr_db(layer, weight, held_out), abs=0.01)
+    assert sqnr_db(layer, weight, fitted.rows) > info.sqnr_db + 3
 
 
 def test_awq_scales_the_text_encoder(tmp_path):

@@ -22,8 +22,22 @@ def case():
 
 
 def found(case, **recipe) -> float:
+    """dB on rows that the layer was not fitted to."""
     weight, inputs = case
-    return sqnr_db(quantize_layer(weight, Recipe(**recipe), inputs), weight, inputs.rows)
+    fitted, held_out = inputs.split()
+    return sqnr_db(quantize_layer(weight, Recipe(**recipe), fitted), weight, held_out)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, None), (7, None), (8, [0]), (20, [0, 8, 16])])
+def test_every_eighth_row_is_held_out(count, held_out):
+    inputs = LayerInputs(torch.arange(count)[:, None].float(), torch.tensor([99.0]))
+    fitted, scored = inputs.split()
+    if held_out is None:  # too few to spare any
+        assert torch.equal(fitted.rows, inputs.rows) and torch.equal(scored, inputs.rows)
+    else:
+        assert scored[:, 0].tolist() == held_out
+        assert fitted.rows[:, 0].tolist() == [i for i in range(count) if i not in held_out]
+    assert torch.equal(fitted.absmax, inputs.absmax)
 
 
 def test_the_order_of_methods(case):
@@ -104,12 +118,13 @@ def test_gptq_beats_rounding(shape):
     """Less error at the output, though more in the weights: the scales are the same, and so is the format."""
     N, K = shape
     weight = signed(N, K)
-    x = torch.randn(400, K // 2) @ torch.randn(K // 2, K) + 0.1 * signed(400, K)
-    plain, better = quantize_int4(weight, scale_dtype=torch.bfloat16), gptq(weight, x)
+    x = torch.randn(800, K // 2) @ torch.randn(K // 2, K) + 0.1 * signed(800, K)
+    fitted, others = x.split(400)
+    plain, better = quantize_int4(weight, scale_dtype=torch.bfloat16), gptq(weight, fitted)
     assert torch.equal(plain.scale, better.scale) and plain.values.shape == better.values.shape
 
     def error(rows):
-        return ((dequantize_int4(rows)[:, :K] - weight.double()) @ x.double().t()).square().sum()
+        return ((dequantize_int4(rows)[:, :K] - weight.double()) @ others.double().t()).square().sum()
 
     assert error(better) < 0.8 * error(plain)
     assert (dequantize_int4(better)[:, :K] - weight).square().sum() > (

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import sana_kernels
 
 ROWS = 2048  # tokens kept of each layer, about
+HELD_OUT = 8  # of so many, one
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class LayerInputs:
 
     rows: Tensor  # (T, K), in the model's dtype
     absmax: Tensor  # (K,) fp32
+
+    def split(self) -> tuple["LayerInputs", Tensor]:
+        """(what a layer is fitted to, the rows that tell how well): every eighth is held out; of fewer than 8, none is."""
+        if len(self.rows) < HELD_OUT:
+            return self, self.rows
+        held_out = torch.arange(len(self.rows), device=self.rows.device) % HELD_OUT == 0
+        return LayerInputs(self.rows[~held_out], self.absmax), self.rows[held_out]
 
 
 class Collector:

@@ -275,8 +275,9 @@ def _layer(
         if not bool(weight.isfinite().all()):
             raise UserError(f"{source.name}: {name} holds NaN or infinite values; the model cannot be quantised")
         weight = weight.to(device)
-        layer = quantize_layer(weight, recipe, inputs)
-        found = None if inputs is None else sqnr_db(layer, weight, inputs.rows)
+        fitted, held_out = (None, None) if inputs is None else inputs.split()
+        layer = quantize_layer(weight, recipe, fitted)
+        found = None if inputs is None else sqnr_db(layer, weight, held_out)
         if found is not None:  # an output of zeros has no signal, and JSON no infinity
             found = round(found, 2) if math.isfinite(found) else None
         tensors = layer.tensors()
