@@ -15,6 +15,7 @@ import pytest
 import torch
 from compare import assert_close
 from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
+from full_disk import full_disk
 from models import SMALL, SPRINT
 from safetensors.torch import load_file, save_file
 
@@ -277,7 +278,7 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch, failure, rais
         if len(writes) == 2:
             raise failure
 
-    monkeypatch.setattr(saving, "save_file", fail)
+    monkeypatch.setattr(saving, "save_tensors", fail)
     for name in ("new", "old"):
         writes.clear()
         with pytest.raises(raised, match=message):
@@ -287,6 +288,15 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch, failure, rais
         save_original(tmp_path / "x.pth", model)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old" / "model_index.json").stat().st_ino == before
+
+
+@pytest.mark.parametrize("most", [0, 500, 20_000])
+def test_a_full_disk_is_one_sentence(model, tmp_path, most):
+    """The errors of every library's writer, which are not all those of the system."""
+    for write, name in ((save_diffusers, "m"), (save_original, "x.pth")):
+        with full_disk(most), pytest.raises(UserError, match=rf"{name} cannot be written: File too large"):
+            write(tmp_path / name, model)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EACCES, "Permission denied")])

@@ -34,7 +34,7 @@ from sana_kernels.quant.layer import round_to_nearest
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import UserError
-from sana_model.files import atomic
+from sana_model.files import atomic, writing
 from sana_model.pipeline import Pipeline
 from sana_model.plan import resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
@@ -85,7 +85,18 @@ def quantize(
         raise UserError(f"{out} is the model that is to be quantised; name another folder")
     progress.begin(f"fingerprint of {source.name}")
     sources = {part: fingerprint(source, part, _is_drawn(job, source)) for part in job.parts}
-    work = _claim(out.with_name(out.name + ".partial"), asdict(job) | {"sources": sources})
+    work = out.with_name(out.name + ".partial")
+    with writing(work):
+        _claim(work, asdict(job) | {"sources": sources})
+        rows = _carry_out(job, source, sources, work, out, device, progress)
+        shutil.rmtree(work)
+    return rows
+
+
+def _carry_out(
+    job: Job, source: Source, sources: dict[str, str], work: Path, out: Path, device: torch.device, progress: Progress
+) -> list[Planned]:
+    """Calibrate and quantise in the folder `work`, and write `out`."""
     inputs = _calibrated(job, source, work, device, progress) if job.samples else {part: {} for part in job.parts}
     rows: list[Planned] = []
     finished = {}
@@ -105,7 +116,6 @@ def quantize(
         _write(job, source, sources, finished, rows, out)
     except CheckpointError as error:
         raise UserError(str(error)) from error
-    shutil.rmtree(work)
     return rows
 
 
@@ -139,8 +149,8 @@ def _called(part: str) -> str:
     return "DiT" if part == "dit" else "text encoder"
 
 
-def _claim(work: Path, job: dict) -> Path:
-    """The folder of unfinished work, which belongs to one job. Raises UserError where it is another's."""
+def _claim(work: Path, job: dict) -> None:
+    """Make the folder of unfinished work, which belongs to one job. Raises UserError where it is another's."""
     marker, text = work / "job.json", json.dumps(job, indent=1, default=list)
     if work.exists() and any(work.iterdir()):
         if not marker.is_file():
@@ -150,11 +160,10 @@ def _claim(work: Path, job: dict) -> Path:
                 f"{work} holds the unfinished work of another job (other flags or other weights); remove it, or name"
                 " another output"
             )
-        return work
+        return
     work.mkdir(exist_ok=True)
     with atomic(marker) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return work
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -279,11 +288,9 @@ def _layer(
         found = None if inputs is None else sqnr_db(layer, weight, inputs.rows)
         if found is not None:  # an output of zeros has no signal, and JSON no infinity
             found = round(found, 2) if math.isfinite(found) else None
-        tensors = layer.tensors()
-        shapes = {field: (tensor.dtype, tuple(tensor.shape)) for field, tensor in tensors.items()}
         with atomic(file) as temporary:
             info = {"info": json.dumps(asdict(LayerInfo.of(layer, found)))}
-            checkpoint.write_tensors(temporary, info, shapes, tensors.__getitem__)
+            checkpoint.save_tensors(temporary, layer.tensors(), info)
     with safe_open(file, framework="pt") as handle:
         values = json.loads(handle.metadata()["info"])
         count = sum(handle.get_tensor(key).nbytes for key in handle.keys())  # noqa: SIM118 (a handle is no dict)
