@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import sana_model
-from sana_model import memory
+from sana_model import batch, memory
 from sana_model.cli import main
 from sana_model.commands import generate
-from sana_model.png import read_metadata
+from sana_model.png import read_metadata, write_png
 from sana_model.weights import verify
 
 SMALL = ["--size", "96x64", "--steps", "1"]
@@ -310,6 +310,27 @@ def test_many_prompts_are_resumed(capsys):
     Path("all/of/results.jsonl").write_text(whole[:-40])  # as after a power cut
     assert paint("--seed", "1") == "1 painted, 2 already there"
     assert paint("--seed", "1") == "0 painted, 3 already there"
+
+
+def test_pictures_of_another_run_that_was_interrupted_are_not_there_already(capsys, monkeypatch):
+    def paint(seed: str) -> str:
+        flags = ["--seed", seed, "--num-images", "3"]
+        assert main(["generate", "--prompts", "p.txt", "-o", "all", *SMALL, *flags]) == 0
+        return capsys.readouterr().out.splitlines()[-1].split(";")[0]
+
+    def interrupted(*args) -> None:
+        write_png(*args)
+        raise KeyboardInterrupt
+
+    Path("p.txt").write_text("a fox\n")
+    paint("0")
+    first = pixels("all/00000-a-fox-0.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_png", interrupted)
+        assert main(["generate", "--prompts", "p.txt", "-o", "all", *SMALL, "--seed", "5", "--num-images", "3"]) == 130
+    assert (pixels("all/00000-a-fox-0.png") != first).any()
+    assert paint("0") == "1 painted, 0 already there" and (pixels("all/00000-a-fox-0.png") == first).all()
+    assert paint("0") == "0 painted, 1 already there"
 
 
 def test_prompts_with_settings_of_their_own():
