@@ -182,7 +182,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--steps", type=int, metavar="N")
     what.add_argument("--guidance", type=_finite, metavar="G", help="classifier-free guidance scale; 1 is off")
     what.add_argument("--seed", type=int, metavar="S", help="picture i of several starts from S + i")
-    what.add_argument("--negative", dest="negative_prompt", metavar="T", help="what to keep out of the picture")
+    what.add_argument(
+        "--negative",
+        dest="negative_prompt",
+        metavar="T",
+        help="what to keep out of the picture, where there is guidance",
+    )
     what.add_argument("--num-images", type=int, metavar="K", help="writes OUT-0.png, OUT-1.png, ... when K > 1")
     what.add_argument("--instruction", metavar="default|none|FILE", help="the text in front of the prompt")
     what.add_argument("--sampler", metavar="NAME", help="flow_dpm | flow_euler; scm for Sprint")

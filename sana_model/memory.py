@@ -26,7 +26,7 @@ from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
 from sana_model.quantize.layers import KEPT
-from sana_model.settings import DTYPES, PRECISIONS, Settings
+from sana_model.settings import DTYPES, PRECISIONS, Settings, is_guided
 from sana_model.text_encoder import TextEncoder
 
 Precisions = dict[str, str]
@@ -253,8 +253,7 @@ def _canvas(config: ModelConfig, settings: Settings) -> tuple[int, int]:
 
 def _rows(config: ModelConfig, settings: Settings) -> int:
     """How many images the DiT sees at once: guidance adds an unguided and PAG a perturbed copy of each."""
-    guided = settings.guidance > 1 and not config.dit.guidance_embeds
-    return settings.count * (1 + guided + (settings.pag_scale > 0))
+    return settings.count * (1 + is_guided(settings.guidance, config.dit) + (settings.pag_scale > 0))
 
 
 def _decode(

@@ -40,7 +40,7 @@ from sana_model.plan import resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
 from sana_model.quantize import awq
 from sana_model.quantize.job import Job, Planned
-from sana_model.settings import dtypes_of, precisions_for
+from sana_model.settings import dtypes_of, is_guided, precisions_for
 from sana_model.tokenizer import ByteTokenizer
 from sana_model.weights.loaded import LoadedModel
 from sana_model.weights.models import FOLDERS, Source, find, load_model
@@ -200,7 +200,7 @@ def _captions(
     prompts = [job.prompts[i % len(job.prompts)] for i in range(job.samples)]
     collector = None if folder is None else Collector(-(-TEXT_ROWS // job.samples), folder, job.seed)
     watched = nullcontext() if folder is None else observed_linear(loaded.text_encoder, collector.observe)
-    guided = loaded.config.guidance > 1 and not loaded.config.dit.guidance_embeds
+    guided = is_guided(loaded.config.guidance, loaded.config.dit)
     with torch.inference_mode(), watched:
         captions = encoder.encode_pair(prompts, [""] * len(prompts)) if guided else (None, encoder.encode(prompts))
     return captions, collector and collector.finish()
