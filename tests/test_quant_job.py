@@ -358,6 +358,19 @@ def test_a_full_disk_is_one_sentence(saved, tmp_path, most):
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+def test_a_mixture_of_dtypes_is_known_by_every_value_and_quantised(folder, tmp_path):
+    """Matrices in bf16 and biases in fp32: these differ by less than bf16 can tell."""
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    prints = []
+    for factor in (1.0, 1.0001):
+        state = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in load_file(file).items()}
+        save_file(state | {"proj_out.bias": state["proj_out.bias"] * factor}, file)
+        prints.append(fingerprint(find(folder), "dit"))
+    assert prints[0] != prints[1]
+    quantize(Job(str(folder), "w8a8", ("a fox",), samples=0), tmp_path / "q")
+    assert opened(tmp_path / "q", SMALL).header.source == prints[1]
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(saved, tmp_path):
     job = Job(str(saved), "w8a8", ("a fox",), samples=0)
     with pytest.raises(UserError, match=r"q\.partial cannot be written: File name too long"):

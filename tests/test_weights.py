@@ -227,6 +227,52 @@ def test_convert_both_ways(saved, model, tmp_path):
         convert(saved, tmp_path / "y", "gguf")
 
 
+def mixed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices in bf16, whatever is small in fp32, as trainers store what they would not round."""
+    return {name: tensor.bfloat16() if tensor.numel() > 10_000 else tensor * 1.001 for name, tensor in state.items()}
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_convert_keeps_the_dtype_of_every_tensor(folder, tmp_path):
+    for part in ("transformer", "text_encoder", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file(mixed(load_file(file)), file)
+    stored = load_file(folder / TRANSFORMER)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float32}
+    convert(folder, tmp_path / "again")
+    for file in ("transformer/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        names = [place / f"{file}.safetensors" for place in (tmp_path / "again", folder)]
+        assert_same_tensors(*map(load_file, names))
+    assert json.loads((tmp_path / "again" / "sana.json").read_text())["precision"] == "bf16"
+    convert(folder, tmp_path / "x.pth", "original")
+    convert(tmp_path / "x.pth", tmp_path / "back", base=folder)
+    assert_same_tensors(load_file(tmp_path / "back" / TRANSFORMER), stored)
+
+
+def test_parts_of_a_fused_matrix_get_the_dtype_that_holds_all(folder, tmp_path):
+    stored = load_file(folder / TRANSFORMER)
+    q, k = (f"transformer_blocks.0.attn1.to_{name}.weight" for name in "qk")
+    save_file(stored | {q: stored[q].bfloat16(), k: stored[k].half()}, folder / TRANSFORMER)
+    stored = load_file(folder / TRANSFORMER)
+    convert(folder, tmp_path / "again")
+    assert_same_tensors(
+        load_file(tmp_path / "again" / TRANSFORMER), stored | {q: stored[q].float(), k: stored[k].float()}
+    )
+
+
+def test_convert_refuses_what_it_cannot_keep(folder, tmp_path):
+    stored = load_file(folder / TRANSFORMER)
+    save_file(stored | {"proj_out.bias": stored["proj_out.bias"].double()}, folder / TRANSFORMER)
+    with pytest.raises(UserError, match=r"proj_out\.bias is stored in torch\.float64; supported are float32"):
+        convert(folder, tmp_path / "again")
+    assert load_model(folder, precision=torch.float32, parts=("dit",)).dit.head.bias.dtype == torch.float32
+
+
 def test_legacy_pth(model, tmp_path):
     state = keys.to_original(model.dit.state_dict(), model.config.dit)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

@@ -161,7 +161,8 @@ def refuse_to_destroy(folder: Path, force: bool) -> None:
 
 
 def _stored(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+    """The dtype of the largest parameter: in a mixture, that of the matrices."""
+    return max(module.parameters(), key=Tensor.numel).dtype
 
 
 def _tokenizer_class(loaded: LoadedModel) -> str:
