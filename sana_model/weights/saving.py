@@ -53,7 +53,7 @@ def write_configs(place: Path, loaded: LoadedModel, text_dtype: str, precision: 
         "_class_name": "SanaSprintPipeline" if config.dit.guidance_embeds else "SanaPipeline",
         "_diffusers_version": "0.32.0",  # the first with SANA
         "scheduler": ["diffusers", configs.write_scheduler(config.scheduler)["_class_name"]],
-        "text_encoder": ["transformers", "Gemma2Model"],
+        "text_encoder": ["transformers", configs.text_encoder_class(config.text)],
         "tokenizer": ["transformers", _tokenizer_class(loaded)],
         "transformer": ["diffusers", "SanaTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderDC"],
