@@ -166,6 +166,19 @@ def check_load(
             )
 
 
+def check_part(config: ModelConfig, part: str, precision: str, device: torch.device | str = "cpu") -> None:
+    """`check_load` of one part in what it is executed in, for commands that load the parts one after the other."""
+    device = torch.device(device)
+    needed = weights(config, dict.fromkeys(("dit", "text_encoder", "autoencoder"), "bf16") | {part: precision}, device)
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        room = _room(place, needed[part])
+        if needed[part] > room:
+            raise MissingError(
+                f"the {_called(part)} of {config.name} needs {_gb(needed[part])} of {_name(place)} and {_gb(room)} are"
+                " free: free some memory"
+            )
+
+
 def check_run(
     config: ModelConfig,
     settings: Settings,
@@ -344,6 +357,10 @@ def _lighter_runs(
 
 def _advice(fits: list[str]) -> str:
     return f"what would fit: {', or '.join(fits)}" if fits else "nothing smaller would fit either: free some memory"
+
+
+def _called(part: str) -> str:
+    return "DiT" if part == "dit" else part.replace("_", " ")
 
 
 def _name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,7 +185,50 @@ def test_what_the_machine_lacks_is_one_line_and_status_3(capsys, monkeypatch):
         torch.empty(2**62, dtype=torch.uint8)
 
     monkeypatch.setattr(generate, "load", fail)
-    assert "out of memory" in refused(capsys, 3, "generate", "a")
+    assert "out of memory; try --low-memory" in refused(capsys, 3, "generate", "a")
+
+
+def test_memory_that_is_lacking_is_saved_by_flags_that_the_command_has(capsys, monkeypatch):
+    Image.new("RGB", (32, 32)).save("in.png")
+    commands = {
+        "sana_model.commands.generate.load": ["generate", "a"],
+        "sana_model.weights.verify.load": ["verify", "sana-tiny"],
+        "sana_model.commands.reconstruct.load_model": ["reconstruct", "in.png", "out.png"],
+        "sana_model.quantize.model.load_model": ["quantize", "sana-tiny", "--precision", "w4a4", "-o", "q"],
+        "sana_model.weights.models.load_model": ["convert", "sana-tiny", "c"],
+    }
+
+    def fail(*_args, **_kwargs):
+        raise MemoryError
+
+    for loader, (command, *arguments) in commands.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, fail)
+            assert main([command, *arguments]) == 3
+        said = capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        usage = capsys.readouterr().out
+        assert said.startswith("sana: out of memory; ") and said.count("\n") == 1
+        assert all(flag in usage for flag in re.findall(r"--[a-z-]+", said)), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["reconstruct", "in.png", "out.png"], "autoencoder"),
+        (["quantize", "sana-tiny", "--precision", "w4a4", "-o", "q"], "text encoder"),
+        (["export", "onnx", "sana-tiny", "-o", "x", "--only", "transformer"], "DiT"),
+    ],
+)
+def test_a_part_that_is_too_large_is_refused_before_it_is_loaded(capsys, monkeypatch, arguments, part):
+    Image.new("RGB", (32, 32)).save("in.png")
+    for module in ("sana_model.commands.reconstruct", "sana_model.quantize.model", "sana_export.exporter"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *_args, **_kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(memory, "available", lambda _device: 1_000_000)
+    assert main(arguments) == 3
+    said = capsys.readouterr().err
+    assert f"the {part} of sana-tiny needs" in said and "1 MB are free" in said and said.count("\n") == 1
 
 
 def test_a_picture_of_a_backend_that_is_off_asks_for_another(capsys, monkeypatch):

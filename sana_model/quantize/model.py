@@ -32,6 +32,7 @@ from sana_kernels.quant.calibration import Collector, LayerInputs, observed_line
 from sana_kernels.quant.checkpoint import CheckpointError, Header, LayerInfo
 from sana_kernels.quant.layer import round_to_nearest
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
+from sana_model import memory
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import UserError
 from sana_model.files import atomic, writing
@@ -195,6 +196,7 @@ def _captions(
     job: Job, source: Source, folder: Path | None, device: torch.device
 ) -> tuple[tuple[CaptionStates | None, CaptionStates], dict[str, LayerInputs] | None]:
     """The captions of all samples, in bf16; what the layers of the text encoder read, where `folder` is to keep it."""
+    memory.check_part(source.config, "text_encoder", "bf16", device)
     loaded = load_model(source, parts=("text",), text_precision=torch.bfloat16)
     encoder = PromptEncoder(loaded.text_encoder.to(device), loaded.tokenizer, loaded.config)
     prompts = [job.prompts[i % len(job.prompts)] for i in range(job.samples)]
@@ -210,6 +212,7 @@ def _painter(source: Source, device: torch.device) -> Pipeline:
     """A pipeline that can denoise, and nothing else."""
     precisions = precisions_for("bf16")
     plan = resolve(source.config, "auto", device, precisions)
+    memory.check_part(source.config, "dit", plan.executed["dit"], device)
     loaded = load_model(source, precision=torch.bfloat16, parts=("dit",), prepare={"dit": partial(plan.prepare, "dit")})
     loaded.dit.to(device)
     return Pipeline(loaded, plan, device, dtypes_of(precisions), low_memory=False)
