@@ -78,7 +78,8 @@ def merged(saved, factors: list[tuple[dict, float]], **options):
         for name, (down, up) in pairs.items():
             weight = state[f"{name}.weight"]
             weight += strength * (up.flatten(1) @ down.flatten(1)).view_as(weight)
-    pipe.dit.load_state_dict(keys.from_diffusers(state, pipe.config.dit))
+    for rule in keys.rules(pipe.config.dit):
+        pipe.dit.load_state_dict({rule.ours: keys.join([state[name] for name in rule.diffusers], rule)}, strict=False)
     return pipe
 
 
