@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sana_bench import openvino
 from sana_bench.weights import Moment, RunName, Weights
 from sana_model.prompt import DEFAULT_INSTRUCTION
-from sana_model.settings import Settings
+from sana_model.settings import Settings, is_guided
 from sana_model.weights.interop import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer
 
 CALIBRATION_STEPS = 4  # of one picture, for OpenVINO's W8A8
@@ -32,7 +32,7 @@ class DiffusersRun:
         self.pipe = diffusers_pipeline(loaded)
         self.pipe.set_progress_bar_config(disable=True)
         config = loaded.config
-        self.guided = settings.guidance > 1 and not config.dit.guidance_embeds
+        self.guided = is_guided(settings.guidance, config.dit)
         instruction = {"none": None, "default": DEFAULT_INSTRUCTION}.get(config.instruction, config.instruction)
         self._text = {
             "device": self.weights.device, "max_sequence_length": config.max_text_tokens,

@@ -22,7 +22,7 @@ from sana_model import scheduler
 from sana_model.pipeline import Pipeline
 from sana_model.plan import dtype_name, resolve
 from sana_model.prompt import CaptionStates
-from sana_model.settings import Settings
+from sana_model.settings import Settings, is_guided
 from sana_model.weights.loaded import LoadedModel
 
 
@@ -284,7 +284,7 @@ class ImageBench:
         w, config = self.workload, self.config
         scale = config.autoencoder.spatial_compression
         tokens = (w.height // scale) * (w.width // scale)
-        guided = w.guidance > 1 and not config.dit.guidance_embeds
+        guided = is_guided(w.guidance, config.dit)
         lengths = (1, w.text_tokens) if guided else (w.text_tokens,)  # the empty negative prompt is one token
         return {
             "denoise": w.batch * work.denoise_macs(config.dit, tokens, w.steps, lengths),

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from sana_export import calibration, graphs, layout, ops
 from sana_export.layout import GRAPHS, PARTS, Graph, Manifest, Signature
 from sana_kernels.quant.calibration import calibrate
+from sana_model import memory
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
 from sana_model.exported.onnxruntime import package
 from sana_model.files import check_replaceable
 from sana_model.pipeline import load
+from sana_model.plan import dtype_name
 from sana_model.prompt import PromptEncoder
 from sana_model.settings import DTYPES
 from sana_model.tokenizer import ByteTokenizer, load_tokenizer
@@ -158,6 +160,7 @@ def calibrated(request: Request) -> dict[str, float]:
 def network_for(source: Source, graph: str, precision: str, dialect: str) -> nn.Module:
     """The network of a graph with weights as they are exported, on the CPU."""
     dtype, part = DTYPES.get(precision, torch.bfloat16), PARTS[graph]
+    memory.check_part(source.config, part, dtype_name(dtype))
     precisions = dict.fromkeys(("precision", "text_precision", "decoder_precision"), dtype)
     network = getattr(load_model(source, parts=(LOADED[part],), dialect=dialect, **precisions), part)
     if precision == "w4a16":

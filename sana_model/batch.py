@@ -17,7 +17,7 @@ from pathlib import Path
 from sana_model.errors import UserError
 from sana_model.files import append_line, check_writable
 from sana_model.pipeline import Pipeline, Progress
-from sana_model.png import Metadata, setting, write_png
+from sana_model.png import Metadata, read_metadata, setting, write_png
 
 RESULTS = "results.jsonl"
 
@@ -72,7 +72,7 @@ def paint(
 ) -> Iterator[Painted]:
     """Paint every entry that is not there yet, in order; `defaults` are fields of `Settings` that entries may override.
 
-    A picture is there when its file is, and results.jsonl says that it was painted with the same settings and model
+    A picture is there when its file and results.jsonl both say that it was painted with the same settings and model
     (`model`, `base` and `decoder` are what `load` was given). All settings are checked before any picture is painted.
     """
     jobs = []
@@ -88,7 +88,7 @@ def paint(
         metadata = [
             Metadata.of(pipe, settings, i, model=model, base=base, decoder=decoder) for i in range(settings.count)
         ]
-        if done.get(files[0].name) == _identity(metadata[0].as_json()) and all(file.is_file() for file in files):
+        if done.get(files[0].name) == _identity(metadata[0]) and all(map(_is_there, files, metadata)):
             yield Painted(files, None)
             continue
         with _naming(place):
@@ -135,9 +135,17 @@ def _slug(prompt: str) -> str:
     return f"-{words}" if words else ""
 
 
-def _identity(metadata: dict) -> dict:
+def _identity(metadata: Metadata) -> dict:
     """What has to agree for a picture to be there already; as JSON gives it back, with lists for tuples."""
-    return json.loads(json.dumps(metadata | {"software": None}))
+    return json.loads(json.dumps(metadata.as_json() | {"software": None}))
+
+
+def _is_there(file: Path, metadata: Metadata) -> bool:
+    """Does the file hold this very picture? Another run may have painted over it, and was interrupted before its line."""
+    try:
+        return _identity(read_metadata(file)) == _identity(metadata)
+    except UserError:
+        return False
 
 
 def _done(results: Path) -> dict[str, dict]:
@@ -146,7 +154,7 @@ def _done(results: Path) -> dict[str, dict]:
     for line in results.read_text(encoding="utf-8", errors="replace").splitlines() if results.exists() else ():
         try:
             record = json.loads(line)
-            done[record["files"][0]] = _identity(record["metadata"])
+            done[record["files"][0]] = record["metadata"] | {"software": None}
         except (ValueError, KeyError, TypeError, IndexError):
             continue
     return done

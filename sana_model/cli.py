@@ -51,11 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"
+    lighter = None
     with _CtrlC() as ctrl_c:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: print(f"sana: warning: {message}", file=sys.stderr)
                 args = parser().parse_args(argv)
+                lighter = getattr(args, "lighter", None)
                 status = args.run(args)
                 sys.stdout.flush()
                 return status
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
                 print("sana: interrupted", file=sys.stderr)
                 return 130
-            return _status(error)
+            return _status(error, lighter)
 
 
 class _CtrlC:
@@ -100,8 +102,11 @@ class _CtrlC:
         signal.setitimer(signal.ITIMER_REAL, 0.05)  # look again in 50 ms
 
 
-def _status(error: Exception) -> int:
-    """Say in one line what the user can mend, and return the exit status; any other error is raised again."""
+def _status(error: Exception, lighter: str | None) -> int:
+    """Say in one line what the user can mend, and return the exit status; any other error is raised again.
+
+    `lighter`: flags of the command that let it do with less memory.
+    """
     if isinstance(error, UserError):
         print(f"sana: {error}", file=sys.stderr)
         return error.exit_status
@@ -109,7 +114,7 @@ def _status(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if _is_out_of_memory(error):
-        print("sana: out of memory; try --low-memory, a smaller --size or --precision bf16", file=sys.stderr)
+        print(f"sana: out of memory; {f'try {lighter}' if lighter else 'free some'}", file=sys.stderr)
         return 3
     raise error
 
@@ -129,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     verify.add_argument("--precision", default="fp32", help="fp32 (default) | bf16 | fp16")
     verify.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(run=_verify, lighter="--precision bf16")
 
     convert = commands.add_parser("convert", help="rewrite a model in another format, value for value")
     convert.add_argument("source", metavar="SOURCE", help=MODEL_HELP)
@@ -154,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     )
     reconstruct.add_argument("--backend", default="auto", metavar="B", help="auto (default) | reference | cpu | cuda")
     reconstruct.add_argument("--precision", default="fp32", metavar="P", help="fp32 (default) | bf16 | w8a8")
-    reconstruct.set_defaults(run=_reconstruct)
+    reconstruct.set_defaults(run=_reconstruct, lighter="a smaller picture or --precision bf16")
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and why the rest is off")
     doctor.set_defaults(run=_doctor)
@@ -174,7 +179,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     """Flags left out are None: the default is the model's, or that of the picture in --from."""
-    parser.set_defaults(run=_generate)
+    parser.set_defaults(run=_generate, lighter="--low-memory, a smaller --size or --precision bf16")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT")
 
     what = parser.add_argument_group("what to paint")
@@ -182,7 +187,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--steps", type=int, metavar="N")
     what.add_argument("--guidance", type=_finite, metavar="G", help="classifier-free guidance scale; 1 is off")
     what.add_argument("--seed", type=int, metavar="S", help="picture i of several starts from S + i")
-    what.add_argument("--negative", dest="negative_prompt", metavar="T", help="what to keep out of the picture")
+    what.add_argument(
+        "--negative",
+        dest="negative_prompt",
+        metavar="T",
+        help="what to keep out of the picture, where there is guidance",
+    )
     what.add_argument("--num-images", type=int, metavar="K", help="writes OUT-0.png, OUT-1.png, ... when K > 1")
     what.add_argument("--instruction", metavar="default|none|FILE", help="the text in front of the prompt")
     what.add_argument("--sampler", metavar="NAME", help="flow_dpm | flow_euler; scm for Sprint")

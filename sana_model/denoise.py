@@ -16,7 +16,7 @@ from sana_model import scheduler
 from sana_model.config import DiTConfig
 from sana_model.dit import DiT, TextContext, TimeEmbedding
 from sana_model.scheduler import Callback, Schedule
-from sana_model.settings import Settings
+from sana_model.settings import Settings, is_guided
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Loop:
     @classmethod
     def of(cls, schedule: Schedule, settings: Settings, config: DiTConfig, pag_layers: tuple[int, ...]) -> "Loop":
         """What the settings ask for. Sprint takes the guidance scale as an input, and needs no second half of a batch."""
-        guided, perturbed = settings.guidance > 1 and not config.guidance_embeds, settings.pag_scale > 0
+        guided, perturbed = is_guided(settings.guidance, config), settings.pag_scale > 0
         levels = schedule.model_times.tolist() if schedule.kind == "scm" else schedule.sigmas[:-1]
         lo, hi = settings.guidance_interval
         combined = tuple((guided or perturbed) and lo <= level <= hi for level in levels)

@@ -11,6 +11,17 @@ from sana_model.errors import MissingError, UserError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError or MissingError, as one sentence about `path`, where the system refuses to write in the block."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read what the block prints has gone
+        raise
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, which takes its place when the block ends well and is removed when not.
 
@@ -18,10 +29,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = _beside(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _refused(path, error) from error
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -35,19 +45,16 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file, on the disk when this returns. A last line that was cut off stays by itself."""
-    try:
-        with path.open("ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read() not in (b"", b"\n")
-            file.write(("\n" if torn else "").encode() + line.encode() + b"\n")
-    except OSError as error:
-        raise _refused(path, error) from error
+    with writing(path), path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(("\n" if torn else "").encode() + line.encode() + b"\n")
 
 
 def check_writable(path: Path) -> None:
     """Raise UserError unless `path` can become a file: an ordinary file there is replaced, nothing else ever."""
-    try:
+    with writing(path):
         if path.is_dir():
             raise UserError(f"{path} is a folder; name a file in it")
         if path.exists() and not path.is_file():
@@ -58,8 +65,6 @@ def check_writable(path: Path) -> None:
         probe = _beside(path)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise _refused(path, error) from error
 
 
 def check_replaceable(folder: Path) -> None:

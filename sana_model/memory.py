@@ -26,7 +26,7 @@ from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.dit import DiT
 from sana_model.errors import MissingError
 from sana_model.quantize.layers import KEPT
-from sana_model.settings import DTYPES, PRECISIONS, Settings
+from sana_model.settings import DTYPES, PRECISIONS, Settings, is_guided
 from sana_model.text_encoder import TextEncoder
 
 Precisions = dict[str, str]
@@ -166,6 +166,19 @@ def check_load(
             )
 
 
+def check_part(config: ModelConfig, part: str, precision: str, device: torch.device | str = "cpu") -> None:
+    """`check_load` of one part in what it is executed in, for commands that load the parts one after the other."""
+    device = torch.device(device)
+    needed = weights(config, dict.fromkeys(("dit", "text_encoder", "autoencoder"), "bf16") | {part: precision}, device)
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        room = _room(place, needed[part])
+        if needed[part] > room:
+            raise MissingError(
+                f"the {_called(part)} of {config.name} needs {_gb(needed[part])} of {_name(place)} and {_gb(room)} are"
+                " free: free some memory"
+            )
+
+
 def check_run(
     config: ModelConfig,
     settings: Settings,
@@ -253,8 +266,7 @@ def _canvas(config: ModelConfig, settings: Settings) -> tuple[int, int]:
 
 def _rows(config: ModelConfig, settings: Settings) -> int:
     """How many images the DiT sees at once: guidance adds an unguided and PAG a perturbed copy of each."""
-    guided = settings.guidance > 1 and not config.dit.guidance_embeds
-    return settings.count * (1 + guided + (settings.pag_scale > 0))
+    return settings.count * (1 + is_guided(settings.guidance, config.dit) + (settings.pag_scale > 0))
 
 
 def _decode(
@@ -345,6 +357,10 @@ def _lighter_runs(
 
 def _advice(fits: list[str]) -> str:
     return f"what would fit: {', or '.join(fits)}" if fits else "nothing smaller would fit either: free some memory"
+
+
+def _called(part: str) -> str:
+    return "DiT" if part == "dit" else part.replace("_", " ")
 
 
 def _name(device: torch.device) -> str:

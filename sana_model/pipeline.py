@@ -32,7 +32,7 @@ from sana_model.dit import DiT, TextContext
 from sana_model.errors import MissingError, UserError
 from sana_model.plan import Plan, dtype_name, resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
-from sana_model.settings import Settings, dtypes_of, precisions_for, settings_for
+from sana_model.settings import Settings, dtypes_of, is_guided, precisions_for, settings_for
 from sana_model.weights import lora as lora_file
 from sana_model.weights.lora import Loras
 from sana_model.weights.models import LoadedModel, find, load_model
@@ -133,7 +133,7 @@ class Pipeline:
             self.dit.to("cpu")
         encoder = self._prompts()
         prompts = list(settings.prompts)
-        if self._guided(settings):
+        if is_guided(settings.guidance, self.config.dit):
             negative, positive = encoder.encode_pair(
                 prompts, [settings.negative_prompt] * len(prompts), settings.instruction
             )
@@ -223,10 +223,6 @@ class Pipeline:
                 f"a graph of this size would hold {held / 1e9:.1f} GB, and {self.graphs.limit / 1e9:.1f} are for graphs"
             )
         return None
-
-    def _guided(self, settings: Settings) -> bool:
-        """Classifier-free guidance, which doubles the batch; Sprint takes the guidance scale as an input instead."""
-        return settings.guidance > 1 and not self.config.dit.guidance_embeds
 
     def _canvas(self, settings: Settings) -> tuple[int, int]:
         if settings.binning:

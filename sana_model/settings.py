@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sana_model.bins import bins
-from sana_model.config import ModelConfig
+from sana_model.config import DiTConfig, ModelConfig
 from sana_model.errors import UserError
 from sana_model.scheduler import MAX_STEPS
 
@@ -87,6 +87,11 @@ def dtypes_of(precisions: dict[str, str]) -> dict[str, torch.dtype]:
     return {part: PRECISIONS[name] for part, name in precisions.items()}
 
 
+def is_guided(guidance: float, dit: DiTConfig) -> bool:
+    """Classifier-free guidance, which doubles the batch; Sprint takes the guidance scale as an input instead."""
+    return guidance > 1 and not dit.guidance_embeds
+
+
 def _check(settings: Settings, config: ModelConfig) -> None:
     step = config.autoencoder.spatial_compression
     if not settings.prompts:
@@ -115,3 +120,17 @@ def _check(settings: Settings, config: ModelConfig) -> None:
     lo, hi = settings.guidance_interval
     if not lo <= hi:
         raise UserError(f"the guidance interval goes from its lower end to its upper, so ({lo}, {hi}) is none")
+    _refuse_what_nothing_reads(settings, config)
+
+
+def _refuse_what_nothing_reads(settings: Settings, config: ModelConfig) -> None:
+    """Raise UserError for settings of guidance where there is none, which would be ignored."""
+    if is_guided(settings.guidance, config.dit):
+        return
+    unguided = f"{config.name} paints without classifier-free guidance"
+    if not config.dit.guidance_embeds:
+        unguided = f"with a guidance of {settings.guidance:g}, at most 1, {unguided}"
+    if settings.negative_prompt:
+        raise UserError(f"{unguided}, and reads no negative prompt; leave it empty (--negative '')")
+    if settings.pag_scale == 0 and settings.guidance_interval != Settings.guidance_interval:
+        raise UserError(f"{unguided}, so that it has no interval; leave it whole (--guidance-interval 0,1)")

@@ -12,3 +12,4 @@ SPRINT = replace(
     scheduler=SchedulerConfig(kind="scm"),
     steps=2,
 )
+GEMMA_3 = replace(SMALL.text, attn_softcap=None, full_every=3, rope_theta=100.0, full_rope_theta=5e4, qk_norm=True)

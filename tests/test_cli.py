@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import torch
 from PIL import Image
 
 import sana_model
-from sana_model import memory
+from sana_model import batch, memory
 from sana_model.cli import main
 from sana_model.commands import generate
-from sana_model.png import read_metadata
+from sana_model.png import read_metadata, write_png
 from sana_model.weights import verify
 
 SMALL = ["--size", "96x64", "--steps", "1"]
@@ -184,7 +185,50 @@ def test_what_the_machine_lacks_is_one_line_and_status_3(capsys, monkeypatch):
         torch.empty(2**62, dtype=torch.uint8)
 
     monkeypatch.setattr(generate, "load", fail)
-    assert "out of memory" in refused(capsys, 3, "generate", "a")
+    assert "out of memory; try --low-memory" in refused(capsys, 3, "generate", "a")
+
+
+def test_memory_that_is_lacking_is_saved_by_flags_that_the_command_has(capsys, monkeypatch):
+    Image.new("RGB", (32, 32)).save("in.png")
+    commands = {
+        "sana_model.commands.generate.load": ["generate", "a"],
+        "sana_model.weights.verify.load": ["verify", "sana-tiny"],
+        "sana_model.commands.reconstruct.load_model": ["reconstruct", "in.png", "out.png"],
+        "sana_model.quantize.model.load_model": ["quantize", "sana-tiny", "--precision", "w4a4", "-o", "q"],
+        "sana_model.weights.models.load_model": ["convert", "sana-tiny", "c"],
+    }
+
+    def fail(*_args, **_kwargs):
+        raise MemoryError
+
+    for loader, (command, *arguments) in commands.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, fail)
+            assert main([command, *arguments]) == 3
+        said = capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        usage = capsys.readouterr().out
+        assert said.startswith("sana: out of memory; ") and said.count("\n") == 1
+        assert all(flag in usage for flag in re.findall(r"--[a-z-]+", said)), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["reconstruct", "in.png", "out.png"], "autoencoder"),
+        (["quantize", "sana-tiny", "--precision", "w4a4", "-o", "q"], "text encoder"),
+        (["export", "onnx", "sana-tiny", "-o", "x", "--only", "transformer"], "DiT"),
+    ],
+)
+def test_a_part_that_is_too_large_is_refused_before_it_is_loaded(capsys, monkeypatch, arguments, part):
+    Image.new("RGB", (32, 32)).save("in.png")
+    for module in ("sana_model.commands.reconstruct", "sana_model.quantize.model", "sana_export.exporter"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *_args, **_kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(memory, "available", lambda _device: 1_000_000)
+    assert main(arguments) == 3
+    said = capsys.readouterr().err
+    assert f"the {part} of sana-tiny needs" in said and "1 MB are free" in said and said.count("\n") == 1
 
 
 def test_a_picture_of_a_backend_that_is_off_asks_for_another(capsys, monkeypatch):
@@ -310,6 +354,27 @@ def test_many_prompts_are_resumed(capsys):
     Path("all/of/results.jsonl").write_text(whole[:-40])  # as after a power cut
     assert paint("--seed", "1") == "1 painted, 2 already there"
     assert paint("--seed", "1") == "0 painted, 3 already there"
+
+
+def test_pictures_of_another_run_that_was_interrupted_are_not_there_already(capsys, monkeypatch):
+    def paint(seed: str) -> str:
+        flags = ["--seed", seed, "--num-images", "3"]
+        assert main(["generate", "--prompts", "p.txt", "-o", "all", *SMALL, *flags]) == 0
+        return capsys.readouterr().out.splitlines()[-1].split(";")[0]
+
+    def interrupted(*args) -> None:
+        write_png(*args)
+        raise KeyboardInterrupt
+
+    Path("p.txt").write_text("a fox\n")
+    paint("0")
+    first = pixels("all/00000-a-fox-0.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_png", interrupted)
+        assert main(["generate", "--prompts", "p.txt", "-o", "all", *SMALL, "--seed", "5", "--num-images", "3"]) == 130
+    assert (pixels("all/00000-a-fox-0.png") != first).any()
+    assert paint("0") == "1 painted, 0 already there" and (pixels("all/00000-a-fox-0.png") == first).all()
+    assert paint("0") == "0 painted, 1 already there"
 
 
 def test_prompts_with_settings_of_their_own():

@@ -118,7 +118,7 @@ def test_the_decoder(module, monkeypatch, norm):
     stages = len(SMALL.autoencoder.widths)
     config = replace(SMALL, autoencoder=replace(SMALL.autoencoder, decoder_norms=(norm,) * stages))
     packed, plain = (random_model(config, seed=1, dtype=torch.float32).autoencoder for _ in range(2))
-    pack_autoencoder(packed, None, lambda op: "cuda" if op in OF_CUDA else "reference")
+    pack_autoencoder(packed, None, lambda op, wide: "cuda" if op in OF_CUDA else "reference")
     convolutions = [m for m in packed.decoder.modules() if isinstance(m, PackedConv2d)]
     assert convolutions and all(m.values.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
     assert not any(isinstance(m, torch.nn.Conv2d) and m.groups == 1 and m.kernel_size == (3, 3)

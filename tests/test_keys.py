@@ -116,18 +116,16 @@ def test_original_names_and_shapes():
 def test_state_dicts_round_trip(name, dialect):
     config = replace(VARIANTS[name], hidden=64, head_dim=32, cross_heads=2, layers=3, caption_channels=48)
     state = random_dit(config).state_dict()
-    there, back = {
-        "diffusers": (keys.to_diffusers, keys.from_diffusers),
-        "original": (keys.to_original, keys.from_original),
-    }[dialect]
-    theirs = there(state, config)
+    theirs = {"diffusers": keys.to_diffusers, "original": keys.to_original}[dialect](state, config)
     assert keys.recognise(theirs) == dialect
     assert {t.untyped_storage().data_ptr() for t in theirs.values()} == {
         t.untyped_storage().data_ptr() for t in state.values()
     }, "a conversion copied"
-    again = back(theirs, config)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[key], state[key]) for key in state)
+    rules = keys.rules(config)
+    assert sorted(rule.ours for rule in rules) == sorted(state)
+    for rule in rules:
+        again = keys.join([theirs[name] for name in rule.theirs(dialect)], rule)
+        assert torch.equal(again, state[rule.ours]), rule
 
 
 def test_order_of_the_fused_matrices():

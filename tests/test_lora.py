@@ -15,6 +15,7 @@ import sana_model
 from sana_model import cli
 from sana_model.errors import UserError
 from sana_model.png import read_metadata
+from sana_model.quantize.layers import LowRank, QuantizedLinear
 from sana_model.weights import interop, keys, lora
 from sana_model.weights.random_weights import random_model
 
@@ -77,7 +78,8 @@ def merged(saved, factors: list[tuple[dict, float]], **options):
         for name, (down, up) in pairs.items():
             weight = state[f"{name}.weight"]
             weight += strength * (up.flatten(1) @ down.flatten(1)).view_as(weight)
-    pipe.dit.load_state_dict(keys.from_diffusers(state, pipe.config.dit))
+    for rule in keys.rules(pipe.config.dit):
+        pipe.dit.load_state_dict({rule.ours: keys.join([state[name] for name in rule.diffusers], rule)}, strict=False)
     return pipe
 
 
@@ -132,6 +134,22 @@ def test_beside_the_mix_ffn_runs_the_kernel_of_the_plan(saved, precision):
         plan.ops("dit").depthwise_glu(torch.randn(1, 6, 8), 2, 3, torch.randn(8, 1, 3, 3), torch.randn(8)).shape[2] == 4
     )
     assert ("dit", "depthwise_glu") in plan.clock.seconds()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "w4a4"])
+def test_what_was_there_before_follows_the_dit_to_its_device(saved, tmp_path, precision):
+    """With --low-memory a LoRA is put on before the DiT is on its GPU; here that is "meta", which mixes with no other."""
+    pipe = sana_model.load(str(saved), precision=precision, backend="cpu", exact=precision == "w4a4")
+    for layer in pipe.dit.modules():
+        if precision == "w4a4" and isinstance(layer, QuantizedLinear):
+            rows = torch.randn(32, layer.in_features), torch.randn(layer.out_features, 32)
+            layer.branch = LowRank(*(tensor.bfloat16() for tensor in rows))
+    name = pipe.add_lora(write(tmp_path / "one.safetensors", peft(draw())), 0.8)
+    pipe.dit.to("meta")
+    pipe.set_lora_scale(name, 0.4)
+    assert {tensor.device.type for tensor in buffers(pipe).values()} == {"meta"}
+    pipe.remove_lora(name)
+    assert {tensor.device.type for tensor in buffers(pipe).values()} == {"meta"}
 
 
 def test_strength_changes_while_running_and_several_add_up(saved, tmp_path):

@@ -19,6 +19,7 @@ import sana_model
 from sana_model.bins import NATIVE_SIZES, bins, nearest_bin, resize_and_crop
 from sana_model.config import BUILT_IN, SchedulerConfig
 from sana_model.errors import UserError
+from sana_model.settings import settings_for
 from sana_model.weights.random_weights import random_model
 from sana_model.weights.saving import save_diffusers
 
@@ -277,6 +278,8 @@ MISTAKES = [
     ({"colour": 1}, "no such setting"),
     ({"binning": True}, "256 px"),
     ({"pag_scale": -1.0}, "PAG"),
+    ({"guidance": 1.0, "negative_prompt": "blur"}, "guidance of 1.* reads no negative prompt; leave it empty"),
+    ({"guidance": 0.5, "guidance_interval": (0.2, 0.8)}, "guidance of 0.5.* no interval; leave it whole"),
 ]
 
 
@@ -291,6 +294,17 @@ def test_mistakes_are_told_before_anything_is_loaded(mistake, monkeypatch):
     monkeypatch.delattr("sana_model.pipeline.load_model")
     with pytest.raises(UserError):
         sana_model.load("sana-tiny", picture={"prompt": "a red fox"} | mistake)
+
+
+@pytest.mark.parametrize("ignored", [{"negative_prompt": "blur"}, {"guidance_interval": (0.2, 0.8)}])
+def test_sprint_refuses_what_is_for_guidance(ignored):
+    with pytest.raises(UserError, match=r"sprint.* paints without classifier-free guidance"):
+        settings_for(BUILT_IN["sana-sprint-0.6b"], "a red fox", **ignored)
+    assert settings_for(BUILT_IN["sana-sprint-0.6b"], "a red fox", negative_prompt="").guidance > 1
+
+
+def test_an_interval_is_one_of_perturbed_attention_guidance_too():
+    assert settings_for(BUILT_IN["sana-0.6b"], "a fox", guidance=1.0, pag_scale=1.0, guidance_interval=(0.2, 0.8))
 
 
 @pytest.mark.parametrize("kwargs", [{"precision": "fp12"}, {"backend": "abacus"}, {"device": "warp"}])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from capture import Recorder
 from compare import psnr, relative_rms
+from full_disk import full_disk
 from models import SMALL, SPRINT
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -379,6 +380,44 @@ def test_nothing_is_written_over_a_good_file(saved, folder, tmp_path, monkeypatc
         quantize(job, tmp_path / "thesis")
     with pytest.raises(UserError, match="quantised"):
         quantize(Job(str(out), "w4a8", ("a fox",), samples=0), tmp_path / "twice")
+
+
+@pytest.mark.parametrize("most", [100, 3_000, 20_000, 100_000])
+def test_a_full_disk_is_one_sentence(saved, tmp_path, most):
+    """Whichever of its files is the first that is too large; the same job then goes on from there."""
+    job, out = Job(str(saved), "w8a8", **QUICK), tmp_path / "q"
+    with full_disk(most), pytest.raises(UserError, match=r"cannot be written: File too large"):
+        quantize(job, out)
+    assert not out.exists()
+    quantize(job, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_a_mixture_of_dtypes_is_known_by_every_value_and_quantised(folder, tmp_path):
+    """Matrices in bf16 and biases in fp32: these differ by less than bf16 can tell."""
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    prints = []
+    for factor in (1.0, 1.0001):
+        state = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in load_file(file).items()}
+        save_file(state | {"proj_out.bias": state["proj_out.bias"] * factor}, file)
+        prints.append(fingerprint(find(folder), "dit"))
+    assert prints[0] != prints[1]
+    quantize(Job(str(folder), "w8a8", ("a fox",), samples=0), tmp_path / "q")
+    assert opened(tmp_path / "q", SMALL).header.source == prints[1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(saved, tmp_path):
+    job = Job(str(saved), "w8a8", ("a fox",), samples=0)
+    with pytest.raises(UserError, match=r"q\.partial cannot be written: File name too long"):
+        quantize(job, tmp_path / ("q" * 250))
+
+
+def test_a_reader_that_has_gone_is_no_error_of_the_disk(saved, tmp_path):
+    def gone(*_args):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        quantize(Job(str(saved), "w8a8", ("a fox",), samples=0), tmp_path / "q", progress=Progress(layer=gone))
 
 
 def test_the_folder_that_one_works_in_is_not_replaced(saved, tmp_path, monkeypatch, capsys):

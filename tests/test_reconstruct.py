@@ -5,6 +5,7 @@ import pytest
 import torch
 from compare import psnr
 from PIL import Image
+from variants import isa_cap, isas
 
 import sana_model
 from sana_model.cli import main
@@ -87,6 +88,19 @@ def test_the_decoder_in_w8a8_keeps_35_db(painted):
     assert "autoencoder   conv2d            cpu        w8a8" in str(pipe.plan)
     floor, eight = (psnr(pictures[precision], pictures["fp32"]) for precision in ("bf16", "w8a8"))
     assert 35 <= eight < floor and floor > 52
+
+
+def test_a_picture_comes_back_in_w8a8_on_any_processor(painted, tmp_path):
+    """The encoder's products stay in bf16, which PyTorch computes where the kernels have no vector instructions."""
+    painted.images[0].save(tmp_path / "in.png")
+    results = {}
+    for isa in isas():
+        with isa_cap(isa):
+            out = str(tmp_path / f"{isa}.png")
+            assert main(["reconstruct", str(tmp_path / "in.png"), out, "--precision", "w8a8"]) == 0
+        results[isa] = torch.from_numpy(np.array(Image.open(out)))
+    for result in results.values():
+        assert psnr(result, results["portable"]) > 35
 
 
 def test_read_gives_what_the_pipeline_paints(painted, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import models
 import pytest
 import torch
+from diffusers import SanaPipeline
 
 import sana_model.pipeline
 from sana_model.weights import verify as module
@@ -39,6 +40,16 @@ def test_sprint_with_a_clamp_passes(tmp_path):
     save_diffusers(tmp_path / "m", random_model(replace(SPRINT, dit=replace(SPRINT.dit, clamp=True))))
     report = verify(tmp_path / "m")
     assert report.passed, report
+
+
+def test_gemma_3_passes(tmp_path):
+    """Written as what it is, which diffusers then loads too."""
+    save_diffusers(tmp_path / "m", random_model(replace(SMALL, text=models.GEMMA_3)))
+    report = verify(tmp_path / "m")
+    assert report.passed, report
+    theirs = SanaPipeline.from_pretrained(tmp_path / "m").text_encoder
+    assert type(theirs).__name__ == "Gemma3TextModel"
+    assert theirs.state_dict().keys() == load_model(tmp_path / "m").text_encoder.state_dict().keys()
 
 
 def test_a_built_in_model_has_no_files_to_compare():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from compare import assert_close
 from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
+from full_disk import full_disk
 from models import SMALL, SPRINT
 from safetensors.torch import load_file, save_file
 
@@ -227,6 +228,52 @@ def test_convert_both_ways(saved, model, tmp_path):
         convert(saved, tmp_path / "y", "gguf")
 
 
+def mixed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices in bf16, whatever is small in fp32, as trainers store what they would not round."""
+    return {name: tensor.bfloat16() if tensor.numel() > 10_000 else tensor * 1.001 for name, tensor in state.items()}
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_convert_keeps_the_dtype_of_every_tensor(folder, tmp_path):
+    for part in ("transformer", "text_encoder", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file(mixed(load_file(file)), file)
+    stored = load_file(folder / TRANSFORMER)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float32}
+    convert(folder, tmp_path / "again")
+    for file in ("transformer/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        names = [place / f"{file}.safetensors" for place in (tmp_path / "again", folder)]
+        assert_same_tensors(*map(load_file, names))
+    assert json.loads((tmp_path / "again" / "sana.json").read_text())["precision"] == "bf16"
+    convert(folder, tmp_path / "x.pth", "original")
+    convert(tmp_path / "x.pth", tmp_path / "back", base=folder)
+    assert_same_tensors(load_file(tmp_path / "back" / TRANSFORMER), stored)
+
+
+def test_parts_of_a_fused_matrix_get_the_dtype_that_holds_all(folder, tmp_path):
+    stored = load_file(folder / TRANSFORMER)
+    q, k = (f"transformer_blocks.0.attn1.to_{name}.weight" for name in "qk")
+    save_file(stored | {q: stored[q].bfloat16(), k: stored[k].half()}, folder / TRANSFORMER)
+    stored = load_file(folder / TRANSFORMER)
+    convert(folder, tmp_path / "again")
+    assert_same_tensors(
+        load_file(tmp_path / "again" / TRANSFORMER), stored | {q: stored[q].float(), k: stored[k].float()}
+    )
+
+
+def test_convert_refuses_what_it_cannot_keep(folder, tmp_path):
+    stored = load_file(folder / TRANSFORMER)
+    save_file(stored | {"proj_out.bias": stored["proj_out.bias"].double()}, folder / TRANSFORMER)
+    with pytest.raises(UserError, match=r"proj_out\.bias is stored in torch\.float64; supported are float32"):
+        convert(folder, tmp_path / "again")
+    assert load_model(folder, precision=torch.float32, parts=("dit",)).dit.head.bias.dtype == torch.float32
+
+
 def test_legacy_pth(model, tmp_path):
     state = keys.to_original(model.dit.state_dict(), model.config.dit)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -278,7 +325,7 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch, failure, rais
         if len(writes) == 2:
             raise failure
 
-    monkeypatch.setattr(saving, "save_file", fail)
+    monkeypatch.setattr(saving, "save_tensors", fail)
     for name in ("new", "old"):
         writes.clear()
         with pytest.raises(raised, match=message):
@@ -288,6 +335,15 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch, failure, rais
         save_original(tmp_path / "x.pth", model)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old" / "model_index.json").stat().st_ino == before
+
+
+@pytest.mark.parametrize("most", [0, 500, 20_000])
+def test_a_full_disk_is_one_sentence(model, tmp_path, most):
+    """The errors of every library's writer, which are not all those of the system."""
+    for write, name in ((save_diffusers, "m"), (save_original, "x.pth")):
+        with full_disk(most), pytest.raises(UserError, match=rf"{name} cannot be written: File too large"):
+            write(tmp_path / name, model)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EACCES, "Permission denied")])

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sana_kernels
+from sana_kernels.quant.checkpoint import save_tensors
 
 ROWS = 2048  # tokens kept of each layer, about
 HELD_OUT = 8  # of so many, one
@@ -68,7 +69,7 @@ class Collector:
         """All inputs by layer. In a folder, what `read` finds again is complete from here on."""
         if self.folder is None:
             return {name: LayerInputs(torch.cat(rows), self._absmax[name]) for name, rows in self._rows.items()}
-        save_file(self._absmax, self.folder / "absmax.safetensors")
+        save_tensors(self.folder / "absmax.safetensors", self._absmax, {})
         dtypes = {name: str(rows[0].dtype).removeprefix("torch.") for name, rows in self._rows.items()}
         temporary = self.folder / "layers.json.tmp"
         temporary.write_text(json.dumps(dtypes, indent=1), encoding="utf-8")

@@ -126,16 +126,29 @@ def save(
     same bytes. Writes to `file` itself: a temporary path, which the caller renames. Raises ValueError where `read` gives
     something else than `shapes` says, and CheckpointError for NaN.
     """
-    write_tensors(file, {"format": "pt", KEY: json.dumps(asdict(header))}, shapes, read)
+
+    def checked(name: str) -> Tensor:
+        return _finite(read(name), f"{name} of the model to be written")
+
+    _write(file, {"format": "pt", KEY: json.dumps(asdict(header))}, shapes, checked)
 
 
-def write_tensors(
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write any tensors, of the dtypes in `NAMES`, as a safetensors file. Raises OSError where the system refuses to.
+
+    (safetensors' own writer raises an error of its own then, which does not tell a full disk from a damaged file.)
+    """
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    _write(file, metadata, shapes, tensors.__getitem__)
+
+
+def _write(
     file: Path,
     metadata: Mapping[str, str],
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
 ) -> None:
-    """A safetensors file as `save` writes it, with any metadata. (safetensors' own writer holds all tensors at once.)"""
+    """A safetensors file, one tensor in memory at a time. (safetensors' own writer holds all of them at once.)"""
     # Wide elements first, as safetensors has it, so that every tensor is aligned.
     names = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -149,7 +162,7 @@ def write_tensors(
     with open(file, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            tensor = _finite(read(name), f"{name} of the model to be written").detach().cpu().contiguous()
+            tensor = read(name).detach().cpu().contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != (shapes[name][0], tuple(shapes[name][1])):
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {shapes[name]}")
             out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,6 +1,6 @@
 """The autoencoder in the form that kernels read, in 16 bits or in W8A8, and what the plan must know of its ops.
 
-    pack_autoencoder(autoencoder, torch.int8, lambda op: "cpu")      replaces its convolutions and linear layers, in place
+    pack_autoencoder(autoencoder, torch.int8, lambda op, wide: "cpu")      replaces its convolutions and linear layers
 
 In W8A8 the decoder's products and convolutions have int8 weights, one scale per output channel, and int8 activations; those
 that `kept` names stay in 16 bits. The 3 × 3 kernels of ResBlocks, and those after an upsampling, are transformed where that
@@ -70,10 +70,13 @@ class PackedConv2d(nn.Module):
 
 
 @torch.no_grad()
-def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, backend: Callable[[str], str]) -> None:
+def pack_autoencoder(
+    autoencoder: Autoencoder, quantized: torch.dtype | None, backend: Callable[[str, bool], str]
+) -> None:
     """Replace convolutions and linear layers, in place, where the backend of their op has a form of its own for them.
 
-    quantized: torch.int8 for W8A8. `backend` tells which one computes an op: "conv2d", "upsample", "gemm", "mix_ffn".
+    quantized: torch.int8 for W8A8. `backend(op, wide)` tells which one computes an op: "conv2d", "upsample", "gemm",
+    "mix_ffn"; `wide`: with weights that are not quantised, where there are both.
     """
     packer = _Packer(quantized, backend)
     for name, block in list(autoencoder.named_modules()):
@@ -81,7 +84,7 @@ def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, ba
             packer.convolution(name, block, "conv_in")
             packer.convolution(name, block, "conv_out")
         elif isinstance(block, ResBlock):
-            if isinstance(block.norm, BatchNorm) and packer.backend("conv2d") in PACKING:
+            if isinstance(block.norm, BatchNorm) and packer.backend("conv2d", name) in PACKING:
                 _fold_norm(block)
             packer.convolution(name, block, "conv1", winograd=True)
             packer.convolution(name, block, "conv2", winograd=True)
@@ -104,12 +107,13 @@ def pack_autoencoder(autoencoder: Autoencoder, quantized: torch.dtype | None, ba
 class _Packer:
     """Replaces one layer of a block by its packed form, where there is one."""
 
-    def __init__(self, quantized: torch.dtype | None, backend: Callable[[str], str]):
+    def __init__(self, quantized: torch.dtype | None, backend: Callable[[str, bool], str]):
         self._quantized, self._backend = quantized, backend
 
-    def backend(self, op: str) -> str:
-        """The library reads what the reference reads."""
-        backend = self._backend(op)
+    def backend(self, op: str, name: str) -> str:
+        """The one that computes an op with the weight of this layer. The library reads what the reference reads."""
+        # Only these have, in a plan of integers, a kernel for weights in 16 bits beside the other one.
+        backend = self._backend(op, op in ("gemm", "conv2d") and self.dtype(name) is None)
         return "reference" if backend == "library" else backend
 
     def dtype(self, name: str) -> torch.dtype | None:
@@ -119,7 +123,7 @@ class _Packer:
     def convolution(self, name: str, block: nn.Module, layer: str, phases: int = 1, winograd: bool = False) -> None:
         """winograd: transformed, where that is faster."""
         own, op = getattr(block, layer), "conv2d" if phases == 1 else "upsample"
-        backend, eight_bit = self.backend(op), self.dtype(f"{name}.{layer}") is not None
+        backend, eight_bit = self.backend(op, f"{name}.{layer}"), self.dtype(f"{name}.{layer}") is not None
         if not isinstance(own, nn.Conv2d) or (backend not in PACKING and not eight_bit):
             return
         integers, wide = None, min(own.weight.shape[:2]) >= WINOGRAD_CHANNELS
@@ -135,7 +139,7 @@ class _Packer:
 
     def linear(self, name: str, block: nn.Module, layer: str, weight: Tensor, bias: Tensor | None, op: str) -> bool:
         """Rows (N, K) as a packed layer; False where the backend reads them as they are."""
-        dtype, backend = self.dtype(f"{name}.{layer}"), self.backend(op)
+        dtype, backend = self.dtype(f"{name}.{layer}"), self.backend(op, f"{name}.{layer}")
         rows = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         rows.weight = nn.Parameter(weight, requires_grad=False)
         rows.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sana_model import memory
 from sana_model.autoencoder.dc_ae import Autoencoder
 from sana_model.autoencoder.family import find_autoencoder
 from sana_model.errors import UserError
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     plan = resolve(
         source.config, args.backend, device, dict.fromkeys(("dit", "text_encoder", "autoencoder"), args.precision)
     )
+    memory.check_part(source.config, "autoencoder", plan.executed["autoencoder"], device)
     loaded = load_model(source, decoder_precision=PRECISIONS[args.precision], parts=("autoencoder",))
     autoencoder = loaded.autoencoder
     plan.prepare("autoencoder", autoencoder)

@@ -32,15 +32,16 @@ from sana_kernels.quant.calibration import Collector, LayerInputs, observed_line
 from sana_kernels.quant.checkpoint import CheckpointError, Header, LayerInfo
 from sana_kernels.quant.layer import round_to_nearest
 from sana_kernels.quant.svdquant import Recipe, quantize_layer, sqnr_db
+from sana_model import memory
 from sana_model.config import BUILT_IN, ModelConfig
 from sana_model.errors import UserError
-from sana_model.files import atomic
+from sana_model.files import atomic, writing
 from sana_model.pipeline import Pipeline
 from sana_model.plan import resolve
 from sana_model.prompt import CaptionStates, PromptEncoder
 from sana_model.quantize import awq
 from sana_model.quantize.job import Job, Planned
-from sana_model.settings import dtypes_of, precisions_for
+from sana_model.settings import dtypes_of, is_guided, precisions_for
 from sana_model.tokenizer import ByteTokenizer
 from sana_model.weights.loaded import LoadedModel
 from sana_model.weights.models import FOLDERS, Source, find, load_model
@@ -85,7 +86,18 @@ def quantize(
         raise UserError(f"{out} is the model that is to be quantised; name another folder")
     progress.begin(f"fingerprint of {source.name}")
     sources = {part: fingerprint(source, part, _is_drawn(job, source)) for part in job.parts}
-    work = _claim(out.with_name(out.name + ".partial"), asdict(job) | {"sources": sources})
+    work = out.with_name(out.name + ".partial")
+    with writing(work):
+        _claim(work, asdict(job) | {"sources": sources})
+        rows = _carry_out(job, source, sources, work, out, device, progress)
+        shutil.rmtree(work)
+    return rows
+
+
+def _carry_out(
+    job: Job, source: Source, sources: dict[str, str], work: Path, out: Path, device: torch.device, progress: Progress
+) -> list[Planned]:
+    """Calibrate and quantise in the folder `work`, and write `out`."""
     inputs = _calibrated(job, source, work, device, progress) if job.samples else {part: {} for part in job.parts}
     rows: list[Planned] = []
     finished = {}
@@ -105,7 +117,6 @@ def quantize(
         _write(job, source, sources, finished, rows, out)
     except CheckpointError as error:
         raise UserError(str(error)) from error
-    shutil.rmtree(work)
     return rows
 
 
@@ -139,8 +150,8 @@ def _called(part: str) -> str:
     return "DiT" if part == "dit" else "text encoder"
 
 
-def _claim(work: Path, job: dict) -> Path:
-    """The folder of unfinished work, which belongs to one job. Raises UserError where it is another's."""
+def _claim(work: Path, job: dict) -> None:
+    """Make the folder of unfinished work, which belongs to one job. Raises UserError where it is another's."""
     marker, text = work / "job.json", json.dumps(job, indent=1, default=list)
     if work.exists() and any(work.iterdir()):
         if not marker.is_file():
@@ -150,11 +161,10 @@ def _claim(work: Path, job: dict) -> Path:
                 f"{work} holds the unfinished work of another job (other flags or other weights); remove it, or name"
                 " another output"
             )
-        return work
+        return
     work.mkdir(exist_ok=True)
     with atomic(marker) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return work
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -186,12 +196,13 @@ def _captions(
     job: Job, source: Source, folder: Path | None, device: torch.device
 ) -> tuple[tuple[CaptionStates | None, CaptionStates], dict[str, LayerInputs] | None]:
     """The captions of all samples, in bf16; what the layers of the text encoder read, where `folder` is to keep it."""
+    memory.check_part(source.config, "text_encoder", "bf16", device)
     loaded = load_model(source, parts=("text",), text_precision=torch.bfloat16)
     encoder = PromptEncoder(loaded.text_encoder.to(device), loaded.tokenizer, loaded.config)
     prompts = [job.prompts[i % len(job.prompts)] for i in range(job.samples)]
     collector = None if folder is None else Collector(-(-TEXT_ROWS // job.samples), folder, job.seed)
     watched = nullcontext() if folder is None else observed_linear(loaded.text_encoder, collector.observe)
-    guided = loaded.config.guidance > 1 and not loaded.config.dit.guidance_embeds
+    guided = is_guided(loaded.config.guidance, loaded.config.dit)
     with torch.inference_mode(), watched:
         captions = encoder.encode_pair(prompts, [""] * len(prompts)) if guided else (None, encoder.encode(prompts))
     return captions, collector and collector.finish()
@@ -201,6 +212,7 @@ def _painter(source: Source, device: torch.device) -> Pipeline:
     """A pipeline that can denoise, and nothing else."""
     precisions = precisions_for("bf16")
     plan = resolve(source.config, "auto", device, precisions)
+    memory.check_part(source.config, "dit", plan.executed["dit"], device)
     loaded = load_model(source, precision=torch.bfloat16, parts=("dit",), prepare={"dit": partial(plan.prepare, "dit")})
     loaded.dit.to(device)
     return Pipeline(loaded, plan, device, dtypes_of(precisions), low_memory=False)
@@ -280,11 +292,9 @@ def _layer(
         found = None if inputs is None else sqnr_db(layer, weight, held_out)
         if found is not None:  # an output of zeros has no signal, and JSON no infinity
             found = round(found, 2) if math.isfinite(found) else None
-        tensors = layer.tensors()
-        shapes = {field: (tensor.dtype, tuple(tensor.shape)) for field, tensor in tensors.items()}
         with atomic(file) as temporary:
             info = {"info": json.dumps(asdict(LayerInfo.of(layer, found)))}
-            checkpoint.write_tensors(temporary, info, shapes, tensors.__getitem__)
+            checkpoint.save_tensors(temporary, layer.tensors(), info)
     with safe_open(file, framework="pt") as handle:
         values = json.loads(handle.metadata()["info"])
         count = sum(handle.get_tensor(key).nbytes for key in handle.keys())  # noqa: SIM118 (a handle is no dict)

@@ -21,6 +21,7 @@ from sana_model.errors import UserError
 from sana_model.weights.keys import Rule, join, split
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_SUPPORTED = "float32, float16 and bfloat16"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Checkpoint:
     where: str  # the file, or the folder of shards, for messages
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
-    dtype: torch.dtype  # of the largest tensor: what the checkpoint is stored in
 
 
 def stored(where: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> Checkpoint:
@@ -39,8 +39,8 @@ def stored(where: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[st
         raise UserError(f"{where} holds no tensors")
     dtype = read(max(shapes, key=lambda name: torch.Size(shapes[name]).numel())).dtype
     if dtype not in FLOATS:
-        raise UserError(f"{where} is stored in {dtype}; supported are float32, float16 and bfloat16")
-    return Checkpoint(where, shapes, read, dtype)
+        raise UserError(f"{where} is stored in {dtype}; supported are {_SUPPORTED}")
+    return Checkpoint(where, shapes, read)
 
 
 _WEIGHTS = re.compile(
@@ -160,19 +160,26 @@ def fill(
     checkpoint: Checkpoint,
     rules: list[Rule],
     dialect: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     prepare: Prepare | None = None,
 ) -> nn.Module:
     """Give `module` (on the meta device) the values of a checked checkpoint, cast one tensor at a time to `dtype`.
 
+    None leaves each as it is stored; parts of a fused matrix that differ in that become the dtype that holds all of them.
     It is done block by block, each of which is then given to `prepare`: where that packs weights, no more than one block
     is ever held twice.
     """
 
+    def cast(name: str) -> Tensor:
+        tensor = checkpoint.read(name)
+        if dtype is None and tensor.dtype not in FLOATS:
+            raise UserError(f"{checkpoint.where}: {name} is stored in {tensor.dtype}; supported are {_SUPPORTED}")
+        return tensor if dtype is None else tensor.to(dtype)
+
     def read(rule: Rule) -> Tensor:
         names = rule.theirs(dialect)
         try:
-            parts = [checkpoint.read(name).to(dtype) for name in names]
+            parts = [cast(name) for name in names]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{checkpoint.where}: cannot read {' and '.join(names)} ({error})") from error
         return aligned(join(parts, rule))

@@ -211,16 +211,21 @@ def read_text_encoder(values: Mapping, file: str | Path) -> TextEncoderConfig:
     )
 
 
+def text_encoder_class(config: TextEncoderConfig) -> str:
+    """The name that the text encoder's class has in transformers."""
+    return "Gemma3TextModel" if config.qk_norm else "Gemma2Model"
+
+
 def write_text_encoder(config: TextEncoderConfig, dtype: str) -> dict:
     """TextEncoderConfig → text_encoder/config.json; `dtype` as in "bfloat16"."""
     scalar = config.query_pre_attn_scalar
     if config.qk_norm:
-        kind = {"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}
+        kind = {"model_type": "gemma3_text", "sliding_window_pattern": config.full_every}
         kind |= {"rope_local_base_freq": config.rope_theta, "rope_theta": config.full_rope_theta}
-        kind |= {"sliding_window_pattern": config.full_every}
     else:
-        kind = {"architectures": ["Gemma2Model"], "model_type": "gemma2", "rope_theta": config.rope_theta}
+        kind = {"model_type": "gemma2", "rope_theta": config.rope_theta}
     return {
+        "architectures": [text_encoder_class(config)],
         **kind,
         "torch_dtype": dtype,
         "vocab_size": config.vocab,

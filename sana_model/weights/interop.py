@@ -66,12 +66,11 @@ def transformers_text_encoder(encoder: TextEncoder) -> nn.Module:
     """transformers' Gemma2Model or Gemma3TextModel on the parameters of `encoder`; MissingError without transformers."""
     transformers = package("transformers")
     weight = encoder.embed_tokens.weight
-    third = encoder.config.qk_norm
-    make_config = transformers.Gemma3TextConfig if third else transformers.Gemma2Config
-    config = make_config(**configs.write_text_encoder(encoder.config, str(weight.dtype).split(".")[1]))
+    kind = getattr(transformers, configs.text_encoder_class(encoder.config))
+    config = kind.config_class(**configs.write_text_encoder(encoder.config, str(weight.dtype).split(".")[1]))
     config._attn_implementation = "eager"  # the others leave the soft-cap out
     with torch.device("meta"):
-        model = (transformers.Gemma3TextModel if third else transformers.Gemma2Model)(config)
+        model = kind(config)
     model.rotary_emb = type(model.rotary_emb)(config).to(weight.device)
     model.embed_tokens.embed_scale = torch.tensor(encoder.config.hidden**0.5, device=weight.device)
     return _share(model, encoder.state_dict())

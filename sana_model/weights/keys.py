@@ -119,28 +119,14 @@ def _out(state: Mapping[str, Tensor], config: DiTConfig, dialect: str) -> dict[s
     return result
 
 
-def _in(state: Mapping[str, Tensor], config: DiTConfig, dialect: str) -> dict[str, Tensor]:
-    return {rule.ours: join([state[name] for name in rule.theirs(dialect)], rule) for rule in rules(config)}
-
-
 def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     """`DiT(config).state_dict()` → the state dict of `SanaTransformer2DModel`, as views of the same memory."""
     return _out(state, config, "diffusers")
 
 
-def from_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """The state dict of `SanaTransformer2DModel` → `DiT(config)`'s; views but for qkv and kv. KeyError if one lacks."""
-    return _in(state, config, "diffusers")
-
-
 def to_original(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     """`DiT(config).state_dict()` → the state dict of the original `.pth`, as views of the same memory."""
     return _out(state, config, "original")
-
-
-def from_original(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """The state dict of the original `.pth` → `DiT(config)`'s, as views. KeyError if one lacks."""
-    return _in(state, config, "original")
 
 
 def recognise(names: set[str]) -> str | None:

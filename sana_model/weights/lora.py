@@ -167,11 +167,20 @@ class Loras:
                 if target.layer == name
             ]
             build, attribute = (_branch, "branch") if name.startswith("blocks.") else (_merged, "weight")
-            before = self._before.setdefault(name, getattr(layer, attribute, None))
+            like = self.dit.patch_embed.weight
+            before = self._before.get(name, getattr(layer, attribute, None))
+            before = self._before[name] = _moved(before, like.device)
             if factors:
-                setattr(layer, attribute, build(layer, before, factors, self.dit.patch_embed.weight, self.backend))
+                setattr(layer, attribute, build(layer, before, factors, like, self.backend))
             else:
                 setattr(layer, attribute, self._before.pop(name))
+
+
+def _moved(before: LowRank | nn.Parameter | None, device: torch.device) -> LowRank | nn.Parameter | None:
+    """What was there before, where the DiT is: of which it is no part meanwhile, and which may have been moved since."""
+    if isinstance(before, nn.Parameter):
+        return nn.Parameter(before.detach().to(device), before.requires_grad)
+    return None if before is None else before.to(device)
 
 
 def _branch(layer: nn.Module, before: LowRank | None, factors: list, like: Tensor, backend: str) -> LowRank:

@@ -99,7 +99,7 @@ def load_model(
     `model` is a built-in name or a ModelConfig (seeded random weights), a diffusers folder, a `.safetensors` or
     `.pth` file of a DiT in either dialect (the other parts then come from `base`, which is anything but such a file),
     a hub id `org/name`, `hf://org/name/file` for one file on the hub, or a Source that `find` returned. Precisions
-    are dtypes; None is what the checkpoint is stored in (fp32 for random weights). `dialect` chooses between the two
+    are dtypes; None leaves every tensor as it is stored (fp32 for random weights). `dialect` chooses between the two
     public implementations where they differ (docs/dialects.md). `prepare`, for "dit" and "text", is called with each block
     of theirs that has been read, to change it in place.
 
@@ -286,9 +286,7 @@ def reader(
         with_head = part == "text" and "model.embed_tokens.weight" in checkpoint.shapes
         rules, dropped = same_names(module, "model." if with_head else ""), ("lm_head.weight",) if with_head else ()
     check(checkpoint, module, rules, dialect, dropped)
-    return lambda prepare=None: fill(
-        _empty(part, config), checkpoint, rules, dialect, dtype or checkpoint.dtype, prepare
-    )
+    return lambda prepare=None: fill(_empty(part, config), checkpoint, rules, dialect, dtype, prepare)
 
 
 def _empty(part: str, config: ModelConfig) -> nn.Module:

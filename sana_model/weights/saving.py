@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sana_kernels.quant.checkpoint import save_tensors
 from sana_model.errors import UserError
 from sana_model.files import atomic, check_replaceable, check_writable
 from sana_model.settings import DTYPES
@@ -53,7 +53,7 @@ def write_configs(place: Path, loaded: LoadedModel, text_dtype: str, precision: 
         "_class_name": "SanaSprintPipeline" if config.dit.guidance_embeds else "SanaPipeline",
         "_diffusers_version": "0.32.0",  # the first with SANA
         "scheduler": ["diffusers", configs.write_scheduler(config.scheduler)["_class_name"]],
-        "text_encoder": ["transformers", "Gemma2Model"],
+        "text_encoder": ["transformers", configs.text_encoder_class(config.text)],
         "tokenizer": ["transformers", _tokenizer_class(loaded)],
         "transformer": ["diffusers", "SanaTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderDC"],
@@ -75,7 +75,18 @@ def save_original(file: str | Path, loaded: LoadedModel) -> None:
     check_writable(file)
     state = keys.to_original(loaded.dit.state_dict(), loaded.config.dit)
     with atomic(file) as temporary:
-        torch.save({"state_dict": state}, temporary)
+        _save_pickle(temporary, {"state_dict": state})
+
+
+def _save_pickle(file: Path, content: dict) -> None:
+    """torch.save, which answers the system's refusal to write by an error of its own: raise the system's."""
+    try:
+        with file.open("wb") as out:
+            torch.save(content, out)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def write_weights(folder: Path, stem: str, state: dict[str, Tensor], variant: str | None, shard_size: int) -> None:
@@ -88,15 +99,15 @@ def write_weights(folder: Path, stem: str, state: dict[str, Tensor], variant: st
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = shard_size
-        shards[-1][name] = tensor.contiguous()
+        shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / f"{stem}{dot}.safetensors", metadata={"format": "pt"})
+        save_tensors(folder / f"{stem}{dot}.safetensors", shards[0], {"format": "pt"})
         return
     where = {}
     for i, shard in enumerate(shards, 1):
         file = f"{stem}{dot}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, shard, {"format": "pt"})
         where |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -150,7 +161,8 @@ def refuse_to_destroy(folder: Path, force: bool) -> None:
 
 
 def _stored(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+    """The dtype of the largest parameter: in a mixture, that of the matrices."""
+    return max(module.parameters(), key=Tensor.numel).dtype
 
 
 def _tokenizer_class(loaded: LoadedModel) -> str:

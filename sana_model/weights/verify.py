@@ -19,6 +19,7 @@ from sana_model.pipeline import Pipeline, load
 from sana_model.scheduler import timesteps
 from sana_model.weights import interop
 from sana_model.weights.checkpoint import variant_of
+from sana_model.weights.checkpoint_config import text_encoder_class
 from sana_model.weights.keys import to_diffusers
 from sana_model.weights.models import FOLDERS, find
 
@@ -97,7 +98,7 @@ def _weights(pipe: Pipeline, folder: Path, part: str) -> Row:
     place = folder / FOLDERS[part]
     library, name, module = {
         "dit": ("diffusers", "SanaTransformer2DModel", pipe.dit),
-        "text": ("transformers", "Gemma2Model", pipe.model.text_encoder),
+        "text": ("transformers", text_encoder_class(pipe.config.text), pipe.model.text_encoder),
         "autoencoder": ("diffusers", "AutoencoderDC", pipe.autoencoder),
     }[part]
     dtype = next(module.parameters()).dtype
