@@ -36,11 +36,12 @@ def test_error_against_fp64(variant, dtype, grid):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", variants("depthwise_glu_quantized"))
 def test_quantized_rows_against_fp64(variant, dtype, grid):
-    args = arguments(*grid, dtype, torch.float32, device_of(variant))
-    values, scale = run(variant, "depthwise_glu", *args, quantize=torch.int8)
-    assert values.shape == (grid[0], grid[1] * grid[2], -(-grid[3] // 64) * 64)
     rounded = 127 * torch.finfo(dtype).eps / 2 if variant == "cuda" else 0  # of u to h's dtype, as the reference allows
-    assert_quantized(values, scale, reference(*double(*args)), SLACK + rounded, f"{variant} {grid}")
+    for weights in {dtype, torch.float32}:
+        args = arguments(*grid, dtype, weights, device_of(variant))
+        values, scale = run(variant, "depthwise_glu", *args, quantize=torch.int8)
+        assert values.shape == (grid[0], grid[1] * grid[2], -(-grid[3] // 64) * 64)
+        assert_quantized(values, scale, reference(*double(*args)), SLACK + rounded, f"{variant} {grid} {weights}")
 
 
 @pytest.mark.gpu
@@ -90,7 +91,7 @@ def test_silu_over_its_whole_range(isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", isas())
 def test_same_bytes_on_any_number_of_threads(isa, dtype):
-    args = arguments(2, 13, 19, 200, dtype, torch.float32)
+    args = arguments(2, 13, 19, 192, dtype, dtype)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -99,9 +100,10 @@ def test_same_bytes_on_any_number_of_threads(isa, dtype):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", isas())
-def test_a_nan_reaches_its_neighbours_and_no_further(isa):
-    h, *rest = arguments(1, 5, 5, 64, torch.float32, torch.float32)
+def test_a_nan_reaches_its_neighbours_and_no_further(isa, dtype):
+    h, *rest = arguments(1, 5, 5, 64, dtype, dtype)
     h[0, 12, 7] = float("nan")
     y = run(f"cpu:{isa}", "depthwise_glu", h, *rest)
     assert torch.equal(y.isnan(), reference(h, *rest).isnan()) and y.isnan().sum() == 9

@@ -21,7 +21,7 @@ class Case:
     H: int
     D: int
     layout: str = "dit"  # packed (B, N, 3, H, D); "dcae": packed (B, N, H, 3, D); "plain": three tensors
-    norm: str = ""  # "same": weights in q's dtype; "float": in fp32
+    norm: str = ""  # "same": weights in q's dtype; "float": in fp32; "mixed": q's in fp32
 
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
         """Arguments in the op's order. relu leaves nothing of one token's q, and of one head's k: both divide by eps alone.
@@ -38,9 +38,8 @@ class Case:
         else:
             dim = 2 if self.layout == "dit" else 3
             q, k, v = torch.stack((q, k, v), dim).to(device, dtype).unbind(dim)
-        weights = [
-            w.to(device, dtype if self.norm == "same" else torch.float32) if self.norm else None for w in weights
-        ]
+        dtypes = {"same": (dtype, dtype), "mixed": (torch.float32, dtype)}.get(self.norm, (torch.float32,) * 2)
+        weights = [w.to(device, kind) if self.norm else None for w, kind in zip(weights, dtypes, strict=True)]
         return q, k, v, *weights, 1e-5, 1e-15
 
 
@@ -56,6 +55,8 @@ CASES = [
     Case(1, 40, 7, 128, "plain"),
     Case(1, 65, 31, 24),
     Case(1, 90, 6, 88),
+    Case(64, 161, 2, 32),  # one chunk of tokens, longer than a product of tiles
+    Case(1, 70, 5, 32, norm="mixed"),
 ]
 
 
@@ -156,6 +157,10 @@ def test_nan_and_infinity_are_not_hidden():
             assert not y[0].isnan().any(), variant
             assert y[1, :, 0, 5].isnan().all() and y[1, 0, 1].isnan().all(), variant
             assert not y[1, :, 0, :5].isnan().any(), variant
+            q, k, v = torch.ones(3, 1, 1, 1, 32, dtype=dtype)
+            v[..., 3] = float("inf")
+            y = run(variant, "linear_attention", q, k, v)
+            assert y[..., 3].isposinf().all() and y[..., 4:].isfinite().all(), variant
 
 
 def _invalid(change):

@@ -127,8 +127,9 @@ BANDS = [
 @pytest.mark.parametrize("variant", on_cpu(tiles=True))
 def test_bands_are_the_whole_bit_for_bit(variant, precision, case):
     """The op in bands of rows equals its three steps over whole images, whichever rows a band begins and ends with."""
-    if variant == EMULATED and case is not BANDS[0]:
-        pytest.skip("one case is enough for the emulator")
+    if variant == EMULATED and case not in BANDS[:2]:
+        pytest.skip("two cases are enough for the emulator")
+    torch.set_num_threads(2)
     x, height, width, we, be, wd, bd, wp = case.make(torch.float32)
     gate, residual = torch.randn(case.B, case.C), signed(case.B, height * width, case.C, dtype=torch.bfloat16)
     with on(variant):
@@ -136,6 +137,7 @@ def test_bands_are_the_whole_bit_for_bit(variant, precision, case):
             x, we, wp = (sana_kernels.quantize(t) for t in (x, we, wp))
         else:
             x, we, wp = x.bfloat16(), we.bfloat16(), wp.bfloat16()
+        wd = wd.bfloat16()
         cpu, dtype = {"backend": "cpu"}, torch.int8 if precision == "w8a8" else None
         y = sana_kernels.mix_ffn(x, height, width, we, be, wd, bd, wp, gate=gate, residual=residual, **cpu)
         h = sana_kernels.gemm(x, we, be, silu=True, **cpu)

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "common/integers.h"
+
 namespace sana {
 
 class Scratch {
@@ -22,7 +24,7 @@ class Scratch {
   char* reserve(int64_t bytes) {
     if (size_ < bytes) {
       std::free(data_);
-      size_ = (bytes + 63) / 64 * 64;
+      size_ = round_up(bytes, 64);
       data_ = static_cast<char*>(std::aligned_alloc(64, size_));
       if (data_ == nullptr) size_ = 0;
     }

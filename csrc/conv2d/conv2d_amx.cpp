@@ -62,7 +62,7 @@ struct Multiply {
   static void multiply_all(const Products& q, Pending& pending) {
     const Layout& l = q.layout;
     const int64_t seen = q.stride * kTilePixels * l.pixel;  // of a row of taps
-    const bool stay = q.panels * l.panel <= kStay;
+    const bool stay = q.weight_bytes <= kStay;
     const int64_t chunk = stay ? (q.panels + 1) / 2 * 2 : kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
     const int64_t fitting = chunk == 2 ? q.kernel : seen > kFirstLevel ? 1 : kFirstLevel / seen;
     const int64_t steps = q.rows * q.kernel * (l.packed / 64) * ((q.panels + 1) / 2), left = pending.left();
@@ -72,8 +72,9 @@ struct Multiply {
     configure_tiles();
     for (int64_t begin = 0; begin < q.panels; begin += chunk) {
       const int64_t end = begin + chunk < q.panels ? begin + chunk : q.panels;
-      const int64_t next = end < q.panels ? end : 0, last = next + chunk < q.panels ? next + chunk : q.panels;
-      beside.weight = q.weight + next * l.panel, beside.end = q.weight + last * l.panel;
+      const int64_t left = end < q.panels ? q.panels - end : q.panels;
+      beside.weight = end < q.panels ? q.weight + end * l.panel : q.next;
+      beside.end = beside.weight + (left < chunk ? left : chunk) * l.panel;
       for (int64_t row = 0; row < q.rows; ++row)
         for (int64_t first = 0; first < q.kernel; first += fitting) {
           const int64_t last = first + fitting < q.kernel ? first + fitting : q.kernel;

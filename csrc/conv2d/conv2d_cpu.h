@@ -2,13 +2,12 @@
 // algorithm and splits the work.
 #pragma once
 
+#include "common/integers.h"
 #include "conv2d/conv2d.h"
 
 namespace sana {
 
 constexpr int64_t kTileRows = 8, kTilePixels = 32;  // TILE of sana_kernels/conv2d/reference.py
-
-static inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // In pixels; of phases, of one.
 static inline int64_t width_of_result(const Conv2d& p) { return (p.width + p.stride - 1) / p.stride; }
@@ -123,6 +122,8 @@ struct Products {
   float* sums;    // rows x 32 pixels x layout.sums
   char* buffer;   // Conv2dKernels::buffer bytes for each byte of K
   const float* scale = nullptr;  // of a transform: chunks of K x 32 patches
+  const char* next = nullptr;    // weights that are multiplied after these, and the bytes of all of them
+  int64_t weight_bytes = 0;
 
   // What pixel `pixel` of row `row` sees, and where its sums go.
   const char* x(int64_t row, int64_t pixel) const {

@@ -135,7 +135,7 @@ class Gather {
 
  private:
   // What is not overwritten has to be zero: around the image, between pixels and at the end. What lies between the end of a
-  // row and the next meets weights of zero, or in bf16 none.
+  // row and the next meets weights of zero in int8, else none.
   void clear() {
     const int64_t kept = whole_rows_ && whole_tile_ ? layout_.window - 64 : 0;
     memset(window_ + kept, 0, layout_.window - kept);
@@ -347,9 +347,11 @@ void tiles_of(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory)
       const int64_t rows = top + l.group < tile.rows ? l.group : tile.rows - top;
       for (int phase = 0; phase < p.phases; ++phase, ++count) {
         const int64_t shift = p.kernel == 2 ? phase / 2 * l.row + phase % 2 * l.pixel : 0;
-        const char* weight = static_cast<const char*>(p.weight) + phase * panels * l.panel;
-        const Products q = {l, window + p.stride * top * l.row + shift, weight, panels, rows, pixels, p.kernel,
-                            p.stride, bytes, sums + count % l.groups * l.group_sums(), buffer};
+        const char* const weights = static_cast<const char*>(p.weight);
+        const auto weight = [&](int phase) { return weights + phase % p.phases * panels * l.panel; };
+        const Products q = {l, window + p.stride * top * l.row + shift, weight(phase), panels, rows, pixels, p.kernel,
+                            p.stride, bytes, sums + count % l.groups * l.group_sums(), buffer, nullptr,
+                            weight(phase + 1), p.phases * panels * l.panel};
         M::multiply_all(q, pending);
         pending.finish();
         pending.set({tile.image, tile.row + top, tile.pixel, rows, pixels}, phase, x_scale, q.sums);

@@ -18,19 +18,13 @@ struct OnTiles {
   using Step = Pair;
   static constexpr int kSteps = 16, kQueries = kRows;
 
-  struct Nothing {
-    void run(int) {}
-  };
-
   static void multiply(const Product& q) {
-    asm volatile("" : : : "memory");  // gcc does not know that a tile load reads memory
-    Nothing beside;
+    written();
     for (int64_t column = 0; column < q.columns; column += 2) {
       const int64_t second = column + 1 < q.columns ? 4 * q.b_pitch : 0;  // of the last column alone, a copy
       float* const sums = q.sums + column * kLanes;
       q.added ? load_sums(sums, 4 * q.pitch) : zero_sums();
-      sana::multiply<BFloat16>(reinterpret_cast<const char*>(q.a), 4 * q.a_pitch,
-                               reinterpret_cast<const char*>(q.b + column * q.b_pitch), second, q.steps / kSteps, beside);
+      sana::multiply<BFloat16>(q.a, 4 * q.a_pitch, q.b + column * q.b_pitch, second, q.steps / kSteps);
       store_sums(sums, 4 * q.pitch);
     }
   }

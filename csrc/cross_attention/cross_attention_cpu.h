@@ -1,6 +1,7 @@
 // What one instruction set contributes to cross_attention on CPUs. cross_attention.cpp has the algorithm.
 #pragma once
 
+#include "common/integers.h"
 #include "cross_attention/cross_attention.h"
 
 namespace sana {

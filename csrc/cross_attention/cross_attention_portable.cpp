@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kMaxD = 128;
 
 // (length, D) floats of k, then of v.
-int64_t packed_bytes(const CrossAttention& p) { return (2 * p.L * p.D * int64_t(sizeof(float)) + 63) / 64 * 64; }
+int64_t packed_bytes(const CrossAttention& p) { return round_up(2 * p.L * p.D * int64_t(sizeof(float)), 64); }
 
 void pack(const CrossAttention& p, int64_t b, int64_t h, void* packed) {
   float* keys = static_cast<float*>(packed);

@@ -63,9 +63,6 @@ struct Pair : PairStep {
 };
 #endif
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
-
 // Rows times packed columns: sums[t][c], of row t and the vector of columns c, become the sum over the steps of
 // a[t][step] * b[c][step], plus themselves where they are `added` to.
 struct Product {

@@ -45,8 +45,6 @@ int64_t second_level_cache() {
   return bytes;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // `total` in `parts` nearly equal parts, each a multiple of `unit`: the size of one.
 int64_t part_of(int64_t total, int64_t parts, int64_t unit) { return ceil_div(ceil_div(total, unit), parts) * unit; }
 

@@ -26,8 +26,6 @@
 namespace sana {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int kChunk = 512;  // columns whose sums of 32 rows wait between two parts of K
 // Rows that take turns at weights that come from memory: at most, and their bytes, which stay in the second-level cache.
 constexpr int64_t kTogether = 8 * kRows, kTogetherBytes = 512 << 10;
@@ -162,7 +160,7 @@ void block_of(const Gemm& p, const Block& block, char* buffer) {
         for (int64_t k = 0; k < bytes; k += 64)
           _mm512_storeu_si512(buffer + r * apart + k,
                               r < rows ? _mm512_loadu_si512(x + r * p.x_stride + k) : _mm512_setzero_si512());
-      asm volatile("" : : : "memory");  // gcc does not know that a tile load reads memory
+      written();
     }
     panels(p, copied ? buffer : x, copied ? apart : p.x_stride, m, rows, block, next, pending, waiting);
   }

@@ -2,6 +2,7 @@
 // the work.
 #pragma once
 
+#include "common/integers.h"
 #include "gemm/gemm.h"
 
 namespace sana {

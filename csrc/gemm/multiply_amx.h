@@ -1,8 +1,10 @@
 // The inner loop of matrix products on AMX tiles: 32 rows x 32 columns of sums in tiles 0-3, x in tiles 4 and 5,
-// weights in 6 and 7. For gemm and conv2d; include common/avx512.h and common/tiles.h first.
+// weights in 6 and 7. For gemm, conv2d and attention; include common/avx512.h and common/tiles.h first.
 //
 // One operand stays in the first-level cache, where a tile load takes 8 cycles; the other streams from the second (19) with
 // the non-temporal hint (tileloaddt1), without which it would push the first out.
+//
+// gcc does not know that a tile load reads memory: after what it reads was written, the caller puts written().
 #pragma once
 
 namespace sana {
@@ -55,6 +57,8 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
+inline void written() { asm volatile("" : : : "memory"); }
+
 enum class Stays { x, weights };
 
 template <bool kStreamed>
@@ -94,6 +98,16 @@ inline void multiply(const char* x, int64_t stride, const char* weight, int64_t 
     T::product_3();
     pending.run(rows_per_step);
   }
+}
+
+// The same with nothing beside it, of operands that were just written.
+template <class T>
+inline void multiply(const void* x, int64_t stride, const void* weight, int64_t apart, int64_t steps) {
+  struct {
+    void run(int) {}
+  } nothing;
+  written();
+  multiply<T>(static_cast<const char*>(x), stride, static_cast<const char*>(weight), apart, steps, nothing);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/status.h"
 
 namespace sana {
@@ -21,7 +22,7 @@ struct Quantize {
 
 Status quantize_cpu(const Quantize& p, int threads);
 
-static inline int64_t quantized_pitch(int64_t K) { return (K + 63) / 64 * 64; }
+static inline int64_t quantized_pitch(int64_t K) { return round_up(K, 64); }
 
 // What turns values into steps, and back, for a row whose largest magnitude is given: `most` steps. A NaN comes out as
 // one.

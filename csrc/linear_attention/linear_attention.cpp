@@ -42,15 +42,13 @@ constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_porta
                                                          nullptr, SANA_AVX512(&linear_attention_avx512),
                                                          SANA_AMX(&linear_attention_amx)};
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 using Floats = std::unique_ptr<float, Free>;
 
 Floats allocate(int64_t count) {
-  return Floats(static_cast<float*>(std::aligned_alloc(64, ceil_div(count * sizeof(float), 64) * 64)));
+  return Floats(static_cast<float*>(std::aligned_alloc(64, round_up(count * sizeof(float), 64))));
 }
 
 // (H * D) weights of any dtype as (H, pitch) floats, zero beyond D.

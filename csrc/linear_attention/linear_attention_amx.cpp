@@ -8,7 +8,7 @@
 //           has its normaliser in a vector
 //
 // Bound: shuffles, about 256 for the state of 32 tokens (128 of them the transposition), beside 4 products of 16 cycles;
-// apply is 12 products beside some 15 vector instructions a token. On vectors they are 1056 and 1024 multiply-adds.
+// apply is 12 products beside some 15 vector instructions a token. On vectors they are 1056 and 2112 multiply-adds.
 #include "common/avx512.h"
 #include "common/tiles.h"
 #include "gemm/multiply_amx.h"
@@ -29,17 +29,6 @@ bool on_tiles(const LinearAttention& p) {
   const bool rounded = (p.q_norm == nullptr || p.q_norm_dtype == DType::bf16) &&
                        (p.k_norm == nullptr || p.k_norm_dtype == DType::bf16);
   return p.D == kD && p.dtype == DType::bf16 && rounded;
-}
-
-struct Nothing {
-  void run(int) {}
-};
-
-// Adds the products of `steps` steps to tiles 0-3. gcc does not know that a tile load reads memory.
-void multiply_tiles(const void* x, int64_t stride, const void* weight, int64_t apart, int64_t steps) {
-  asm volatile("" : : : "memory");
-  Nothing beside;
-  multiply<BFloat16>(static_cast<const char*>(x), stride, static_cast<const char*>(weight), apart, steps, beside);
 }
 
 __m512i load(const HeadTokens& tokens, int64_t n, int64_t h) {
@@ -127,7 +116,7 @@ void state_on_tiles(const LinearAttention& p, const float* weight, int64_t b, in
         store_transposed(high, k[16] + 16 * step, kKeys);
       }
       start == first ? zero_sums() : load_sums(S, kPitch * sizeof *S);
-      multiply_tiles(k, sizeof k[0], v, sizeof v[0], steps);
+      multiply<BFloat16>(k, sizeof k[0], v, sizeof v[0], steps);
       store_sums(S, kPitch * sizeof *S);
       for (int c = 0; c < 2; ++c) {
         float* const to = S + kD * kPitch + c * kLanes;
@@ -138,14 +127,15 @@ void state_on_tiles(const LinearAttention& p, const float* weight, int64_t b, in
   _tile_release();
 }
 
-// x = high + low, to 16 bits.
+// x = high + low, to 16 bits; of an infinity low is zero.
 struct InTwo {
   __m256i high, low;
 
   explicit InTwo(Vec x) {
     high = BF16::rounded(x);
-    const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-    low = BF16::rounded(x - _mm512_castsi512_ps(wide));
+    const Vec wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    const Lanes infinite = _mm512_fpclass_ps_mask(wide, 0x18);
+    low = BF16::rounded(_mm512_maskz_sub_ps(_knot_mask16(infinite), x, wide));
   }
 };
 
@@ -187,11 +177,11 @@ void apply_on_tiles(const LinearAttention& p, const float* weight, int64_t b, in
         for (int c = 0; c < 2; ++c) PairStep::store(z[c] + 16 * i, PairStep::broadcast(&pairs[c][i]));
 
       zero_sums();
-      multiply_tiles(q, sizeof q[0], tiles, sizeof z[0], 1);
-      multiply_tiles(q, sizeof q[0], tiles + 2 * kTileUnits, sizeof z[0], 1);
+      multiply<BFloat16>(q, sizeof q[0], tiles, sizeof z[0], 1);
+      multiply<BFloat16>(q, sizeof q[0], tiles + 2 * kTileUnits, sizeof z[0], 1);
       store_sums(y, sizeof y[0]);
       zero_sums();
-      multiply_tiles(q, sizeof q[0], z, sizeof z[0], 1);
+      multiply<BFloat16>(q, sizeof q[0], z, sizeof z[0], 1);
       store_sums(normaliser, sizeof normaliser[0]);
       for (int64_t t = 0; t < count; ++t) {
         const Vec sum = F32::load(normaliser[t], kAllLanes) + F32::load(normaliser[t] + kLanes, kAllLanes);

@@ -2,6 +2,7 @@
 // owns the memory and calls them; see there for the algorithm.
 #pragma once
 
+#include "common/integers.h"
 #include "linear_attention/linear_attention.h"
 
 namespace sana {

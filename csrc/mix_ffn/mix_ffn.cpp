@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/integers.h"
 #include "common/scratch.h"
 #include "common/threads.h"
 #include "gemm/gemm.h"
@@ -35,7 +36,7 @@ constexpr DType kMiddle = DType::bf16;
 // channel's convolution reads in a few sets of the caches.
 constexpr int64_t kGap = 32;
 
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
 
 // The rows of one image, or of some whose band is all of them, and where their bands of h and u lie.
 class Bands {
