@@ -170,16 +170,18 @@ def fill(
     is ever held twice.
     """
 
-    def cast(name: str) -> Tensor:
+    counters = {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}  # of batches
+
+    def cast(name: str, ours: str) -> Tensor:
         tensor = checkpoint.read(name)
-        if dtype is None and tensor.dtype not in FLOATS:
+        if dtype is None and tensor.dtype not in FLOATS and ours not in counters:
             raise UserError(f"{checkpoint.where}: {name} is stored in {tensor.dtype}; supported are {_SUPPORTED}")
         return tensor if dtype is None else tensor.to(dtype)
 
     def read(rule: Rule) -> Tensor:
         names = rule.theirs(dialect)
         try:
-            parts = [cast(name) for name in names]
+            parts = [cast(name, rule.ours) for name in names]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{checkpoint.where}: cannot read {' and '.join(names)} ({error})") from error
         return aligned(join(parts, rule))
