@@ -64,22 +64,7 @@ struct Pairs {
       return Two{PairStep::madd(low, column[2], tap[j][2]), PairStep::madd(high, column[3], tap[j][3])};
     };
 
-    Two before = bias, here = bias;  // the sums of tokens x - 1 and x
-    if (first > 0) {
-      load(first - 1);
-      here = add(here, 0);
-    }
-    for (int64_t x = first; x < last; ++x) {
-      load(x);
-      if (x > first) emit(x - 1, add(before, 2));
-      before = add(here, 1);
-      here = add(bias, 0);
-    }
-    if (last < row.width) {
-      load(last);
-      before = add(before, 2);
-    }
-    emit(last - 1, before);
+    slide(row.width, first, last, bias, load, add, emit);
   }
 };
 

@@ -16,6 +16,29 @@ namespace {
 
 constexpr int64_t kPrefetchBytes = 256;
 
+// From token to token along a segment of a row of `width`: load(x) brings a column, which add(sum, j) adds as the j-th of
+// the three that an output sees. emit(x, sum) for x = first ... last - 1.
+template <class Sum, class Load, class Add, class Emit>
+inline __attribute__((always_inline)) void slide(int64_t width, int64_t first, int64_t last, Sum bias, Load load, Add add,
+                                                 Emit emit) {
+  Sum before = bias, here = bias;  // the sums of tokens x - 1 and x
+  if (first > 0) {
+    load(first - 1);
+    here = add(here, 0);
+  }
+  for (int64_t x = first; x < last; ++x) {
+    load(x);
+    if (x > first) emit(x - 1, add(before, 2));
+    before = add(here, 1);
+    here = add(bias, 0);
+  }
+  if (last < width) {
+    load(last);
+    before = add(before, 2);
+  }
+  emit(last - 1, before);
+}
+
 // emit(x, sum) for the tokens x = first ... last - 1, where `sum` are the convolution's channels c, c + 1, ...
 // Of the rows of taps, [kFirst, kLast) take part: at the upper and lower edge of the image one is missing.
 template <class E, int kFirst, int kLast, class Emit>
@@ -43,22 +66,7 @@ inline __attribute__((always_inline)) void convolve(const DepthwiseGluRow& row, 
     return sum + part;
   };
 
-  Vec before = bias, here = bias;  // the sums of tokens x - 1 and x
-  if (first > 0) {
-    load(first - 1);
-    here = add(here, 0);
-  }
-  for (int64_t x = first; x < last; ++x) {
-    load(x);
-    if (x > first) emit(x - 1, add(before, 2));
-    before = add(here, 1);
-    here = add(bias, 0);
-  }
-  if (last < row.width) {
-    load(last);
-    before = add(before, 2);
-  }
-  emit(last - 1, before);
+  slide(row.width, first, last, bias, load, add, emit);
 }
 
 // A segment: emit(x, c, lanes, u) for its results.
