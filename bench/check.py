@@ -28,8 +28,9 @@ amplifies the error of both halves of the batch: with 4.5, sana-tiny's latents k
 256 px; bf16, W8A8, W4A8, W4A4), and those of random weights up to 3 dB less.
 
 What is wrong keeps, in fp32 and on the same seeds: -6 dB or less with the two captions swapped, which fails in every
-precision; 5 to 9 with guidance 5.5, which is sure to fail in 16 bits (17), mostly fails in W8A8 (9), and does not with 4-bit weights
-(3); 13 to 18 with a second step of first order, and 27 to 30 of random weights, which is sure to fail in fp32 (67) only."""
+precision; 5 to 9 with guidance 5.5, which is sure to fail in 16 bits (17), mostly fails in W8A8 (9), and passes with 4-bit
+weights (3); 13 to 18 with a second step of first order, and 27 to 30 of random weights, which is sure to fail in fp32 (67)
+only."""
 
 IMAGE_LIMITS = {"fp32": 80, "fp16": 30, "bf16": 30, "w8a8": 22, "fp8": 22}
 """dB that the decoded image must keep, by the decoder's precision."""
