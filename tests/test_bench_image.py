@@ -99,6 +99,15 @@ def test_runs_share_their_weights_and_copy_each_dtype_once(loaded):
     assert weights.missing_bytes(fp32) == 0
 
 
+def test_weights_are_stored_in_what_most_of_them_have(loaded):
+    """Of a mixture: the first tensor may be a small one that was kept in fp32."""
+    dit = copy.deepcopy(loaded.dit)
+    first = next(dit.parameters())
+    first.data = first.data.float()
+    weights = runs.Weights(replace(loaded, dit=dit), torch.device("cpu"))
+    assert weights.stored["dit"] == torch.bfloat16
+
+
 def test_a_comparison_from_beginning_to_end(paint):
     bench = paint("diffusers:bf16", "reference:bf16", "reference:fp32")
     document = json.loads(bench.results.path.read_text())
