@@ -15,6 +15,7 @@ from sana_model.plan import PIPELINES
 from sana_model.settings import DTYPES, OF_DECODERS, PRECISIONS, Settings, dtypes_of
 from sana_model.weights.loaded import LoadedModel
 from sana_model.weights.quantized_checkpoint import header_in
+from sana_model.weights.saving import stored_dtype
 
 PARTS = ("dit", "text_encoder", "autoencoder")
 OWN = tuple(PIPELINES)
@@ -118,7 +119,7 @@ class Weights:
             for part in PARTS
             if getattr(loaded, part)
         }
-        self.stored = {part: next(module.parameters()).dtype for part, module in modules.items()}
+        self.stored = {part: stored_dtype(module) for part, module in modules.items()}
         self._parts = {(part, self.stored[part]): module for part, module in modules.items()}
 
     def part(self, part: str, dtype: torch.dtype) -> nn.Module:

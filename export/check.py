@@ -40,8 +40,9 @@ from sana_model.weights.verify import Report, Row
 FP32_ERROR, TIMES_EAGER = 1e-4, 2.0
 UNQUANTISED = DIT_LIMITS["w8a8"] - 4
 """dB that a W8A8 transformer must keep beside the network that was quantised: 4 less than on a sampler's way, for its static
-scales were made there, and these inputs are noise. sana-tiny keeps 30, random weights of 0.6B's widths after a calibration
-of a single step 20; with scales a tenth as large neither keeps more than 6 at any shape."""
+scales were made there, and these inputs are noise. It was set on two models, only the small one of them trained: sana-tiny
+keeps 30, random weights of 0.6B's widths after a calibration of a single step 20; with scales a tenth as large neither keeps
+more than 6 at any shape."""
 PSNR = {"fp32": 45.0, "bf16": 20.0, "fp16": 20.0, "w8a8": 15.0, "w4a16": 15.0}
 """Smallest peak signal-to-noise ratio of the pictures in dB, by the weakest precision of the graphs that paint them;
 sana-tiny keeps 32 in W8A8. Two pictures that have nothing in common are about 10 apart."""

@@ -29,7 +29,7 @@ from sana_model.settings import DTYPES, PRECISIONS, precisions_for
 from sana_model.weights import keys
 from sana_model.weights.checkpoint import check, fill, stored
 from sana_model.weights.checkpoint_config import read_dit
-from sana_model.weights.defaults import trained_in_fp16
+from sana_model.weights.defaults import clamps
 from sana_model.weights.lora import Loras
 
 PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
@@ -157,7 +157,7 @@ def _optimize(pipe, precision: str | None, backend: str) -> Plan:
     _perturbed_blocks(transformer)
     values = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     dit_config = read_dit(values | {"_class_name": "SanaTransformer2DModel"}, "the transformer's configuration")
-    dit_config = replace(dit_config, clamp=trained_in_fp16(_checkpoint(pipe, transformer)))
+    dit_config = replace(dit_config, clamp=clamps(_checkpoint(pipe, transformer)))
     precisions = precisions_for(precision or dtype_name(transformer.dtype))
     plan = _plan(replace(BUILT_IN["sana-1.6b"], dit=dit_config), backend, transformer.device, precisions)
 
@@ -189,7 +189,7 @@ class Forward:
 
     def __init__(self, transformer: nn.Module, dit: DiT):
         self.transformer, self.dit = transformer, dit
-        self._weights = _fingerprint(transformer)
+        self._weights = Fingerprint(transformer)
         self._caption: tuple[Tensor, Tensor | None, TextContext] | None = None
 
     def undo(self) -> None:
@@ -215,7 +215,7 @@ class Forward:
             raise UserError(
                 f"the optimised DiT takes no {unsupported[0]}; sana_kernels.restore(pipe) brings the original back"
             )
-        if not _equal(_fingerprint(self.transformer), self._weights):
+        if not self._weights.fits(self.transformer):
             raise UserError(
                 "the transformer has changed since it was optimised; call sana_kernels.optimize(pipe) again"
             )
@@ -256,32 +256,35 @@ def _perturbed_blocks(transformer: nn.Module) -> list[int]:
     return parts
 
 
-def _fingerprint(transformer: nn.Module) -> tuple[list[tuple], dict[tuple, Tensor]]:
-    """Which weights, where, how often they were written to (inference tensors don't tell), and some of their values."""
-    parameters = list(transformer.parameters())
-    written = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    return written, _some_values(parameters)
+class Fingerprint:
+    """Tells whether the weights of a transformer have changed: others, elsewhere, written to, or with other values.
 
+    What PyTorch counts comes first, and costs nothing. PEFT fuses through `.data`, which counts no writes (nor do inference
+    tensors): so a few values of every matrix are compared, too.
+    """
 
-@torch.no_grad()
-def _some_values(parameters: list[Tensor]) -> dict[tuple, Tensor]:
-    """By dtype and device, the bytes of a few values of every matrix: PEFT fuses through `.data`, which counts no writes."""
-    found = defaultdict(list)
-    for p in parameters:
-        if p.ndim > 1:
-            step = max(1, (p.numel() - 1) // (SAMPLED - 1))
-            found[p.dtype, p.device].append(p.as_strided((min(SAMPLED, p.numel()),), (step,)))
-    return {kind: torch.cat(values).view(torch.uint8) for kind, values in found.items()}
+    @torch.no_grad()
+    def __init__(self, transformer: nn.Module):
+        self.written = self._written(transformer)
+        self.sampled = defaultdict(list)  # views of the weights, by dtype and device
+        for p in transformer.parameters():
+            if p.ndim > 1:
+                step = max(1, (p.numel() - 1) // (SAMPLED - 1))
+                self.sampled[p.dtype, p.device].append(p.as_strided((min(SAMPLED, p.numel()),), (step,)))
+        self.values = self._values()
 
+    def fits(self, transformer: nn.Module) -> bool:
+        """Are these still the weights, and what they were?"""
+        return self._written(transformer) == self.written and all(map(torch.equal, self._values(), self.values))
 
-def _equal(now: tuple[list[tuple], dict[tuple, Tensor]], then: tuple[list[tuple], dict[tuple, Tensor]]) -> bool:
-    """Are two fingerprints the same?"""
-    (written, values), (before, kept) = now, then
-    return (
-        written == before
-        and values.keys() == kept.keys()
-        and all(torch.equal(values[kind], kept[kind]) for kind in kept)
-    )
+    @staticmethod
+    def _written(transformer: nn.Module) -> list[tuple]:
+        """Which weights, where, and how often they were written to."""
+        return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in transformer.parameters()]
+
+    def _values(self) -> list[Tensor]:
+        """Their bytes, of which NaN equals itself."""
+        return [torch.cat(views).view(torch.uint8) for views in self.sampled.values()]
 
 
 def _same(kept: Tensor | None, now: Tensor | None) -> bool:

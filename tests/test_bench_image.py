@@ -12,9 +12,9 @@ from test_bench import fake_peaks
 
 from sana_bench import check, cli, harness, image, report, runs, schema
 from sana_bench.prompts import Prompts
-from sana_model import memory
+from sana_model import memory, scheduler
 from sana_model.config import SchedulerConfig
-from sana_model.errors import UserError
+from sana_model.errors import MissingError, UserError
 from sana_model.plan import OpClock
 from sana_model.prompt import PromptEncoder
 from sana_model.weights.models import load_model
@@ -97,6 +97,15 @@ def test_runs_share_their_weights_and_copy_each_dtype_once(loaded):
     assert wide.dit.head.weight.data_ptr() == again.dit.head.weight.data_ptr() != loaded.dit.head.weight.data_ptr()
     assert torch.equal(wide.dit.head.weight, loaded.dit.head.weight.float())
     assert weights.missing_bytes(fp32) == 0
+
+
+def test_weights_are_stored_in_what_most_of_them_have(loaded):
+    """Of a mixture: the first tensor may be a small one that was kept in fp32."""
+    dit = copy.deepcopy(loaded.dit)
+    first = next(dit.parameters())
+    first.data = first.data.float()
+    weights = runs.Weights(replace(loaded, dit=dit), torch.device("cpu"))
+    assert weights.stored["dit"] == torch.bfloat16
 
 
 def test_a_comparison_from_beginning_to_end(paint):
@@ -182,6 +191,47 @@ def test_what_is_timed_is_compared_and_not_only_its_parts(paint, steps):
     assert [part["metric"] for part in found["check"]["parts"] if not part["passed"]] == ["latents_sqnr_db"]
     assert row(bench.results.document, "image", "diffusers:bf16")["status"] == "ok"
     assert "dB: DiT, latents, image, text" in report.image_table(bench.results.document)
+
+
+def test_the_step_of_second_order_is_compared_with_fp32(paint, monkeypatch):
+    """A sampler that forgets the step before is right in its first and last steps, and in all of the model's parts."""
+
+    def forgetful(velocity, x, schedule, noise, callback):
+        for i in range(schedule.steps):
+            step = replace(schedule, steps=1, sigmas=schedule.sigmas[i : i + 2])
+            x = scheduler.flow_dpm(lambda x, _, i=i: velocity(x, i), x, step)
+        return x
+
+    def sabotage(bench):
+        bench.workload = replace(bench.workload, steps=4)
+        run = bench.measured["reference:fp32"].run
+        denoise = run.denoise
+
+        def spoiled(*args):
+            with monkeypatch.context() as patch:
+                patch.setitem(scheduler.SAMPLERS, "flow_dpm", forgetful)
+                return denoise(*args)
+
+        run.denoise = spoiled
+
+    document = paint("cpu:fp32", "reference:fp32", before=sabotage).results.document
+    found = row(document, "image", "reference:fp32")
+    assert [part["metric"] for part in found["check"]["parts"] if not part["passed"]] == ["latents_sqnr_db"]
+    assert row(document, "image", "cpu:fp32")["status"] == "ok"
+
+
+def test_what_paints_the_oracle_is_weighed_by_its_decoding_alone(paint, monkeypatch):
+    """Its latents come after a decode that did fit: a refusal of memory there would cost all the rows."""
+    weigh, oracle = memory.check_run, []
+
+    def refuse(config, settings, executed, *args, **options):
+        if executed == oracle[0]:
+            raise MissingError("a picture does not fit")
+        weigh(config, settings, executed, *args, **options)
+
+    monkeypatch.setattr(memory, "check_run", refuse)
+    bench = paint("reference:fp32", before=lambda bench: oracle.append(bench.oracle.plan.executed))
+    assert {row["status"] for row in bench.results.document["results"]} == {"ok"}
 
 
 def test_a_picture_that_comes_out_otherwise_the_second_time_fails(paint):

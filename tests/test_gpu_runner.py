@@ -138,7 +138,7 @@ def test_quick_does_every_step_and_prints_a_table(run):
     assert pytest_[1] == "pytest" and "gpu" in pytest_
     assert kernels[1:4] == ["sana_model", "bench", "kernels"]
     assert image[image.index("--runs") + 1] == "auto:w8a8,auto:bf16,auto:bf16-eager,diffusers:bf16"
-    assert image[image.index("--repeat") + 1] == "2"
+    assert image[image.index("--repeat") + 1] == "3"  # what `sana bench compare` asks for
     log = (run.out / "log.txt").read_text()
     assert "--tool memcheck" in log and "--tool racecheck" in log
     assert "gpu ops\n57 calls of 9 CUDA ops\n1\n" in log and text.count("0 errors; 57 calls of 9 CUDA ops") == 2

@@ -192,13 +192,23 @@ def test_files_of_one_name_get_names_of_their_own(saved, tmp_path):
     [
         (["a/x.safetensors", "b/y.safetensors"], ["x", "y"]),
         (["a/w.safetensors", "b/w.safetensors", "b/a.safetensors"], ["a", "b", "a-2"]),
-        (["a/w.safetensors"] * 3, ["a", "a-2", "a-3"]),
-        (["/w.safetensors", "/w.safetensors"], ["w", "w-2"]),
+        (["a/w.safetensors", "b/a/w.safetensors", "c/a/w.safetensors"], ["a", "a-2", "a-3"]),
+        (["/w.safetensors", "/w/w.safetensors"], ["w", "w-2"]),
         ([], []),
     ],
 )
 def test_names(files, names):
     assert lora.names_of([lora.Path(file) for file in files]) == names
+
+
+def test_a_file_that_is_given_twice_is_refused(saved, tmp_path):
+    """Its strength would double without a word."""
+    file = write(tmp_path / "one.safetensors", peft(draw()))
+    (tmp_path / "again.safetensors").symlink_to(file)
+    (tmp_path / "folder").mkdir()
+    for other in ("one.safetensors:0.5", "folder/../one.safetensors", "again.safetensors"):
+        with pytest.raises(UserError, match="is given twice; a LoRA is added once, and FILE:STRENGTH"):
+            sana_model.load(str(saved), precision="fp32", lora=[str(file), f"{tmp_path}/{other}"])
 
 
 def test_a_quantised_branch_grows_and_shrinks(saved, tmp_path):

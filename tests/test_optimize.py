@@ -1,11 +1,12 @@
 """sana_kernels.optimize on diffusers' pipelines and on ours: the same pictures, in every mode, and back again."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from compare import relative_rms
-from diffusers import SanaPAGPipeline, SanaPipeline, SanaSprintPipeline
+from diffusers import SanaPAGPipeline, SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel
 from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
 from safetensors.torch import save_file
 
@@ -157,6 +158,29 @@ def test_a_checkpoint_is_known_wherever_it_lies(name):
         owner.register_to_config(_name_or_path=None)
     sana_kernels.optimize(pipe)
     assert not pipe.transformer.forward.dit.config.clamp
+
+
+@pytest.mark.parametrize(
+    ("name", "clamp"), [("mine", True), ("Sana_600M_512px_diffusers", False), ("Sana_600M_512px", None)]
+)
+def test_a_folder_of_ours_says_itself_whether_it_is_clamped(name, clamp, tmp_path):
+    """As in `load`: what sana.json says counts for more than what the folder is called."""
+    folder = tmp_path / name
+    diffusers_pipeline(random_model(SMALL, seed=1)).save_pretrained(folder)
+    if clamp is not None:
+        (folder / "sana.json").write_text(json.dumps({"clamp": clamp}))
+    pipe = quiet(SanaPipeline.from_pretrained(folder))
+    assert pipe.transformer.config._name_or_path == str(folder / "transformer")
+    alone = SanaPipeline(
+        **pipe.components | {"transformer": SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer")}
+    )
+    for one in (pipe, alone):
+        sana_kernels.optimize(one)
+        assert one.transformer.forward.dit.config.clamp is (name.startswith("Sana") if clamp is None else clamp)
+        sana_kernels.restore(one)
+    (folder / "sana.json").write_text(json.dumps({"clamp": "yes"}))
+    with pytest.raises(UserError, match=r"sana\.json: clamp is \"yes\"; it must be of type bool"):
+        sana_kernels.optimize(pipe)
 
 
 def test_our_own_pipeline():

@@ -99,9 +99,8 @@ class Planned:
     rank: int
     weights: int  # how many
     bytes: int
-    sqnr_db: (
-        float | None
-    )  # of its output on inputs that it was not fitted to; None: there are none, or the output is zero
+    # Of its output, on inputs that it was not fitted to. None: there are none, or the output is zero.
+    sqnr_db: float | None
     kernel: str  # what runs it on this machine
 
     @property

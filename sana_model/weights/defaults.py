@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sana_model.config import BUILT_IN, AutoencoderConfig, DiTConfig, ModelConfig, SchedulerConfig, TextEncoderConfig
 from sana_model.errors import UserError
+from sana_model.weights import checkpoint_config as configs
 
 WRITTEN_BY = "sana-kernels"
 _FP16_TRAINED = re.compile(r"Sana_(600|1600)M_(512|1024)px(_MultiLing)?(_diffusers|\.pth)?", re.IGNORECASE)
@@ -19,6 +20,18 @@ _FP16_TRAINED = re.compile(r"Sana_(600|1600)M_(512|1024)px(_MultiLing)?(_diffuse
 def trained_in_fp16(checkpoint: str) -> bool:
     """Was a checkpoint trained in fp16, by its name? A path or a hub id tells it too, also from inside the hub's cache."""
     return any(_FP16_TRAINED.fullmatch(part) for part in re.split(r"[/\\]|--", checkpoint))
+
+
+def clamps(checkpoint: str) -> bool:
+    """Does the DiT of a checkpoint need its clamp? By the `sana.json` of the folder, or else by the name, as in `load`.
+
+    `checkpoint`: a model's folder or that of its transformer, or a hub id. Raises UserError for a `clamp` that is no bool.
+    """
+    folder = Path(checkpoint)
+    file = (folder.parent if folder.name == "transformer" else folder) / "sana.json"
+    values = configs.read_json(file) if checkpoint and folder.is_dir() and file.is_file() else {}
+    _check_types(values, file)
+    return values.get("clamp", trained_in_fp16(checkpoint))
 
 
 def assemble(
@@ -85,8 +98,7 @@ SANA_JSON = {
 """The fields of `sana.json` and their types. All are optional; they override what the rest of the folder implies."""
 
 
-def read_sana_json(values: Mapping, file: str | Path, config: ModelConfig) -> ModelConfig:
-    """`config` with the overrides of a `sana.json`; the caller sees to `precision` and `random`."""
+def _check_types(values: Mapping, file: str | Path) -> None:
     for key, value in values.items():
         if key not in SANA_JSON:
             raise UserError(f"{file}: {key} is no known field; known are {', '.join(SANA_JSON)}")
@@ -94,6 +106,11 @@ def read_sana_json(values: Mapping, file: str | Path, config: ModelConfig) -> Mo
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             expected = "a number" if kind is _number else f"of type {kind.__name__}"
             raise UserError(f"{file}: {key} is {json.dumps(value)}; it must be {expected}")
+
+
+def read_sana_json(values: Mapping, file: str | Path, config: ModelConfig) -> ModelConfig:
+    """`config` with the overrides of a `sana.json`; the caller sees to `precision` and `random`."""
+    _check_types(values, file)
     for key in ("steps", "size", "flow_shift", "max_text_tokens"):
         if values.get(key, 1) <= 0:
             raise UserError(f"{file}: {key} is {values[key]}; it must be positive")

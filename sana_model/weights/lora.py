@@ -70,7 +70,10 @@ def parse(text: str) -> tuple[Path, float]:
 
 def names_of(files: Sequence[Path]) -> list[str]:
     """A name for each file, none of them twice: its own; its folder's where several files are called the same, as diffusers
-    and PEFT call theirs; and with -2, -3, ... where that is taken, too."""
+    and PEFT call theirs; and with -2, -3, ... where that is taken, too. Raises UserError for a file that is given twice."""
+    twice = [file for i, file in enumerate(files) if file.resolve() in {other.resolve() for other in files[:i]}]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; a LoRA is added once, and FILE:STRENGTH makes it stronger")
     stems, names = Counter(file.stem for file in files), []
     for file in files:
         own = file.stem if stems[file.stem] == 1 else file.absolute().parent.name or file.stem

@@ -35,9 +35,9 @@ def save_diffusers(
     folder, config = Path(folder), loaded.config
     refuse_to_destroy(folder, force)
     dit_state = keys.to_diffusers(loaded.dit.state_dict(), config.dit)
-    precision = next(name for name, dtype in DTYPES.items() if dtype == _stored(loaded.dit))
+    precision = next(name for name, dtype in DTYPES.items() if dtype == stored_dtype(loaded.dit))
     with replacing(folder) as place:
-        write_configs(place, loaded, str(_stored(loaded.text_encoder)).removeprefix("torch."), precision)
+        write_configs(place, loaded, str(stored_dtype(loaded.text_encoder)).removeprefix("torch."), precision)
         write_weights(place / "transformer", "diffusion_pytorch_model", dit_state, variant, shard_size)
         vae_state = loaded.autoencoder.state_dict()
         write_weights(place / "vae", "diffusion_pytorch_model", vae_state, variant, shard_size)
@@ -160,7 +160,7 @@ def refuse_to_destroy(folder: Path, force: bool) -> None:
         raise UserError(f"{folder} holds a model that was not written by this program; --force replaces it")
 
 
-def _stored(module: nn.Module) -> torch.dtype:
+def stored_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of the largest parameter: in a mixture, that of the matrices."""
     return max(module.parameters(), key=Tensor.numel).dtype
 
