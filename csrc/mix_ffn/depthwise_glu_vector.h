@@ -61,6 +61,7 @@ inline __attribute__((always_inline)) void convolve(const DepthwiseGluRow& row, 
   };
   // The column as the j-th of the three that an output sees. Summed apart first: that rounds less than one long chain.
   const auto add = [&](Vec sum, int j) {
+    if (kLast - kFirst == 1) return fmadd(column[kFirst], tap[kFirst][j], sum);
     Vec part = column[kFirst] * tap[kFirst][j];
     for (int i = kFirst + 1; i < kLast; ++i) part = fmadd(column[i], tap[i][j], part);
     return sum + part;
