@@ -37,8 +37,8 @@ IMAGE_LIMITS = {"fp32": 80, "fp16": 30, "bf16": 30, "w8a8": 22, "fp8": 22}
 
 TEXT_LIMITS = {"fp32": 80, "fp16": 30, "bf16": 30, "w8a8": 15, "fp8": 15, "w4a16": 3, "w4a8": 3, "w4a4": 3}
 """dB that the states of a caption must keep, by the text encoder's precision. Gemma-3-270M keeps 36.8 in bf16, 18.5 in W8A8
-and 6.3 with 4-bit weights rounded to nearest (bench/notes/text_encoder.md), 3 dB more than their limit; sana-tiny's trained
-one keeps 44, 35 and 18, and 28 in fp8. States of another caption are at -3."""
+and 6.3 with 4-bit weights rounded to nearest (bench/notes/text_encoder.md), at least 3 dB more than their limit; sana-tiny's
+trained one keeps 44, 35 and 18, and 28 in fp8. States of another caption are at -3."""
 
 RANDOM_TEXT_LIMITS = TEXT_LIMITS | {"fp16": 25, "bf16": 25, "w8a8": 9, "fp8": 9}
 """The same of random weights, 26 layers of which amplify whatever is rounded: Gemma-2-2B's shape keeps 31 dB in bf16 and 12

@@ -136,8 +136,8 @@ class ImageBench:
         """Check every run against fp32, in the parts of what is timed: the DiT's raw output in the middle of the schedule,
         a decoded picture, the latents of a few steps by the run's own sampler and, of ours, the captions.
 
-        The steps are those of `few`. In fp32 at 1024 px and 0.6B parameters they take two cores about a minute, and a whole
-        schedule seven times as long. Their limit: `check.LATENTS_LOSS`.
+        The steps are those of `few`: in fp32 a whole schedule would take about seven times as long. Their limit:
+        `check.LATENTS_LOSS`.
         """
         self.say("parity with fp32")
         names = sorted(self.alive, key=lambda name: name.split(":")[0] not in BASELINES)

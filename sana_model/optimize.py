@@ -259,7 +259,7 @@ def _perturbed_blocks(transformer: nn.Module) -> list[int]:
 class Fingerprint:
     """Tells whether the weights of a transformer have changed: others, elsewhere, written to, or with other values.
 
-    What PyTorch counts comes first, and costs nothing. PEFT fuses through `.data`, which counts no writes (nor do inference
+    What PyTorch counts comes first, and costs less. PEFT fuses through `.data`, which counts no writes (nor do inference
     tensors): so a few values of every matrix are compared, too.
     """
 
