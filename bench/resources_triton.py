@@ -2,14 +2,17 @@
 
     python -m sana_bench.resources_triton     from the checkout: compiles every kernel ahead of time in every tile of
                                               sana_kernels/tiles.json, and writes bench/notes/triton_resources.md
+    ... --check                               writes nothing: does another version of Triton take them?
 
 The functions of sana_kernels/*/triton.py are called with meta tensors of SANA's shapes, and what they would launch is
 compiled instead: the same tiles, constants and alignments. Fails when a kernel has local memory (registers that were
 spilled), or when a kernel of fp32 operands computes in TF32.
 """
 
+import argparse
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -127,7 +130,8 @@ def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, bool]:
     source = ASTSource(launch.kernel, launch.signature, launch.constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
     ptx = compiled.asm["ptx"]
-    tool = get_ptxas(target)  # a tool with a path since Triton 3.4, a pair before
+    # Of the target, but for Triton 3.4 and 3.5; a tool with a path, before 3.4 a pair.
+    tool = get_ptxas(target) if inspect.signature(get_ptxas).parameters else get_ptxas()
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -326,11 +330,23 @@ def main() -> int:
         return 3
     import triton
 
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compile, and write nothing")
+    check = parser.parse_args().check
     wanted = cases()
     rows = measure(wanted)
+    if not check:
+        write_notes(wanted, rows, triton.__version__)
+    found = problems(rows)
+    for problem in found:
+        print(f"FAIL {problem}")
+    return 1 if found else 0
+
+
+def write_notes(wanted: list[Case], rows: list[Row], version: str) -> None:
     NOTES.write_text(
         "# Registers, shared memory and expected time of every Triton kernel\n\n"
-        f"Compiled ahead of time by Triton {triton.__version__}, measured by its `ptxas -v`; written by `{COMMAND}`.\n"
+        f"Compiled ahead of time by Triton {version}, measured by its `ptxas -v`; written by `{COMMAND}`.\n"
         "fp16 compiles to the code of bf16 with another type. A tile is its BLOCK sizes and w warps; a cell is registers\n"
         "per thread and shared memory. Matrix products appear in every tile that sana_kernels/tiles.json offers. Spilled\n"
         "registers fail.\n\n"
@@ -343,10 +359,6 @@ def main() -> int:
         "2 µs each outside of CUDA graphs.\n\n"
         f"{expectations(wanted)}\n"
     )
-    found = problems(rows)
-    for problem in found:
-        print(f"FAIL {problem}")
-    return 1 if found else 0
 
 
 if __name__ == "__main__":

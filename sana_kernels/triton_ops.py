@@ -27,7 +27,7 @@ def register(op: str, package: str, accepts: Callable[..., str | None]) -> None:
 
 def accepts_rows(x, *args) -> str | None:
     """modulate, gate_residual; quantize and modulate_quantized end with the dtype of their result."""
-    return _dtype(x.dtype) or _row(x.shape[-1]) or (_fp8(args[-1]) if isinstance(args[-1], torch.dtype) else None)
+    return _dtype(x.dtype) or _row(x.shape[-1]) or (_fp8(args[-1], x) if isinstance(args[-1], torch.dtype) else None)
 
 
 def accepts_gemm(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> str | None:
@@ -61,7 +61,7 @@ def accepts_glu(h, height, width, weight, bias, dtype=None) -> str | None:
         return _dtype(h.dtype) or _offsets(h)
     if h.dtype == torch.float32:
         return "it quantises the convolution of bfloat16 and float16, not of float32"
-    return _dtype(h.dtype) or _offsets(h) or _row(h.shape[2] // 2) or _fp8(dtype)
+    return _dtype(h.dtype) or _offsets(h) or _row(h.shape[2] // 2) or _fp8(dtype, h)
 
 
 def accepts_ffn(
@@ -78,7 +78,7 @@ def _operands(x, weight) -> str | None:
         return "it takes weights as contiguous rows (N, K), not packed"
     if max(x.shape[1], weight.stride(0)) * weight.shape[0] >= MAX_ELEMENTS:
         return "it supports weights, and results of an image, of fewer than 2³¹ elements"
-    return _offsets(x) or _fp8(x.dtype)
+    return _offsets(x) or _fp8(x.dtype, x)
 
 
 def _offsets(*tokens: torch.Tensor) -> str | None:
@@ -96,7 +96,9 @@ def _row(channels: int) -> str | None:
     return None if channels <= MAX_ROW else f"it supports rows of up to {MAX_ROW} channels, not {channels}"
 
 
-def _fp8(dtype: torch.dtype) -> str | None:
-    if dtype == torch.float8_e4m3fn and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+def _fp8(dtype: torch.dtype, x: torch.Tensor) -> str | None:
+    if dtype != torch.float8_e4m3fn or not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_capability(x.device if x.is_cuda else None) < (8, 9):  # of "meta", the current one
         return "fp8 needs a GPU of compute capability 8.9 or higher; int8 runs here"
     return None

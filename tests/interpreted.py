@@ -1,7 +1,7 @@
 """Triton kernels on a machine without a GPU: in Triton's interpreter, which conftest.py turns on; with a GPU, compiled.
 
 The interpreter truncates where a GPU rounds to nearest even, in casts from fp32 to bf16 and to e4m3, and multiplies the
-bits of bf16 matrices as integers: importing this file mends both.
+bits of bf16 matrices as integers: importing this file mends both. It also takes what some versions of Triton refuse.
 """
 
 import importlib.util
@@ -44,6 +44,19 @@ interpreter._convert_float = _convert
 interpreter.InterpreterBuilder.create_dot = _dot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    from triton.language.semantic import TritonSemantic
+
+    def _dot_as_before(self, lhs, rhs, acc, input_precision, most, out_dtype, original=TritonSemantic.dot):
+        expected = out_dtype or tl.float32
+        assert acc is None or acc.dtype == expected, (
+            f"Triton 3.5 to 3.7 take an accumulator of {acc.dtype} for {expected}"
+        )
+        return original(self, lhs, rhs, acc, input_precision, most, out_dtype)
+
+    TritonSemantic.dot = _dot_as_before
+
 on_gpu = pytest.mark.gpu if DEVICE == "cuda" else lambda test: test
 """For every test but those of planted defects: with a GPU they are among those that need it, which `make gpu` runs."""
 

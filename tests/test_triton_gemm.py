@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import assert_kernel, relative_rms
 from interpreted import DEVICE, FP8_SUMS, chain_of, defective, on_gpu, on_guarded
+from triton.runtime.errors import InterpreterError
 from variants import DTYPES, double, signed
 
 from sana_kernels.gemm import reference, triton
@@ -211,6 +212,13 @@ def test_a_planted_defect_is_caught(monkeypatch, tmp_path, defect):
     module = defective(triton, tmp_path, DEFECTS[defect])
     with pytest.raises(AssertionError):
         check(module, monkeypatch, DEFECT_CASE, torch.float32)
+        check(module, monkeypatch, replace(DEFECT_CASE, padded=False), torch.float32, torch.int8)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the compiler of this Triton says it, or takes them")
+def test_int8_sums_that_only_some_versions_compile_are_noticed(monkeypatch, tmp_path):
+    module = defective(triton, tmp_path, (", out_dtype=total.dtype", ""))
+    with pytest.raises(InterpreterError, match=r"Triton 3\.5 to 3\.7 take an accumulator of int32 for fp32"):
         check(module, monkeypatch, replace(DEFECT_CASE, padded=False), torch.float32, torch.int8)
 
 

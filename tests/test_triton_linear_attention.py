@@ -27,7 +27,8 @@ def check(module, case, dtype):
     args = case.make(dtype, DEVICE)
     y = on_guarded(module.linear_attention, *args)
     assert y.is_contiguous()
-    assert_kernel(y, reference.linear_attention(*args), reference.linear_attention(*double(*args)), str(case))
+    expected, oracle = reference.linear_attention(*args), reference.linear_attention(*double(*args))
+    assert_kernel(y, expected, oracle, str(case), chain=chain_of(case.N, dtype))
     assert not y[:, case.N // 2].any(), "a token with no positive q must give 0"
     assert not y[:, :, -1].any(), "a head with no positive k must give 0"
 

@@ -13,8 +13,8 @@ GROUP_M rows of tiles, whose tiles of x stay in the L2 cache while the weight st
 Tiles: sana_kernels/tiles.py, from the shape and the architecture. They are powers of two and SANA's N are not: 2240 is
 35 · 64 but 17.5 · 128. The last tile is then half empty, which costs less than another round of smaller tiles would.
 
-fp8 on Hopper: its tensor cores sum with fewer bits than fp32, so after at most 128 values of K the sum moves to fp32
-registers. fp32 operands are multiplied in fp32, never in TF32.
+fp8: tensor cores of Ada and Hopper sum it with fewer bits than fp32, so after BLOCK_K values, on Hopper at most 128, the sum
+is added to one in fp32 registers. fp32 operands are multiplied in fp32, never in TF32.
 
 FLOPs: 2 B M N K. Bytes: (B M + N) K elements and B M N results. Bound: the tensor cores, from about 300 rows on.
 
@@ -50,7 +50,10 @@ def product(
         else:
             x = tl.load(x_at, mask=k[None, :] < K - start, other=0.0)
             weight = tl.load(weight_at, mask=k[:, None] < K - start, other=0.0)
-        total = tl.dot(x, weight, total, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+        if PROMOTE is None:
+            total = tl.dot(x, weight, total, input_precision="ieee", out_dtype=total.dtype)  # before 3.9 it was fp32
+        else:
+            total += tl.dot(x, weight, max_num_imprecise_acc=PROMOTE)
         x_at += BLOCK_K
         weight_at += BLOCK_K
     return total
