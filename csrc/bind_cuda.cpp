@@ -138,6 +138,7 @@ void py_upsample_shuffle(const std::array<Address, 4>& pointers, const std::arra
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
+  module.def("refusal", cuda_refusal, "Why the current GPU and its driver cannot load these kernels; None where they can.");
   module.def(
       "build_info", [] { return py::module_::import("json").attr("loads")(sana_build_info()); },
       "Versions, flags and targets of this build, as a dict.");

@@ -56,6 +56,23 @@ def test_upsample(module, shape, dtype):
     check_upsample(module, shape, dtype)
 
 
+def every_second(x: torch.Tensor) -> torch.Tensor:
+    """The same vector, with others between its values."""
+    return torch.stack((x, torch.full_like(x, 9)), 1).flatten()[::2]
+
+
+def test_vectors_with_gaps(module):
+    x, weight, bias, residual = norm_inputs((2, 5, 3, 40), torch.bfloat16, residual=True)
+    args = x, every_second(weight), every_second(bias), residual, "none", 1e-5
+    (out,) = emulated.run(module, cuda.rms_norm, *args)
+    assert torch.equal(out, *emulated.run(module, cuda.rms_norm, x, weight, bias, residual, "none", 1e-5))
+    x, weight, bias = upsample_inputs(1, 3, 5, 32, 32, torch.bfloat16)
+    folded = reference.fold_upsample(weight)
+    rest = [0, 0, 3, 3], None
+    (out,) = emulated.run(module, cuda.upsample, x, folded, None, list(folded.shape), every_second(bias), *rest)
+    assert torch.equal(out, *emulated.run(module, cuda.upsample, x, folded, None, list(folded.shape), bias, *rest))
+
+
 def conv2d_args(case: Case, dtype: torch.dtype) -> tuple:
     """Arguments of the op by position."""
     (x, weight), around = case.make(dtype)

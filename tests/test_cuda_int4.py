@@ -137,7 +137,7 @@ def test_what_the_kernels_do_not_take():
     assert "multiples of 8 input channels, not 12" in int4_cuda.accepts_w4a16(x, weight, scale, *rest)
     assert "not torch.float32" in int4_cuda.accepts_w4a16(x.float(), weight, scale, *rest)
     low = torch.zeros(1, 1, 12).bfloat16()
-    assert "multiples of 8, not 12" in int4_cuda.accepts_w4a4(None, None, weight, scale, low, low, *rest)
+    assert "multiples of 8, not 12" in int4_cuda.accepts_w4a4(weight, scale, weight, scale, low, low, *rest)
 
 
 # ---- Planted defects
@@ -181,7 +181,8 @@ SMALLER = (
 def test_w4a4_is_for_gpus_that_multiply_4_bits(monkeypatch, capability, accepted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    reason = int4_cuda.accepts_w4a4(*[None] * 7, False, None, None, BF16)
+    x = torch.empty(1, 1, 32, dtype=torch.uint8, device="meta")
+    reason = int4_cuda.accepts_w4a4(x, *[None] * 6, False, None, None, BF16)
     assert (reason is None) == accepted and (accepted or "run in int8" in reason)
 
 

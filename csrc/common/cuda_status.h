@@ -11,4 +11,7 @@ Status cuda_status(int error);
 // Why the last call on this thread returned Status::cuda_error, in CUDA's words.
 const char* cuda_error_text();
 
+// Why the current GPU and its driver cannot load this module's kernels, in CUDA's words; null where they can.
+const char* cuda_refusal();
+
 }  // namespace sana

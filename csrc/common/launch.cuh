@@ -1,7 +1,6 @@
 // How every kernel is launched, and how it gets shared memory whose size is known only at launch.
 //
-// No source writes <<<...>>> or extern __shared__ itself: these two functions have a second implementation in
-// csrc/emulator, which runs the same kernels on the host.
+// No source writes <<<...>>> or extern __shared__ itself: these functions have a second implementation in csrc/emulator, which runs the same kernels on the host.
 #pragma once
 
 #ifdef SANA_EMULATED
@@ -25,6 +24,15 @@ cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t str
   }
   kernel<<<grid, block, shared, stream>>>(args...);
   return cudaGetLastError();
+}
+
+// Whether the current GPU has the kernel's code, and its driver takes it.
+template <auto kernel>
+cudaError_t load_kernel() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();
+  return error;
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

@@ -24,6 +24,11 @@ cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t, co
   }
 }
 
+template <auto kernel>
+cudaError_t load_kernel() {
+  return cudaSuccess;
+}
+
 template <class T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::machine().dynamic_shared());

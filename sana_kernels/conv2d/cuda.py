@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
 from sana_kernels.conv2d.reference import ACTIVATIONS, convolve, convolve_phases
+from sana_kernels.gemm.cuda import at_16_bytes
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
@@ -28,6 +29,7 @@ def _finish(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: str, eps: float, out: Tensor
 ) -> None:  # fmt: skip
     """out = activation(x / RMS(x) · weight + bias) + residual; without weight, activation(x + bias) + residual."""
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     with torch.cuda.device(x.device):
         extension("_cuda")[0].rms_norm(
             [0 if t is None else t.data_ptr() for t in (x, weight, bias, residual, out)],
@@ -105,6 +107,7 @@ def upsample(
     B, H, W, channels = x.shape
     C = weight.shape[0] // 4
     phases = convolve_phases(x, weight).contiguous()
+    x, bias = at_16_bytes(x), at_16_bytes(bias)
     out = torch.empty((B, 2 * H, 2 * W, C), dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         extension("_cuda")[0].upsample_shuffle(

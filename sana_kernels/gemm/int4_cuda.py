@@ -63,7 +63,8 @@ def gemm_w4a16(
 
 
 def accepts_w4a4(x, x_scale, weight, weight_scale, low, up, bias, silu, gate, residual, dtype) -> str | None:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+    device = x.device if x.is_cuda else None  # on "meta", the current one
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0):
         return (
             "GPUs of compute capability 9.0 and higher emulate 4-bit products; there 4-bit weights run in int8"
             " (formats.int4_to_int8, and `gemm`)"
