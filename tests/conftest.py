@@ -75,6 +75,12 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread():
+    """For tests of nothing large enough for two threads, which wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def model():
     """A small random model (`models.SMALL`). Imported here: the settings above come before any import of ours."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_bench import fake_peaks
+from fake_peaks import fake_peaks
 
 from sana_bench import decode, harness, report, runs, schema, work
 from sana_model import memory
@@ -11,10 +11,7 @@ from sana_model.cli import main
 from sana_model.config import BUILT_IN
 from sana_model.weights.models import load_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

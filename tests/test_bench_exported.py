@@ -3,7 +3,7 @@
 import exported
 import pytest
 import torch
-from test_bench import fake_peaks
+from fake_peaks import fake_peaks
 
 from sana_bench import harness, image, report, runs, schema
 from sana_model.weights.models import load_model

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_bench import fake_peaks
+from fake_peaks import fake_peaks
 
 from sana_bench import check, cli, harness, image, report, runs, schema
 from sana_bench.prompts import Prompts
@@ -19,11 +19,7 @@ from sana_model.plan import OpClock
 from sana_model.prompt import PromptEncoder
 from sana_model.weights.models import load_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nothing here is large enough for two, and on a busy machine they wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

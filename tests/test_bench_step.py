@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_bench import fake_peaks
+from fake_peaks import fake_peaks
 
 from sana_bench import harness, report, runs, schema, step, work
 from sana_model.config import BUILT_IN

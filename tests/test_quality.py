@@ -21,10 +21,7 @@ from sana_model.weights.models import load_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nothing here is large enough for two, and on a busy machine they wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_accuracies():

@@ -20,11 +20,7 @@ from sana_bench import efficientnet, metrics
 from sana_bench.scorer import WEIGHTS, Asked, Scorer, prompts_of_concepts
 from sana_model.errors import MissingError, UserError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nothing here is large enough for two, and on a busy machine they wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

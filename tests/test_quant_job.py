@@ -39,9 +39,7 @@ FILE = f"transformer/{checkpoint.FILE}"
 QUICK = {"prompts": ("a fox", "an owl in the rain"), "samples": 2, "steps": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shapes(kind, config) -> dict[str, tuple[int, ...]]:

@@ -11,10 +11,7 @@ import sana_model
 from sana_model.cli import main
 from sana_model.commands.reconstruct import read, reconstruct, reflect
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
