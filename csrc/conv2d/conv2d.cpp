@@ -25,6 +25,7 @@
 #include <atomic>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/scratch.h"
 #include "common/threads.h"
 #include "conv2d/conv2d_cpu.h"
@@ -76,14 +77,14 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   const Layout layout = layout_of(p, kernels);
   const WinogradLayout transformed = winograd_layout(p);
   const int64_t rows = p.band.last - p.band.first, pixels = width_of_result(p);
-  const int64_t down = (rows + kTileRows - 1) / kTileRows;
-  const int64_t tiles = p.B * down * ((pixels + kTilePixels - 1) / kTilePixels);
+  const int64_t down = ceil_div(rows, kTileRows);
+  const int64_t tiles = p.B * down * ceil_div(pixels, kTilePixels);
   const int64_t bytes_transformed = transformed.memory + kernels.buffer * transformed.products.panel / 16;
   const int64_t bytes = p.transformed ? bytes_transformed : layout.memory;
   const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
   const int64_t side_by_side = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most);
   const int64_t run = p.transformed ? patches_of(p.kernel).width : side_by_side * kTilePixels;
-  const int64_t across = (pixels + run - 1) / run;
+  const int64_t across = ceil_div(pixels, run);
   std::atomic<bool> failed{false};
   parallel_for(threads, p.B * down * across, [&](int64_t task) {
     const int64_t row = task / across % down * kTileRows, pixel = task % across * run;

@@ -66,7 +66,7 @@ struct Multiply {
     const int64_t chunk = stay ? (q.panels + 1) / 2 * 2 : kChunk / l.panel < 2 ? 2 : kChunk / l.panel / 2 * 2;
     const int64_t fitting = chunk == 2 ? q.kernel : seen > kFirstLevel ? 1 : kFirstLevel / seen;
     const int64_t steps = q.rows * q.kernel * (l.packed / 64) * ((q.panels + 1) / 2), left = pending.left();
-    const int64_t lines = (pending.next_tile.lines_left() + steps - 1) / steps;
+    const int64_t lines = ceil_div(pending.next_tile.lines_left(), steps);
     const int64_t lines_of_weights = stay ? 0 : (32 + q.rows - 1) / q.rows;  // a step of a row multiplies 32
     Beside<Pending> beside = {pending, lines, left == 0 || steps < left ? 1 : steps / left, lines_of_weights};
     configure_tiles();

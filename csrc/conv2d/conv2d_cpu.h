@@ -104,7 +104,7 @@ static inline WinogradLayout winograd_layout(const Conv2d& p) {
   at.row = kTilePixels * at.pixel + 64;  // a power of 2 would put all positions in the same lines of the first-level cache
   at.sums = 16 * kWinogradPanels;
   l.values = patches.positions() * at.row;
-  l.chunks = (at.packed + kChunkBytes - 1) / kChunkBytes;
+  l.chunks = ceil_div(at.packed, kChunkBytes);
   at.panel = 16 * (at.packed + (p.weight_bytes == 1 ? kStartBytes * l.chunks : 0));
   const int64_t floats = patches.positions() * (l.position_sums() + kTilePixels * l.chunks) +
                          l.seen.groups * l.seen.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);

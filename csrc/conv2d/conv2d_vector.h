@@ -330,7 +330,7 @@ void tiles_of(const Conv2d& p, const Layout& l, const Tile& tiles, char* memory)
   float* const row = sums + l.groups * l.group_sums();
   float* const result = row + round_up(p.C, 16);
   char* const buffer = reinterpret_cast<char*>(result + round_up(p.N, 16));
-  const int64_t panels = (p.N + 15) / 16;
+  const int64_t panels = ceil_div(p.N, 16);
   // In int8 the padding takes part, which is zero in the weights: corrections are sums of whole vectors then.
   const int64_t bytes = p.weight_scale == nullptr ? l.taps : l.packed;
   Pending<E, M> pending(p, l, result);

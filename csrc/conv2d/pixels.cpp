@@ -11,6 +11,7 @@
 #include <atomic>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/scratch.h"
 #include "common/threads.h"
 #include "conv2d/conv2d_cpu.h"
@@ -28,7 +29,7 @@ Status rms_norm_cpu(const RmsNorm& p, int threads) {
   if (p.rows < 1 || p.C < 1) return Status::bad_shape;
   if (!valid(p.dtype)) return Status::bad_dtype;
   const PixelKernels& kernels = choose(kByIsa);
-  parallel_for(threads, (p.rows + kPixels - 1) / kPixels, [&](int64_t task) {
+  parallel_for(threads, ceil_div(p.rows, kPixels), [&](int64_t task) {
     kernels.rms_norm(p, task * kPixels, std::min((task + 1) * kPixels, p.rows));
   });
   return Status::ok;

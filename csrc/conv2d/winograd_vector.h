@@ -143,7 +143,7 @@ void write_values(const Pixels& seen, int64_t rows, int64_t pixels, int64_t C, c
   using Value = typename Integers::Value;
   constexpr int kSeen = T::kSeen, kStep = T::kStep, kPositions = T::kPositions;
   constexpr int64_t kChunk = Integers::kChunk;
-  const int64_t across = (pixels + kStep - 1) / kStep, chunks = (C + kChunk - 1) / kChunk;
+  const int64_t across = ceil_div(pixels, kStep), chunks = ceil_div(C, kChunk);
   float v[kPositions * kChunk], size[kPositions + kLanes] = {};
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = chunk * kChunk, count = C - first < kChunk ? C - first : kChunk;
@@ -190,7 +190,7 @@ void winograd_tile(const Conv2d& of_integers, const Tile& tile, char* memory) {
   float* const result = row + round_up(p.C, 16);
   float* const scales = result + round_up(p.N, 16);
   char* const buffer = reinterpret_cast<char*>(scales + T::kPositions * l.chunks * kTilePixels);
-  const int64_t panels = (p.N + 15) / 16, across = (tile.pixels + T::kStep - 1) / T::kStep;
+  const int64_t panels = ceil_div(p.N, 16), across = ceil_div(tile.pixels, T::kStep);
   const int64_t K = l.products.pixel, position = l.products.row;  // of values, in bytes
 
   const Pixels seen = seen_by<T, E>(p, l.seen, tile, window, row);
@@ -202,7 +202,7 @@ void winograd_tile(const Conv2d& of_integers, const Tile& tile, char* memory) {
   Pending<E, Sums> pending(p, l.seen, result);
   for (int64_t top = 0; top < tile.rows; top += T::kPatches.rows()) {
     const int64_t rows = top + T::kPatches.rows() < tile.rows ? T::kPatches.rows() : tile.rows - top;
-    const int64_t patches = (rows + T::kStep - 1) / T::kStep * across;
+    const int64_t patches = ceil_div(rows, T::kStep) * across;
     write_values<T, E, Integers>({seen.first + top * seen.row, seen.row, seen.pixel}, rows, tile.pixels, p.C,
                                  {values, position, K}, scales);
     for (int64_t panel = 0; panel < panels; panel += kWinogradPanels) {

@@ -22,6 +22,7 @@
 #include <atomic>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/scratch.h"
 #include "common/threads.h"
 #include "gemm/gemm_w4a16_cpu.h"
@@ -50,7 +51,7 @@ Status gemm_w4a16_cpu(const GemmW4A16& p, int threads) {
   parallel_for(threads, M, [&](int64_t row) { kernels.arrange(p, row, x + row * bytes); });
 
   const int64_t rows = std::clamp<int64_t>(kRowsBytes / bytes / 4 * 4, 4, kMostRows);
-  const int64_t across = (N + kW4A16Columns - 1) / kW4A16Columns, down = (M + rows - 1) / rows;
+  const int64_t across = ceil_div(N, kW4A16Columns), down = ceil_div(M, rows);
   std::atomic<bool> failed{false};
   parallel_for(threads, across * down, [&](int64_t task) {
     const int64_t row = task / across * rows, column = task % across * kW4A16Columns;

@@ -7,6 +7,8 @@
 // gcc does not know that a tile load reads memory: after what it reads was written, the caller puts written().
 #pragma once
 
+#include "common/integers.h"
+
 namespace sana {
 namespace {
 
@@ -86,7 +88,7 @@ inline void load_7(const char* weight) {
 template <class T, Stays kStays = Stays::x, class P>
 inline void multiply(const char* x, int64_t stride, const char* weight, int64_t apart, int64_t steps, P& pending) {
   constexpr bool kStreamX = kStays == Stays::weights, kStreamWeights = !kStreamX;
-  const int rows_per_step = int((kRows + steps - 1) / steps);
+  const int rows_per_step = int(ceil_div(kRows, steps));
   for (int64_t step = 0; step < steps; ++step) {
     load_4<kStreamX>(x + 64 * step, stride);
     load_6<kStreamWeights>(weight + 1024 * step);

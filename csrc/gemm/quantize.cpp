@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/threads.h"
 #include "gemm/quantize_cpu.h"
 
@@ -25,7 +26,7 @@ Status quantize_cpu(const Quantize& p, int threads) {
   if (p.rows < 1 || p.K < 1) return Status::bad_shape;
   if (!valid(p.dtype)) return Status::bad_dtype;
   const QuantizeKernels& kernels = choose(kByIsa);
-  parallel_for(threads, (p.rows + kRows - 1) / kRows,
+  parallel_for(threads, ceil_div(p.rows, kRows),
                [&](int64_t task) { kernels.rows(p, task * kRows, std::min((task + 1) * kRows, p.rows)); });
   return Status::ok;
 }

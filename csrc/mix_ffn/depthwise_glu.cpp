@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/scratch.h"
 #include "common/threads.h"
 #include "gemm/quantize.h"
@@ -61,7 +62,7 @@ const float* pack_depthwise(const void* weight, DType weight_dtype, const void* 
   const int64_t channels = 2 * F;
   float* const pairs = filter + 10 * channels;
   const bool paired = choose(kByIsa).pairs && weight_dtype == DType::bf16 && F % kPairChannels == 0;
-  parallel_for(threads, (channels + kPairChannels - 1) / kPairChannels, [&](int64_t block) {
+  parallel_for(threads, ceil_div(channels, kPairChannels), [&](int64_t block) {
     const int64_t first = block * kPairChannels, last = std::min(first + kPairChannels, channels);
     for (int64_t c = first; c < last; ++c) {
       float taps[9] = {};

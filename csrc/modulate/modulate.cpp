@@ -20,6 +20,7 @@
 #include <new>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/threads.h"
 #include "modulate/modulate_cpu.h"
 
@@ -47,7 +48,7 @@ Floats widen(const Problem& p, const ImageRows& rows, float addend) {
 // f(b, first, last) for every image and every kTokens of its tokens.
 template <class Problem, class F>
 void for_tokens(const Problem& p, int threads, F f) {
-  const int64_t blocks = (p.N + kTokens - 1) / kTokens;
+  const int64_t blocks = ceil_div(p.N, kTokens);
   parallel_for(threads, p.B * blocks, [&](int64_t task) {
     const int64_t first = task % blocks * kTokens;
     f(task / blocks, first, std::min(first + kTokens, p.N));
