@@ -80,6 +80,11 @@ class Inputs:
         return torch.where(columns < OUTLIER_SHARE, OUTLIER * x, x).to(self.device, self.dtype)
 
 
+def _quantized(plain: Case) -> Case:
+    """The same op, ending in 8-bit rows."""
+    return replace(plain, op=f"{plain.op}_quantized", make=lambda inputs: (*plain.make(inputs), torch.int8))
+
+
 def _dit_attention(name: str, B: int, N: int, C: int, D: int = 32, normed: bool = False) -> Case:
     def make(inputs: Inputs) -> tuple:
         q, k, v = inputs(B, N, 3 * C).view(B, N, 3, C // D, D).unbind(2)
@@ -113,11 +118,6 @@ def _modulate(name: str, B: int, N: int, C: int) -> Case:
         return inputs(B, N, C), table[:, 0], table[:, 1], 1e-6
 
     return Case("modulate", name, {"B": B, "N": N, "C": C}, 2 * B * N * C, make)
-
-
-def _modulate_quantized(name: str, B: int, N: int, C: int) -> Case:
-    plain = _modulate(name, B, N, C)
-    return replace(plain, op="modulate_quantized", make=lambda inputs: (*plain.make(inputs), torch.int8))
 
 
 def _gate_residual(name: str, B: int, N: int, C: int) -> Case:
@@ -207,11 +207,6 @@ def _depthwise_glu(name: str, B: int, height: int, width: int, F: int) -> Case:
     return Case("depthwise_glu", name, {"B": B, "N": N, "F": F}, B * N * 2 * F * 9, make)
 
 
-def _depthwise_glu_quantized(name: str, B: int, height: int, width: int, F: int) -> Case:
-    plain = _depthwise_glu(name, B, height, width, F)
-    return replace(plain, op="depthwise_glu_quantized", make=lambda inputs: (*plain.make(inputs), torch.int8))
-
-
 def _mix_ffn(name: str, B: int, height: int, width: int, C: int, F: int) -> Case:
     N = height * width
 
@@ -293,13 +288,15 @@ def _published() -> list[Case]:
         dit = BUILT_IN[name].dit
         label, N, C, F = f"{name.removeprefix('sana-')}_{32 * grid[0]}", grid[0] * grid[1], dit.hidden, dit.ffn
         cases += [
-            _dit_attention(label, B, N, C),
+            attention := _dit_attention(label, B, N, C),
+            _quantized(attention),
             _attention_from(label, B, N, C),
-            _modulate(label, B, N, C),
-            _modulate_quantized(label, B, N, C),
+            modulate := _modulate(label, B, N, C),
+            _quantized(modulate),
             _quantize(label, B, N, C),
             _gate_residual(label, B, N, C),
-            _cross_attention(label, N, C, dit.cross_heads, 60, (1, 60)),
+            cross := _cross_attention(label, N, C, dit.cross_heads, 60, (1, 60)),
+            _quantized(cross),
             qkv := _gemm(f"{label}_qkv", B, N, C, 3 * C),
             _quantize_gemm(qkv),
             _gemm(f"{label}_out", B, N, C, C, gated=True),
@@ -308,8 +305,8 @@ def _published() -> list[Case]:
             _quantize_int4(label, B, N, C),
             _gemm_w4a4(f"{label}_out", B, N, C, C),
             _gemm_w4a4(f"{label}_project", B, N, F, C),
-            _depthwise_glu(label, B, *grid, F),
-            _depthwise_glu_quantized(label, B, *grid, F),
+            glu := _depthwise_glu(label, B, *grid, F),
+            _quantized(glu),
             _mix_ffn(label, B, *grid, C, F),
         ]
     small = BUILT_IN["sana-0.6b"].dit

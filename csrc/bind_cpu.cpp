@@ -25,16 +25,18 @@ std::string sana::failure(Status status) { return status_text(status); }
 
 namespace {
 
-void py_linear_attention(const std::array<Address, 4>& qkv_out, const std::array<int64_t, 4>& shape,
-                         const std::array<std::array<int64_t, 3>, 3>& strides, int dtype,
-                         const std::array<Typed, 2>& norms, float norm_eps, float eps, int threads) {
-  const LinearAttention p = linear_attention_args(qkv_out, shape, strides, dtype, norms, norm_eps, eps);
+// `out_scale` here and below: None for a result in the dtype of q, x or h.
+void py_linear_attention(const std::array<Address, 4>& qkv_out, Optional out_scale,
+                         const std::array<int64_t, 4>& shape, const std::array<std::array<int64_t, 3>, 3>& strides,
+                         int dtype, const std::array<Typed, 2>& norms, float norm_eps, float eps, int threads) {
+  LinearAttention p = linear_attention_args(qkv_out, shape, strides, dtype, norms, norm_eps, eps);
+  p.row_scale = pointer<float>(out_scale);
   call("linear_attention", linear_attention_cpu, p, threads);
 }
 
-void py_cross_attention(const std::array<Address, 4>& qkv_out, const std::optional<std::vector<int64_t>>& lengths,
-                        const std::array<int64_t, 5>& shape, const std::array<std::array<int64_t, 3>, 3>& strides,
-                        int dtype, int threads) {
+void py_cross_attention(const std::array<Address, 4>& qkv_out, Optional out_scale,
+                        const std::optional<std::vector<int64_t>>& lengths, const std::array<int64_t, 5>& shape,
+                        const std::array<std::array<int64_t, 3>, 3>& strides, int dtype, int threads) {
   CrossAttention p = {};
   p.q = pointer(qkv_out[0]), p.k = pointer(qkv_out[1]), p.v = pointer(qkv_out[2]), p.out = pointer(qkv_out[3]);
   p.lengths = lengths ? lengths->data() : nullptr;
@@ -43,10 +45,10 @@ void py_cross_attention(const std::array<Address, 4>& qkv_out, const std::option
   std::copy_n(strides[1].begin(), 3, p.k_stride);
   std::copy_n(strides[2].begin(), 3, p.v_stride);
   p.dtype = DType(dtype);
+  p.row_scale = pointer<float>(out_scale);
   call("cross_attention", cross_attention_cpu, p, threads);
 }
 
-// `out_scale`: None for a result in the dtype of x.
 void py_modulate(const Tokens& x, const Row& shift, const Row& scale, Address out, Optional out_scale,
                  const std::array<int64_t, 3>& shape, int dtype, float eps, int threads) {
   const Modulate p = {token_rows(x), image_rows(shift), image_rows(scale), pointer(out), shape[0],
@@ -67,7 +69,7 @@ void py_quantize(Address x, Address values, Address scale, int64_t rows, int64_t
   call("quantize", quantize_cpu, p, threads);
 }
 
-// pointers: h, weight, bias, out; `out_scale`: None for a result in the dtype of h; dtypes: of h, weight and bias.
+// pointers: h, weight, bias, out; dtypes: of h, weight and bias.
 void py_depthwise_glu(const std::array<Address, 4>& pointers, Optional out_scale, const std::array<int64_t, 4>& shape,
                       const std::array<int, 3>& dtypes, int threads) {
   const auto [h, weight, bias, out] = pointers;

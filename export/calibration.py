@@ -61,7 +61,7 @@ def check_range(pipe: Pipeline, samples: int, steps: int) -> None:
         )
 
 
-def _with_scores(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+def _with_scores(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, quantize: None = None) -> Tensor:
     """The graph's cross-attention, scores included, without the mask that is added to them: it is made of the range."""
     attention_scores(q, k)
     return REFERENCE_OPS.cross_attention(q, k, v, lengths)

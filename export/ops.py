@@ -68,7 +68,7 @@ def mix_ffn(
     return gemm(u, project, gate=gate, residual=residual)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, quantize: None = None) -> Tensor:
     """As `sana_kernels.cross_attention`; lengths (B,) are tensors in a graph, and never None."""
     scores = attention_scores(q, k)
     columns = torch.arange(k.shape[1], device=q.device)
@@ -85,7 +85,7 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
 
 def linear_attention_node(
     q: Tensor, k: Tensor, v: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    norm_eps: float = 1e-5, eps: float = 1e-15,
+    norm_eps: float = 1e-5, eps: float = 1e-15, quantize: None = None,
 ) -> Tensor:  # fmt: skip
     """As `sana_kernels.linear_attention`, but a node that only an engine with our plugin can compute."""
     if q_norm is not None:

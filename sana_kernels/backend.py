@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 
 OPS = (
-    "linear_attention", "linear_attention_from", "modulate", "modulate_quantized", "gate_residual", "cross_attention",
-    "mix_ffn", "depthwise_glu", "depthwise_glu_quantized", "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4",
-    "conv2d", "upsample", "multi_scale", "rms_norm",
+    "linear_attention", "linear_attention_quantized", "linear_attention_from", "modulate", "modulate_quantized",
+    "gate_residual", "cross_attention", "cross_attention_quantized", "mix_ffn", "depthwise_glu", "depthwise_glu_quantized",
+    "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4", "conv2d", "upsample", "multi_scale", "rms_norm",
 )  # fmt: skip
 BACKENDS = ("cuda", "triton", "cpu", "library", "reference")  # fastest first; library: a fused GPU kernel of PyTorch's
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType of csrc/common/dtype.h
@@ -78,6 +78,11 @@ def backend_status(backend: str) -> str | None:
         return "the package triton is not installed; `pip install triton` adds it"
     if backend in ("cuda", "triton", "library") and not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU" if torch.version.cuda else "this torch is a build without CUDA"
+    if backend == "cuda" and (refusal := extension("_cuda")[0].refusal()):
+        return (
+            f"CUDA does not load its kernels here ({refusal}); update the driver, or build for this GPU:"
+            " `SANA_CUDA=1 pip install .` on this machine"
+        )
     return None
 
 

@@ -68,7 +68,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor | Quantized, ops: Ops, gate: Tensor, residual: Tensor, perturbed: int) -> Tensor:
         """residual + gate · attention(x), (B, N, C). The last `perturbed` images attend to themselves only (PAG: out(v))."""
         config = self.config
-        B, N, C = residual.shape
+        B, N, _ = residual.shape
         if ops.linear_attention_from and is_plain(self.qkv) and self.norm_q is None and not perturbed:
             weight = self.qkv.weight
             y = ops.linear_attention_from(x, weight, head_dim=config.head_dim, eps=config.attention_eps)
@@ -78,11 +78,12 @@ class LinearAttention(nn.Module):
             y = ops.linear_attention(
                 q[:kept], k[:kept], v[:kept],
                 q_norm=self.norm_q, k_norm=self.norm_k, norm_eps=config.qk_norm_eps, eps=config.attention_eps,
+                quantize=None if perturbed else rows_for(self.out),
             )  # fmt: skip
             if perturbed:
                 y = torch.cat([y, v[kept:]])
-        y = y.view(B, N, C)
-        if config.clamp or y.dtype == torch.float16:  # fp16-trained weights never saw anything beyond fp16's range
+        y = y.flatten(2) if isinstance(y, Tensor) else y
+        if config.clamp or residual.dtype == torch.float16:  # such weights never saw anything beyond fp16's range
             return ops.gate_residual(residual, linear(ops, y, self.out).clamp(-FP16_MAX, FP16_MAX), gate)
         return linear(ops, y, self.out, gate=gate, residual=residual)
 
@@ -113,7 +114,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], lengths: Tensor | None, ops: Ops) -> Tensor:
         """x + attention(x), (B, N, C)."""
         q = self._heads(linear(ops, x, self.q), self.norm_q)
-        return linear(ops, ops.cross_attention(q, *keys_values, lengths).flatten(2), self.out, residual=x)
+        y = ops.cross_attention(q, *keys_values, lengths, quantize=rows_for(self.out))
+        return linear(ops, y.flatten(2) if isinstance(y, Tensor) else y, self.out, residual=x)
 
 
 class MixFFN(nn.Module):

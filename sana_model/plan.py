@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import sana_kernels
-from sana_kernels.backend import backend_status, extension, kernels, why_not
+from sana_kernels.backend import OPS, backend_status, extension, kernels, why_not
 from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_integers
 from sana_kernels.mix_ffn import taps_first
 from sana_model.autoencoder.bands import BAND_BYTES
@@ -141,6 +141,8 @@ class Plan:
             if op in ("gemm", "conv2d") and wide != backend:
                 run = _by_weight(run, _on(op, wide))
             bound[op] = self.clock.wrap((part, op), run) if timed else run
+            if (in_one := f"{op}_quantized") in OPS and not _has_kernel(in_one, backend):
+                bound[op] = _then_quantize(bound[op], bound["quantize"])
         return Ops(**bound)
 
     def prepare(self, part: str, module: nn.Module) -> None:
@@ -371,6 +373,16 @@ def _on(op: str, backend: str) -> Callable:
     if backend == "reference" or (backend == "library" and not _has_kernel(op, backend)):
         return getattr(REFERENCE_OPS, op)
     return partial(getattr(sana_kernels, op), backend=backend)
+
+
+def _then_quantize(run: Callable, quantize_rows: Callable) -> Callable:
+    """What stands for an op that can end in 8-bit rows, on a backend that has no kernel for both."""
+
+    def both(*args, quantize: torch.dtype | None = None, **kwargs):
+        y = run(*args, **kwargs)
+        return y if quantize is None else quantize_rows(y.flatten(2), quantize)
+
+    return both
 
 
 def _has_kernel(op: str, backend: str) -> bool:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,12 +22,20 @@ EAGER_OPS = {
     "linear_attention": lambda q, k, v, q_norm, k_norm, norm_eps, eps, **kw: sana_kernels.linear_attention(
         q, k, v, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps, eps=eps, **kw
     ),
+    "linear_attention_quantized": lambda q, k, v, q_norm, k_norm, norm_eps, eps, dtype, **kw: (
+        sana_kernels.linear_attention(
+            q, k, v, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps, eps=eps, quantize=dtype, **kw
+        )
+    ),
     "linear_attention_from": lambda x, _, weight, w_scale, head_dim, eps, **kw: sana_kernels.linear_attention_from(
         x, weight, head_dim=head_dim, eps=eps, **kw
     ),
     "modulate": lambda x, shift, scale, eps, **kw: sana_kernels.modulate(x, shift, scale, eps=eps, **kw),
     "gate_residual": sana_kernels.gate_residual,
     "cross_attention": sana_kernels.cross_attention,
+    "cross_attention_quantized": lambda q, k, v, lengths, dtype, **kw: sana_kernels.cross_attention(
+        q, k, v, lengths, quantize=dtype, **kw
+    ),
     "modulate_quantized": lambda x, shift, scale, eps, dtype, **kw: sana_kernels.modulate(
         x, shift, scale, eps=eps, quantize=dtype, **kw
     ),
@@ -122,6 +131,17 @@ print(backend.backend_status("cpu"))
     assert "SANA_KERNELS_ISA=avx1024 is not known; choose portable, avx2, avxvnni, avx512 or amx" in result.stdout, (
         result.stderr
     )
+
+
+def test_a_gpu_that_cannot_load_the_kernels_is_passed_over(monkeypatch):
+    """An old driver, or a module that was built for other GPUs: known before the first launch."""
+    refusals = iter(["no kernel image is available for execution on the device", None])
+    module = SimpleNamespace(refusal=lambda: next(refusals))
+    monkeypatch.setattr(backend, "extension", lambda name: (module, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status = backend.backend_status.__wrapped__
+    assert "(no kernel image is available for execution on the device); update the driver" in status("cuda")
+    assert status("cuda") is None
 
 
 def test_an_op_without_a_kernel(monkeypatch):

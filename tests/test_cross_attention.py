@@ -13,6 +13,7 @@ from sana_kernels import backend
 from sana_kernels.backend import BackendUnavailable
 from sana_kernels.cross_attention import library
 from sana_kernels.cross_attention.reference import cross_attention as reference
+from sana_kernels.gemm.reference import quantize
 
 VARIANTS = variants("cross_attention", tiles=True)
 
@@ -62,6 +63,17 @@ def test_error_against_fp64(variant, dtype, case):
         assert torch.equal(y, run(variant, "cross_attention", q, k, v, lengths)), "padding must not matter"
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", variants("cross_attention_quantized", tiles=True))
+def test_quantized_rows_are_those_of_the_result(variant, dtype, case):
+    args = case.make(dtype, device_of(variant))
+    values, scale = run(variant, "cross_attention", *args, quantize=torch.int8)
+    assert values.shape == (case.B, case.N, -(-case.H * case.D // 64) * 64) and values.is_contiguous()
+    expected = quantize(run(variant, "cross_attention", *args).flatten(2))
+    assert torch.equal(values, expected[0]) and torch.equal(scale, expected[1]), f"{variant} {case}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_more_text_than_one_block(variant, dtype):
@@ -95,8 +107,9 @@ def test_same_bytes_on_any_number_of_threads(dtype, variant):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(run(variant, "cross_attention", *args))
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        rows = run(variant, "cross_attention", *args, quantize=torch.int8)
+        results.append((run(variant, "cross_attention", *args), *rows))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def plain(q, k, v, lengths):

@@ -46,7 +46,7 @@ def pipeline(
     return pipe, capture
 
 
-def masked(q, k, v, lengths):
+def masked(q, k, v, lengths, quantize=None):
     """As the reference on a GPU, which does not look at lengths."""
     mask = torch.arange(k.shape[1]) < lengths[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -366,7 +366,7 @@ def walk(name: str, dtype: torch.dtype, loop_function=denoise, **settings) -> li
         dit = DiT(config.dit).to(dtype)
     with torch.inference_mode():
         attention = library.cross_attention if dtype != torch.float32 else REFERENCE_OPS.cross_attention
-        dit.ops = replace(REFERENCE_OPS, cross_attention=attention)
+        dit.ops = replace(REFERENCE_OPS, cross_attention=lambda *args, quantize: attention(*args))
         inputs = meta_inputs(config, dit, loop)
         loop_function(dit, loop, inputs)  # as in `Graphs`, what is cached is made before
         with launches() as found:

@@ -11,6 +11,7 @@ from variants import DTYPES, device_of, double, on_cpu, run, signed, variants
 
 import sana_kernels
 from sana_kernels.backend import BackendUnavailable
+from sana_kernels.gemm.reference import quantize
 from sana_kernels.linear_attention.reference import linear_attention as reference
 
 
@@ -67,8 +68,8 @@ def expected(case: Case, dtype: torch.dtype, device: str) -> tuple[tuple, torch.
     return args, reference(*args), reference(*double(*args))
 
 
-def call(variant: str, q, k, v, q_norm, k_norm, norm_eps, eps) -> torch.Tensor:
-    return run(variant, "linear_attention", q, k, v, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps, eps=eps)
+def call(variant: str, q, k, v, q_norm, k_norm, norm_eps, eps, **kwargs) -> torch.Tensor | sana_kernels.Quantized:
+    return run(variant, "linear_attention", q, k, v, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps, eps=eps, **kwargs)
 
 
 @pytest.mark.parametrize("variant", variants("linear_attention", tiles=True))
@@ -83,6 +84,17 @@ def test_error_against_fp64(variant, dtype, case):
     assert not y[:, case.N // 2].any(), "a token with no positive q must give 0"
     assert not y[:, :, -1].any(), "a head with no positive k must give 0"
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=False)), "inputs must not change"
+
+
+@pytest.mark.parametrize("variant", variants("linear_attention_quantized", tiles=True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_quantized_rows_are_those_of_the_result(variant, dtype, case):
+    args = case.make(dtype, device_of(variant))
+    values, scale = call(variant, *args, quantize=torch.int8)
+    assert values.shape == (case.B, case.N, -(-case.H * case.D // 64) * 64) and values.is_contiguous()
+    expected = quantize(call(variant, *args).flatten(2))
+    assert torch.equal(values, expected[0]) and torch.equal(scale, expected[1]), f"{variant} {case}"
 
 
 MISTAKES = {
@@ -143,8 +155,8 @@ def test_same_bytes_on_any_number_of_threads(variant, dtype):
     results = []
     for threads in (1, 2, 2, 5):
         torch.set_num_threads(threads)
-        results.append(call(variant, *args))
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        results.append((call(variant, *args), *call(variant, *args, quantize=torch.int8)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_nan_and_infinity_are_not_hidden():
@@ -183,6 +195,16 @@ def _invalid(change):
         (lambda a: {n: x[..., :12] for n, x in a.items()}, BackendUnavailable, "multiples of 8 up to 128, not 12"),
         (lambda a: {n: x.double() for n, x in a.items()}, BackendUnavailable, "not torch.float64"),
         (lambda a: {"k_norm": torch.ones(96).half()}, BackendUnavailable, "k_norm in torch.float32.*not torch.float16"),
+        (
+            lambda a: {"quantize": torch.int16},
+            TypeError,
+            "quantises to torch.int8 or torch.float8_e4m3fn, not torch.int16",
+        ),
+        (
+            lambda a: {"quantize": torch.float8_e4m3fn},
+            BackendUnavailable,
+            "it quantises to int8, not torch.float8_e4m3fn",
+        ),
         (lambda a: {"backend": "fastest"}, ValueError, "choose one of auto, cuda, triton, cpu, library, reference"),
     ],
 )

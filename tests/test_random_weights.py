@@ -73,7 +73,7 @@ def measure(dit: DiT, side: int) -> Measured:
     shares, logits, stream = {"attention": [], "cross_attention": [], "mix_ffn": []}, [], []
     residual = {"attention": 3, "cross_attention": 0, "mix_ffn": 4}  # which argument it is
 
-    def cross_attention(q, k, v, lengths):
+    def cross_attention(q, k, v, lengths, quantize):
         score = torch.einsum("bnhd,blhd->bhnl", q.float(), k.float()) / math.sqrt(q.shape[-1])
         logits.append(score.sub(score.mean(-1, keepdim=True)).square().mean().sqrt().item())
         return REFERENCE_OPS.cross_attention(q, k, v, lengths)

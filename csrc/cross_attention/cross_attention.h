@@ -10,7 +10,8 @@
 namespace sana {
 
 // q: (B, N, H, D); k, v: (B, L, H, D); all of `dtype`, strides in elements of B, N or L, and H; the stride of D is 1.
-// out: (B, N, H, D), contiguous. lengths: B numbers of text tokens from 1 to L, or null for all; what lies beyond them
+// out: (B, N, H, D), contiguous; where there is a `row_scale`, (B, N) rows of quantized_pitch(H * D) int8
+// (gemm/quantize.h), and it gets one float per row. lengths: B numbers of text tokens from 1 to L, or null for all; what lies beyond them
 // is never read.
 struct CrossAttention {
   const void *q, *k, *v;
@@ -19,6 +20,7 @@ struct CrossAttention {
   int64_t B, N, L, H, D;
   int64_t q_stride[3], k_stride[3], v_stride[3];
   DType dtype;
+  float* row_scale;
 };
 
 static inline int64_t length_of(const CrossAttention& p, int64_t b) {

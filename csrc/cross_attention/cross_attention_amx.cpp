@@ -31,9 +31,9 @@ struct OnTiles {
 };
 static_assert(kColumns == 2 * kLanes && kKeys % kColumns == 0 && kMaxD % kColumns == 0, "blocks of columns end there");
 
-void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed) {
+void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed, void* rows) {
   configure_tiles();
-  attend_any<OnTiles>(p, b, h, first, last, packed);
+  attend_any<OnTiles>(p, b, h, first, last, packed, rows);
   _tile_release();
 }
 

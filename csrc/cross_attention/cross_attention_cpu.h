@@ -11,8 +11,9 @@ struct CrossAttentionKernels {
   int64_t (*packed_bytes)(const CrossAttention& p);
   // The text tokens of a head, in the layout that attend reads.
   void (*pack)(const CrossAttention& p, int64_t b, int64_t h, void* packed);
-  // The outputs of a head's tokens first ... last - 1.
-  void (*attend)(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed);
+  // The outputs of a head's tokens first ... last - 1, in their rows of H * D elements.
+  void (*attend)(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed,
+                 void* rows);
 };
 
 extern const CrossAttentionKernels cross_attention_portable;

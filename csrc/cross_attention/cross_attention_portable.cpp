@@ -23,7 +23,7 @@ void pack(const CrossAttention& p, int64_t b, int64_t h, void* packed) {
   }
 }
 
-void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed) {
+void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed, void* rows) {
   const float* keys = static_cast<const float*>(packed);
   const float* values = keys + p.L * p.D;
   const float scale = 1 / sqrtf(float(p.D));
@@ -45,7 +45,7 @@ void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_
       for (int64_t d = 0; d < p.D; ++d) y[d] = y[d] * factor + probability * v[d];
     }
     for (int64_t d = 0; d < p.D; ++d) y[d] /= sum;
-    store_row(y, p.dtype, p.D, at(p.out, ((b * p.N + n) * p.H + h) * p.D, p.dtype));
+    store_row(y, p.dtype, p.D, at(rows, ((n - first) * p.H + h) * p.D, p.dtype));
   }
 }
 

@@ -224,7 +224,7 @@ void softmax(int32_t* row, int64_t count, int64_t padded, float scale, Softmax& 
 }
 
 template <class E, class Multiply>
-void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* memory) {
+void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* memory, void* rows) {
   using T = typename E::Type;
   using Step = typename Multiply::Step;
   constexpr int kQueries = Multiply::kQueries;
@@ -253,7 +253,7 @@ void attend(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_
                           packed.value_columns, steps, y[0], kMaxD, l > 0});
     }
     for (int64_t t = 0; t < count; ++t) {
-      T* out = static_cast<T*>(p.out) + ((b * p.N + start + t) * p.H + h) * p.D;
+      T* out = static_cast<T*>(rows) + ((start - first + t) * p.H + h) * p.D;
       const Vec inverse = set1(1 / state[t].sum);
       for (int64_t d = 0; d < p.D; d += kLanes)
         E::store(out + d, first_lanes(p.D - d), F32::load(y[t] + d, kAllLanes) * inverse);
@@ -275,10 +275,11 @@ void pack_any(const CrossAttention& p, int64_t b, int64_t h, void* packed) {
 }
 
 template <class BF16Multiply>
-void attend_any(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed) {
-  if (p.dtype == DType::f32) return attend<F32, Single>(p, b, h, first, last, packed);
-  if (p.dtype == DType::f16) return attend<F16, Widened>(p, b, h, first, last, packed);
-  attend<BF16, BF16Multiply>(p, b, h, first, last, packed);
+void attend_any(const CrossAttention& p, int64_t b, int64_t h, int64_t first, int64_t last, const void* packed,
+                void* rows) {
+  if (p.dtype == DType::f32) return attend<F32, Single>(p, b, h, first, last, packed, rows);
+  if (p.dtype == DType::f16) return attend<F16, Widened>(p, b, h, first, last, packed, rows);
+  attend<BF16, BF16Multiply>(p, b, h, first, last, packed, rows);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@
 
 namespace sana {
 
-// q, k, v: (B, N, H, D) of `dtype`, strides in elements of B, N and H; the stride of D is 1. out: contiguous.
+// q, k, v: (B, N, H, D) of `dtype`, strides in elements of B, N and H; the stride of D is 1. out: the same, contiguous;
+// where there is a `row_scale` (CPUs only), (B, N) rows of quantized_pitch(H * D) int8 (gemm/quantize.h), and it gets
+// one float per row.
 // q_norm, k_norm: (H * D) weights, or null for no normalisation.
 struct LinearAttention {
   const void *q, *k, *v;
@@ -19,6 +21,7 @@ struct LinearAttention {
   const void *q_norm, *k_norm;
   DType q_norm_dtype, k_norm_dtype;
   float norm_eps, eps;
+  float* row_scale;
 };
 
 static inline Status check(const LinearAttention& p) {

@@ -90,7 +90,7 @@ void state_on_tiles(const LinearAttention& p, const float* weight, int64_t b, in
   configure_tiles();
   for (int64_t start = first; start < last; start += kMostSteps * kStepTokens) {
     const int64_t count = last - start < kMostSteps * kStepTokens ? last - start : kMostSteps * kStepTokens;
-    const int64_t steps = (count + kStepTokens - 1) / kStepTokens;
+    const int64_t steps = ceil_div(count, kStepTokens);
     for (int64_t t = 0; t < count && weight != nullptr; ++t) scale[t] = keys.inverse_rms(start + t, p.norm_eps);
     for (int64_t h = 0; h < p.H; ++h) {
       float* const S = state + h * head_state_floats(p);
@@ -154,7 +154,7 @@ void finish_on_tiles(float* state) {
 }
 
 void apply_on_tiles(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last,
-                    const float* state) {
+                    const float* state, void* rows) {
   const HeadTokens queries(p, p.q, p.q_stride, b);
   alignas(64) uint16_t q[kStepTokens][kD] = {};
   alignas(64) int32_t z[2][kTileUnits];  // its high parts, and its low ones
@@ -187,7 +187,7 @@ void apply_on_tiles(const LinearAttention& p, const float* weight, int64_t b, in
         const Vec sum = F32::load(normaliser[t], kAllLanes) + F32::load(normaliser[t] + kLanes, kAllLanes);
         const Vec inverse = reciprocal(sum + set1(p.eps));
         const Vec low = F32::load(y[t], kAllLanes) * inverse, high = F32::load(y[t] + kLanes, kAllLanes) * inverse;
-        uint16_t* const out = static_cast<uint16_t*>(p.out) + ((b * p.N + start + t) * p.H + h) * kD;
+        uint16_t* const out = static_cast<uint16_t*>(rows) + ((start - first + t) * p.H + h) * kD;
         _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
       }
     }
@@ -203,8 +203,10 @@ void finish(const LinearAttention& p, float* state) {
   if (on_tiles(p)) finish_on_tiles(state);
 }
 
-void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state) {
-  on_tiles(p) ? apply_on_tiles(p, weight, b, first, last, state) : apply_any(p, weight, b, first, last, state);
+void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state,
+           void* out) {
+  on_tiles(p) ? apply_on_tiles(p, weight, b, first, last, state, out)
+              : apply_any(p, weight, b, first, last, state, out);
 }
 
 }  // namespace

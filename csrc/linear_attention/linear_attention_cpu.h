@@ -11,7 +11,7 @@ namespace sana {
 //     row e < D   sum_n relu(k[n][e]) * v[n][:]
 //     row D       sum_n relu(k[n][:])
 // An image's state: its H heads one after another.
-static inline int64_t state_pitch(const LinearAttention& p) { return (p.D + 15) / 16 * 16; }
+static inline int64_t state_pitch(const LinearAttention& p) { return round_up(p.D, 16); }
 static inline int64_t head_state_floats(const LinearAttention& p) { return (p.D + 1) * state_pitch(p); }
 
 struct LinearAttentionKernels {
@@ -19,9 +19,9 @@ struct LinearAttentionKernels {
   void (*state)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, float* state);
   // Rearranges a head's state, the sum of all tokens, for apply; null where there is nothing to do.
   void (*finish)(const LinearAttention& p, float* head_state);
-  // Writes out for these tokens. `weight`: q's norm, likewise.
+  // The result for these tokens, as rows of H * D elements. `weight`: q's norm, likewise.
   void (*apply)(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last,
-                const float* state);
+                const float* state, void* out);
 };
 
 extern const LinearAttentionKernels linear_attention_portable;

@@ -92,7 +92,8 @@ void state(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
   }
 }
 
-void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state) {
+void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state,
+           void* out) {
   const Tokens queries(p.q, p.q_stride, p.dtype, b);
   const int64_t pitch = state_pitch(p), D = p.D;
   float q[kTokens][kMaxD] = {}, y[kTokens][kMaxD], scale[kTokens] = {};
@@ -109,7 +110,7 @@ void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
         float normaliser = p.eps;
         for (int64_t e = 0; e < D; ++e) normaliser += q[t][e] * S[D * pitch + e];
         for (int64_t d = 0; d < D; ++d) y[t][d] /= normaliser;
-        store_row(y[t], p.dtype, D, at(p.out, ((b * p.N + start + t) * p.H + h) * D, p.dtype));
+        store_row(y[t], p.dtype, D, at(out, ((start - first + t) * p.H + h) * D, p.dtype));
       }
     }
   }

@@ -131,7 +131,7 @@ void state(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
   alignas(64) int32_t k[kTokens / kStep][kPitch], v[kTokens / kStep][kPitch];
   float scale[kTokens] = {};
   for (int64_t start = first; start < last; start += kTokens) {
-    const int count = int(last - start < kTokens ? last - start : kTokens), steps = (count + kStep - 1) / kStep;
+    const int count = int(last - start < kTokens ? last - start : kTokens), steps = int(ceil_div(count, kStep));
     for (int t = 0; t < count && weight != nullptr; ++t) scale[t] = keys.inverse_rms(start + t, p.norm_eps);
     for (int64_t h = 0; h < p.H; ++h) {
       float* S = state + h * head_floats;
@@ -160,7 +160,8 @@ void state(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
 }
 
 template <class E, int V>
-void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state) {
+void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last, const float* state,
+           void* rows) {
   constexpr int R = rows_in_registers(V), kPitch = V * kLanes;
   const Tokens<E, V> queries(p, p.q, p.q_stride, b);
   const int64_t head_floats = head_state_floats(p);
@@ -193,7 +194,7 @@ void apply(const LinearAttention& p, const float* weight, int64_t b, int64_t fir
           }
         }
         for (int r = 0; r < R && t + r < count; ++r) {
-          typename E::Type* out = static_cast<typename E::Type*>(p.out) + ((b * p.N + start + t + r) * p.H + h) * p.D;
+          typename E::Type* out = static_cast<typename E::Type*>(rows) + ((start - first + t + r) * p.H + h) * p.D;
           for (int c = 0; c < V; ++c) E::store(out + c * kLanes, queries.lanes(c), y[r][c] / set1(normaliser[t + r]));
         }
       }
@@ -229,12 +230,12 @@ void state_any(const LinearAttention& p, const float* weight, int64_t b, int64_t
 }
 
 inline void apply_any(const LinearAttention& p, const float* weight, int64_t b, int64_t first, int64_t last,
-                      const float* in) {
+                      const float* in, void* out) {
   with_vectors(p, [&](auto vectors) {
     constexpr int V = decltype(vectors)::count;
-    if (p.dtype == DType::f32) return apply<F32, V>(p, weight, b, first, last, in);
-    if (p.dtype == DType::f16) return apply<F16, V>(p, weight, b, first, last, in);
-    apply<BF16, V>(p, weight, b, first, last, in);
+    if (p.dtype == DType::f32) return apply<F32, V>(p, weight, b, first, last, in, out);
+    if (p.dtype == DType::f16) return apply<F16, V>(p, weight, b, first, last, in, out);
+    apply<BF16, V>(p, weight, b, first, last, in, out);
   });
 }
 

@@ -5,17 +5,32 @@ from torch import Tensor
 
 from sana_kernels.backend import call, define, register
 from sana_kernels.cross_attention import cpu, library, reference
+from sana_kernels.gemm import Quantized, fake_quantize
+from sana_kernels.gemm.reference import MOST
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    quantize: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | Quantized:
     """softmax(q kᵀ / √D) v per image and head, over the first lengths[b] of L text tokens.
 
     q: (B, N, H, D); k, v: (B, L, H, D); one floating dtype and device, any strides. lengths: (B,) integers from 1 to L, for
-    the CPU best left there, or None for all L. Returns (B, N, H, D), contiguous, in q's dtype.
+    the CPU best left there, or None for all L. Returns (B, N, H, D), contiguous, in q's dtype; with `quantize` (torch.int8
+    or torch.float8_e4m3fn) the rows of that, (B, N, H·D), `Quantized` for the next matrix product.
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check(q, k, v, lengths)
-    return call("cross_attention", backend, q, k, v, lengths)
+    if quantize is None:
+        return call("cross_attention", backend, q, k, v, lengths)
+    if quantize not in MOST:
+        raise TypeError(f"cross_attention quantises to {' or '.join(map(str, MOST))}, not {quantize}")
+    return Quantized(*call("cross_attention_quantized", backend, q, k, v, lengths, quantize))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
@@ -52,4 +67,13 @@ define(
     "cross_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? lengths",
     lambda q, k, v, lengths, backend: q.new_empty(q.shape),
+)
+
+register("cross_attention_quantized", "reference", reference.cross_attention_quantized)
+register("cross_attention_quantized", "cpu", cpu.cross_attention_quantized, device="cpu", accepts=cpu.accepts_quantized)
+define(
+    "cross_attention_quantized",
+    "Tensor q, Tensor k, Tensor v, Tensor? lengths, ScalarType dtype",
+    lambda q, k, v, lengths, dtype, backend: fake_quantize(q.flatten(2), dtype, backend),
+    returns="(Tensor, Tensor)",
 )

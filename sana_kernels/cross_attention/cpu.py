@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
+from sana_kernels.gemm.cpu import address, empty_rows
 
 
 def accepts(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> str | None:
@@ -16,16 +17,37 @@ def accepts(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> str | No
     return None
 
 
+def accepts_quantized(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> str | None:
+    return accepts(q, k, v, lengths) or (None if dtype == torch.int8 else f"it quantises to int8, not {dtype}")
+
+
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
     """As the reference; arguments as this package lets them through."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _cross_attention(q, k, v, lengths, out, None)
+    return out
+
+
+def cross_attention_quantized(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As the reference; `dtype` is int8."""
+    B, N, H, D = q.shape
+    values, scale = empty_rows(B, N, H * D)
+    _cross_attention(q, k, v, lengths, values, scale)
+    return values, scale
+
+
+def _cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, out: Tensor, out_scale: Tensor | None
+) -> None:
     B, N, H, D = q.shape
     extension("_cpu")[0].cross_attention(
         [x.data_ptr() for x in (q, k, v, out)],
+        address(out_scale),
         None if lengths is None else lengths.tolist(),
         (B, N, k.shape[1], H, D),
         [x.stride()[:3] for x in (q, k, v)],
         DTYPE_CODES[q.dtype],
         torch.get_num_threads(),
     )
-    return out

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_kernels.gemm.reference import quantize
+
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """(B, N, H, D), (B, L, H, D), (B, L, H, D), (B,) integers or None → (B, N, H, D) contiguous, in q's dtype.
@@ -26,3 +28,10 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = No
             mask = (columns < lengths.to(q.device).unsqueeze(1))[:, None, None]  # (B, 1, 1, L)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
+
+
+def cross_attention_quantized(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    """The same, in q's dtype, as 8-bit rows: (B, N, H·D rounded up to a multiple of 64) in `dtype`, and (B, N) scales."""
+    return quantize(cross_attention(q, k, v, lengths).flatten(2), dtype)

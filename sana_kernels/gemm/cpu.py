@@ -76,13 +76,18 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As the reference, to the bit."""
     *lead, K = x.shape
     rows = x.reshape(-1, K)  # copies where one stride cannot walk all rows
-    values = torch.empty(*lead, -(-K // STEP) * STEP, dtype=dtype)
-    scale = torch.empty(lead, dtype=torch.float32)
+    values, scale = empty_rows(*lead, K)
     extension("_cpu")[0].quantize(
         rows.data_ptr(), values.data_ptr(), scale.data_ptr(), len(rows), K, rows.stride(0), DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return values, scale
+
+
+def empty_rows(*shape: int) -> tuple[Tensor, Tensor]:
+    """Memory for a tensor of that shape (..., K) as int8 rows: values and scales."""
+    *lead, K = shape
+    return torch.empty(*lead, -(-K // STEP) * STEP, dtype=torch.int8), torch.empty(lead, dtype=torch.float32)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from sana_kernels import triton_ops
 from sana_kernels.backend import DTYPE_CODES, call, define, register
-from sana_kernels.gemm import Quantized, inputs, outputs, parts
+from sana_kernels.gemm import Quantized, fake_quantize, inputs, outputs, parts
+from sana_kernels.gemm.reference import MOST
 from sana_kernels.linear_attention import cpu, cuda, reference
 
 
@@ -18,18 +19,25 @@ def linear_attention(
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-5,
     eps: float = 1e-15,
+    quantize: torch.dtype | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | Quantized:
     """o = relu(q) (relu(k)ᵀ v) / (relu(q) · Σ relu(k) + eps) per image and head (arXiv 2410.10629, section 2.2).
 
     q, k, v: (B, N, H, D) of one floating dtype and device, with any strides but the last, which is 1: pass a packed
     projection as views, `qkv.view(B, N, 3, H, D).unbind(2)` in the DiT, `qkv.view(B, N, H, 3, D).unbind(3)` in the DC-AE.
     q_norm, k_norm: (H·D,) weights of an RMSNorm of each token over all heads, before the ReLU, or None.
-    Returns (B, N, H, D), contiguous, in q's dtype; sums are fp32. `reference.py` states the arithmetic.
+    Returns (B, N, H, D), contiguous, in q's dtype; sums are fp32. With `quantize` (torch.int8 or torch.float8_e4m3fn) the
+    rows of that, (B, N, H·D), `Quantized` for the next matrix product. `reference.py` states the arithmetic.
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check(q, k, v, q_norm, k_norm)
-    return call("linear_attention", backend, q, k, v, q_norm, k_norm, norm_eps, eps)
+    args = (q, k, v, q_norm, k_norm, norm_eps, eps)
+    if quantize is None:
+        return call("linear_attention", backend, *args)
+    if quantize not in MOST:
+        raise TypeError(f"linear_attention quantises to {' or '.join(map(str, MOST))}, not {quantize}")
+    return Quantized(*call("linear_attention_quantized", backend, *args, quantize))
 
 
 def linear_attention_from(
@@ -111,6 +119,10 @@ def _accepts(q, k, v, q_norm, k_norm, norm_eps, eps) -> str | None:
     return None
 
 
+def _accepts_quantized(*args) -> str | None:
+    return _accepts(*args[:-1]) or (None if args[-1] == torch.int8 else f"it quantises to int8, not {args[-1]}")
+
+
 def _fake(q, k, v, q_norm, k_norm, norm_eps, eps, backend):
     return q.new_empty(q.shape)
 
@@ -123,6 +135,15 @@ define(
     "linear_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float norm_eps, float eps",
     _fake,
+)
+
+register("linear_attention_quantized", "reference", reference.linear_attention_quantized)
+register("linear_attention_quantized", "cpu", cpu.linear_attention_quantized, device="cpu", accepts=_accepts_quantized)
+define(
+    "linear_attention_quantized",
+    "Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float norm_eps, float eps, ScalarType dtype",
+    lambda q, k, v, q_norm, k_norm, norm_eps, eps, dtype, backend: fake_quantize(q.flatten(2), dtype, backend),
+    returns="(Tensor, Tensor)",
 )
 
 

@@ -16,7 +16,7 @@ one rounding to q's dtype ends it. Sums may run in any order, as long as the sam
 import torch
 from torch import Tensor
 
-from sana_kernels.gemm.reference import gemm
+from sana_kernels.gemm.reference import gemm, quantize
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,6 +52,20 @@ def linear_attention(
     normaliser = k.sum(2).unsqueeze(3)
     out = (q @ state) / (q @ normaliser + eps)
     return out.transpose(1, 2).to(dtype).contiguous()
+
+
+def linear_attention_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    eps: float = 1e-15,
+    dtype: torch.dtype = torch.int8,
+) -> tuple[Tensor, Tensor]:
+    """The same, in q's dtype, as 8-bit rows: (B, N, H·D rounded up to a multiple of 64) in `dtype`, and (B, N) scales."""
+    return quantize(linear_attention(q, k, v, q_norm, k_norm, norm_eps, eps).flatten(2), dtype)
 
 
 def linear_attention_from(

@@ -7,7 +7,6 @@ from torch import Tensor
 from sana_kernels.backend import DTYPE_CODES, extension
 from sana_kernels.gemm import cpu as gemm
 from sana_kernels.gemm import inputs, outputs
-from sana_kernels.gemm.reference import STEP
 from sana_kernels.gemm.reference import gemm as library_gemm
 
 
@@ -32,8 +31,7 @@ def depthwise_glu_quantized(
 ) -> tuple[Tensor, Tensor]:
     """As the reference; `dtype` is int8."""
     B, N, channels = h.shape
-    values = torch.empty(B, N, -(-(channels // 2) // STEP) * STEP, dtype=dtype)
-    scale = torch.empty(B, N, dtype=torch.float32)
+    values, scale = gemm.empty_rows(B, N, channels // 2)
     _run(h, height, width, weight, bias, values, scale)
     return values, scale
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
-from sana_kernels.gemm.cpu import address
-from sana_kernels.gemm.reference import STEP
+from sana_kernels.gemm.cpu import address, empty_rows
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -25,9 +24,7 @@ def modulate_quantized(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As the reference; `dtype` is int8."""
-    B, N, C = x.shape
-    values = torch.empty(B, N, -(-C // STEP) * STEP, dtype=dtype)
-    values_scale = torch.empty(B, N, dtype=torch.float32)
+    values, values_scale = empty_rows(*x.shape)
     _modulate(x, shift, scale, eps, values, values_scale)
     return values, values_scale
 
