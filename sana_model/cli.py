@@ -1,4 +1,4 @@
-"""The `sana` command: generate, show, verify, convert, quantize, doctor, bench, tune.
+"""The `sana` command: generate, show, reconstruct, verify, convert, quantize, export, doctor, bench, tune.
 
 Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk);
 130 Ctrl-C; 1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports
@@ -207,7 +207,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("with what")
     model.add_argument("--model", metavar="M", help=f"{MODEL_HELP} (default: sana-tiny)")
     model.add_argument("--base", metavar="FOLDER", help="text encoder and autoencoder for a single file")
-    model.add_argument("--backend", metavar="B", help="auto (default) | reference | cpu | cuda | triton")
+    model.add_argument(
+        "--backend", metavar="B",
+        help="auto (default) | reference | cpu | cuda | triton; of exported folders onnxruntime | tensorrt",
+    )  # fmt: skip
     model.add_argument("--precision", metavar="P", help="of the DiT: bf16 | fp32 | fp16 | w8a8 | fp8 | w4a8 | w4a4")
     model.add_argument("--text-precision", metavar="P", help="of the text encoder, where also w4a16 is worth its while")
     model.add_argument("--decoder-precision", metavar="P", help="likewise: bf16 | fp32 | w8a8")
