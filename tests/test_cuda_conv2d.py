@@ -56,6 +56,10 @@ def test_upsample(module, shape, dtype):
     check_upsample(module, shape, dtype)
 
 
+def test_a_module_whose_kernels_load_says_nothing(module):
+    assert module.refusal() is None
+
+
 def every_second(x: torch.Tensor) -> torch.Tensor:
     """The same vector, with others between its values."""
     return torch.stack((x, torch.full_like(x, 9)), 1).flatten()[::2]
