@@ -124,7 +124,7 @@ def case_named(name: str):
     return next(case for case in CASES if str(case) == name)
 
 
-@pytest.mark.parametrize("op", ["modulate_quantized", "quantize"])
+@pytest.mark.parametrize("op", ["quantize", *(op for op in backend.OPS if op.endswith("_quantized"))])
 def test_of_quantised_rows_the_bytes_are_those_that_are_written(op):
     arguments = case_named(f"{op}/tiny_256").arguments("bf16")
     plain, oracle = kernels.expected(op, arguments)
