@@ -323,7 +323,7 @@ def prepared(op: str, backend: str, arguments: tuple) -> tuple:
 def expected(op: str, arguments: tuple) -> tuple[Tensor | tuple, Tensor]:
     """What plain PyTorch makes of the arguments, and the truth in fp64: the values, where that is quantised rows."""
     plain, exact = runner(op, "reference")(*arguments), tuple(wide(a) for a in arguments)
-    if op.endswith("_quantized"):  # the truth is what would be quantised: PyTorch is half a step away from it
+    if op.endswith("_quantized"):  # the truth is what would be quantised, as rows: PyTorch is half a step away from it
         return plain, runner(op.removesuffix("_quantized"), "reference")(*exact[:-1]).flatten(2)
     return plain, values(op, runner(op, "reference")(*exact))
 

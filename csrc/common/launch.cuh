@@ -30,9 +30,7 @@ cudaError_t launch_kernel(dim3 grid, dim3 block, size_t shared, cudaStream_t str
 template <auto kernel>
 cudaError_t load_kernel() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  cudaGetLastError();
-  return error;
+  return cudaFuncGetAttributes(&attributes, kernel);
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

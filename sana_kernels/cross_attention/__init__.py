@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from sana_kernels.backend import call, define, register
+from sana_kernels.backend import define, register
 from sana_kernels.cross_attention import cpu, library, reference
-from sana_kernels.gemm import Quantized, fake_quantize
-from sana_kernels.gemm.reference import MOST
+from sana_kernels.gemm import Quantized, call_for_rows, fake_quantize
 
 
 def cross_attention(
@@ -26,11 +25,7 @@ def cross_attention(
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check(q, k, v, lengths)
-    if quantize is None:
-        return call("cross_attention", backend, q, k, v, lengths)
-    if quantize not in MOST:
-        raise TypeError(f"cross_attention quantises to {' or '.join(map(str, MOST))}, not {quantize}")
-    return Quantized(*call("cross_attention_quantized", backend, q, k, v, lengths, quantize))
+    return call_for_rows("cross_attention", backend, (q, k, v, lengths), quantize)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
-from sana_kernels.gemm.cpu import address, empty_rows
+from sana_kernels.gemm.cpu import address, empty_rows, only_int8
 
 
 def accepts(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> str | None:
@@ -18,7 +18,7 @@ def accepts(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> str | No
 
 
 def accepts_quantized(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> str | None:
-    return accepts(q, k, v, lengths) or (None if dtype == torch.int8 else f"it quantises to int8, not {dtype}")
+    return accepts(q, k, v, lengths) or only_int8(dtype)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:

@@ -133,6 +133,15 @@ def _check(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) 
         raise ValueError("gemm takes tensors with contiguous channels (last stride 1); call .contiguous()")
 
 
+def call_for_rows(op: str, backend: str, args: tuple, quantize: torch.dtype | None) -> Tensor | Quantized:
+    """An op that can end in 8-bit rows: `op`, or where `quantize` names their dtype, its kernel `op`_quantized."""
+    if quantize is None:
+        return call(op, backend, *args)
+    if quantize not in reference.MOST:
+        raise TypeError(f"{op} quantises to {' or '.join(map(str, reference.MOST))}, not {quantize}")
+    return Quantized(*call(f"{op}_quantized", backend, *args, quantize))
+
+
 def fake_quantize(x, dtype, backend):
     padded = -(-x.shape[-1] // reference.STEP) * reference.STEP
     return x.new_empty((*x.shape[:-1], padded), dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)

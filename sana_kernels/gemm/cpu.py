@@ -69,6 +69,10 @@ def gemm(
 def accepts_quantize(x: Tensor, dtype: torch.dtype, *args) -> str | None:
     if x.dtype not in DTYPE_CODES:
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    return only_int8(dtype)
+
+
+def only_int8(dtype: torch.dtype) -> str | None:
     return None if dtype == torch.int8 else f"it quantises to int8, not {dtype}"
 
 

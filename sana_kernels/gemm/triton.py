@@ -13,8 +13,8 @@ GROUP_M rows of tiles, whose tiles of x stay in the L2 cache while the weight st
 Tiles: sana_kernels/tiles.py, from the shape and the architecture. They are powers of two and SANA's N are not: 2240 is
 35 · 64 but 17.5 · 128. The last tile is then half empty, which costs less than another round of smaller tiles would.
 
-fp8: tensor cores of Ada and Hopper sum it with fewer bits than fp32, so after BLOCK_K values, on Hopper at most 128, the sum
-is added to one in fp32 registers. fp32 operands are multiplied in fp32, never in TF32.
+fp8: tensor cores of Hopper, and by reports of Ada, sum it with fewer bits than fp32, so after BLOCK_K values, on Hopper at
+most 128, the sum is added to one in fp32 registers. fp32 operands are multiplied in fp32, never in TF32.
 
 FLOPs: 2 B M N K. Bytes: (B M + N) K elements and B M N results. Bound: the tensor cores, from about 300 rows on.
 

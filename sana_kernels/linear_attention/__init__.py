@@ -5,8 +5,8 @@ from torch import Tensor
 
 from sana_kernels import triton_ops
 from sana_kernels.backend import DTYPE_CODES, call, define, register
-from sana_kernels.gemm import Quantized, fake_quantize, inputs, outputs, parts
-from sana_kernels.gemm.reference import MOST
+from sana_kernels.gemm import Quantized, call_for_rows, fake_quantize, inputs, outputs, parts
+from sana_kernels.gemm.cpu import only_int8
 from sana_kernels.linear_attention import cpu, cuda, reference
 
 
@@ -32,12 +32,7 @@ def linear_attention(
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check(q, k, v, q_norm, k_norm)
-    args = (q, k, v, q_norm, k_norm, norm_eps, eps)
-    if quantize is None:
-        return call("linear_attention", backend, *args)
-    if quantize not in MOST:
-        raise TypeError(f"linear_attention quantises to {' or '.join(map(str, MOST))}, not {quantize}")
-    return Quantized(*call("linear_attention_quantized", backend, *args, quantize))
+    return call_for_rows("linear_attention", backend, (q, k, v, q_norm, k_norm, norm_eps, eps), quantize)
 
 
 def linear_attention_from(
@@ -120,7 +115,7 @@ def _accepts(q, k, v, q_norm, k_norm, norm_eps, eps) -> str | None:
 
 
 def _accepts_quantized(*args) -> str | None:
-    return _accepts(*args[:-1]) or (None if args[-1] == torch.int8 else f"it quantises to int8, not {args[-1]}")
+    return _accepts(*args[:-1]) or only_int8(args[-1])
 
 
 def _fake(q, k, v, q_norm, k_norm, norm_eps, eps, backend):

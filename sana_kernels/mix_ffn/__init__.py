@@ -5,8 +5,8 @@ from torch import Tensor
 
 from sana_kernels import triton_ops
 from sana_kernels.backend import call, define, register
-from sana_kernels.gemm import Quantized, check_weight, fake_quantize, inputs, outputs, parts
-from sana_kernels.gemm.reference import MOST, STEP
+from sana_kernels.gemm import Quantized, call_for_rows, check_weight, fake_quantize, inputs, outputs, parts
+from sana_kernels.gemm.reference import STEP
 from sana_kernels.mix_ffn import cpu, cuda, reference
 
 
@@ -72,11 +72,7 @@ def depthwise_glu(
         )
     if not (h.device == weight.device == bias.device and h.is_contiguous()):
         raise ValueError("depthwise_glu takes a contiguous h, and all tensors on one device")
-    if quantize is None:
-        return call("depthwise_glu", backend, h, height, width, weight, bias)
-    if quantize not in MOST:
-        raise TypeError(f"depthwise_glu quantises to {' or '.join(map(str, MOST))}, not {quantize}")
-    return Quantized(*call("depthwise_glu_quantized", backend, h, height, width, weight, bias, quantize))
+    return call_for_rows("depthwise_glu", backend, (h, height, width, weight, bias), quantize)
 
 
 def taps_first(weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def accepts_depthwise_glu(h: Tensor, *args) -> str | None:
 
 
 def accepts_depthwise_glu_quantized(h, height, width, weight, bias, dtype) -> str | None:
-    return accepts_depthwise_glu(h) or (None if dtype == torch.int8 else f"it quantises to int8, not {dtype}")
+    return accepts_depthwise_glu(h) or gemm.only_int8(dtype)
 
 
 def depthwise_glu(h: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:

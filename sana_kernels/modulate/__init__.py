@@ -5,8 +5,7 @@ from torch import Tensor
 
 from sana_kernels import triton_ops
 from sana_kernels.backend import DTYPE_CODES, call, define, register
-from sana_kernels.gemm import Quantized, fake_quantize
-from sana_kernels.gemm.reference import MOST
+from sana_kernels.gemm import Quantized, call_for_rows, fake_quantize
 from sana_kernels.modulate import cpu, cuda, reference
 
 
@@ -27,11 +26,7 @@ def modulate(
     Raises ValueError or TypeError for arguments that no backend takes, BackendUnavailable where `backend` cannot run.
     """
     _check("modulate", (x,), (shift, scale))
-    if quantize is None:
-        return call("modulate", backend, x, shift, scale, eps)
-    if quantize not in MOST:
-        raise TypeError(f"modulate quantises to {' or '.join(map(str, MOST))}, not {quantize}")
-    return Quantized(*call("modulate_quantized", backend, x, shift, scale, eps, quantize))
+    return call_for_rows("modulate", backend, (x, shift, scale, eps), quantize)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sana_kernels.backend import DTYPE_CODES, extension
-from sana_kernels.gemm.cpu import address, empty_rows
+from sana_kernels.gemm.cpu import address, empty_rows, only_int8
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -17,7 +17,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 def accepts_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> str | None:
     if x.dtype not in DTYPE_CODES:
         return f"it computes in float32, bfloat16 and float16, not {x.dtype}"
-    return None if dtype == torch.int8 else f"it quantises to int8, not {dtype}"
+    return only_int8(dtype)
 
 
 def modulate_quantized(
