@@ -5,6 +5,7 @@ fp64, by FlashAttention's rule. A row whose check fails gets no speed-up.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,6 +22,11 @@ DIT_LIMITS = {"fp32": 80, "fp16": 35, "bf16": 30, "w8a8": 22, "fp8": 22, "w4a16"
 """dB that the DiT's raw output must keep, by the precision that `RunName.judged` gives: w4a4's limit is for activations that
 do have 4 bits, and where w4a4 is executed in W8A8, w4a8's holds. 4-bit weights rounded to the nearest keep 14.6 dB on random
 models, with their outliers, and fail; SVDQuant's keep 18.9."""
+
+EIGHT_BITS, PLAIN_LOSS, LIMIT_LOSS = ("w8a8", "fp8"), 2, 6
+"""What 8 bits cost depends on the weights, too: random ones of the 1.6B keep 19.5 dB in W8A8, in plain PyTorch as well. So
+the DiT's output in 8 bits may keep fewer dB than its limit, by up to `LIMIT_LOSS`, if they are at most `PLAIN_LOSS` fewer
+than plain PyTorch keeps in the same precision: 1.25 times its RMSE, as for a kernel."""
 
 LATENTS_LOSS, LATENTS_LEAST = 13, 3
 """The latents of three steps may keep so many dB less than the DiT's output, but not fewer than the second number. Guidance
@@ -70,23 +76,31 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
     return max(-SQNR_CAP, min(SQNR_CAP, 10 * math.log10(signal / noise))) if signal > 0 else -SQNR_CAP
 
 
-def dit_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
-    """The DiT's raw output (rows, 32, H, W). The worst row counts: neither half of the guided batch hides the other."""
-    value = min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
-    limit = DIT_LIMITS[precision]
+def _worst_sqnr(actual: Tensor, expected: Tensor) -> float:
+    return min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def dit_check(actual: Tensor, expected: Tensor, precision: str, plain: Callable[[], Tensor] | None = None) -> Check:
+    """The DiT's raw output (rows, 32, H, W). The worst row counts: neither half of the guided batch hides the other.
+
+    `plain()` is that of plain PyTorch in the same precision; it is asked for in 8 bits only, where the limit is missed
+    but not by more than `LIMIT_LOSS`.
+    """
+    value, limit = _worst_sqnr(actual, expected), DIT_LIMITS[precision]
+    if plain is not None and precision in EIGHT_BITS and limit - LIMIT_LOSS <= value < limit:
+        limit = max(min(limit, _worst_sqnr(plain(), expected) - PLAIN_LOSS), limit - LIMIT_LOSS)
     return Check("fp32", "dit_sqnr_db", value, limit, value >= limit)
 
 
 def image_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
     """The decoded images (B, 3, H, W): the worst counts."""
-    value = min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
-    limit = IMAGE_LIMITS[precision]
+    value, limit = _worst_sqnr(actual, expected), IMAGE_LIMITS[precision]
     return Check("fp32", "image_sqnr_db", value, limit, value >= limit)
 
 
 def latents_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
     """Latents (B, 32, h, w) after a few steps from the same noise; `precision` is the DiT's. The worst picture counts."""
-    value = min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
+    value = _worst_sqnr(actual, expected)
     limit = max(DIT_LIMITS[precision] - LATENTS_LOSS, LATENTS_LEAST)
     return Check("fp32", "latents_sqnr_db", value, limit, value >= limit)
 

@@ -7,6 +7,7 @@ bit must be the same. A run that fails a check gets no speed-up.
 
 import statistics
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from sana_bench import check, work
 from sana_bench.harness import Clock, PeakMemory, Peaks, Results, interleave, statistics_ms
 from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.prompts import Prompts
-from sana_bench.runs import PipelineRun, make
+from sana_bench.runs import PipelineRun, make, plain_velocity
 from sana_bench.schema import STAGES
 from sana_bench.weights import BASELINES, Moment, RunName, Weights
 from sana_model import scheduler
@@ -156,9 +157,9 @@ class ImageBench:
 
         def compare(measured: Measured) -> None:
             run = measured.run
-            judged = run.judged
+            judged, plain = run.judged, partial(plain_velocity, run, settings, moment)
             checks = [
-                check.dit_check(run.velocity(moment), velocity, judged["dit"]),
+                check.dit_check(run.velocity(moment), velocity, judged["dit"], plain),
                 check.image_check(run.decode(latents, settings), images, judged["autoencoder"]),
             ]
             own = run.text_encode(settings)

@@ -151,5 +151,16 @@ KINDS = {
 }  # fmt: skip
 
 
+def plain_velocity(run, settings: Settings, moment: Moment) -> Tensor:
+    """`velocity` of plain PyTorch in the precision that a run is judged by."""
+    name = replace(run.name, backend="reference", everywhere=False, eager=False)
+    plain = PipelineRun(name if name.folder else replace(name, precision=run.judged["dit"]), run.weights)
+    try:
+        plain.prepare(settings)
+        return plain.velocity(moment)
+    finally:
+        plain.close()
+
+
 def make(name: RunName, weights: Weights):
     return KINDS.get(name.backend, PipelineRun)(name, weights)

@@ -9,6 +9,7 @@ each layer's own weights: what a step can't be faster than.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sana_bench import check, work
 from sana_bench.harness import Peaks, Results, interleave, statistics_ms
 from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.prompts import Prompts
-from sana_bench.runs import PipelineRun, make
+from sana_bench.runs import PipelineRun, make, plain_velocity
 from sana_bench.weights import Moment, RunName, Weights
 from sana_kernels import Quantized
 from sana_model.config import BUILT_IN
@@ -93,11 +94,12 @@ class StepBench:
         return measured.attempt(run.name, run.close, self.say, action, *args, missing=run.missing)
 
     def _first(self, measured: Measured, expected: Tensor) -> None:
-        measured.run.prepare(self.settings)
-        actual = measured.run.velocity(self.moment)
-        measured.parity = check.dit_check(actual, expected, measured.run.judged["dit"])
-        measured.step = stepper(measured.run, self.moment)
-        measured.products = matrix_products(measured.run, self.moment)
+        run, moment = measured.run, self.moment
+        run.prepare(self.settings)
+        plain = partial(plain_velocity, run, self.settings, moment)
+        measured.parity = check.dit_check(run.velocity(moment), expected, run.judged["dit"], plain)
+        measured.step = stepper(run, moment)
+        measured.products = matrix_products(run, moment)
         for warm_up in (measured.step, measured.products):
             if warm_up is not None:
                 warm_up()

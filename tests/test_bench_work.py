@@ -67,6 +67,40 @@ def test_neither_half_of_the_guided_batch_hides_behind_the_other():
     assert not check.dit_check(actual, expected, "bf16").passed
 
 
+def noisy(signal: torch.Tensor, db: float) -> torch.Tensor:
+    return signal + 10 ** (-db / 20) * torch.randn_like(signal)
+
+
+def test_eight_bits_may_cost_what_they_cost_plain_pytorch():
+    expected = torch.randn(2, 32, 16, 16)
+    actual, asked = noisy(expected, 19.5), []
+
+    def plain(db: float):
+        return lambda: asked.append(db) or noisy(expected, db)
+
+    assert not check.dit_check(actual, expected, "w8a8").passed
+    found = check.dit_check(actual, expected, "w8a8", plain(20))
+    assert found.passed and found.limit == pytest.approx(20 - check.PLAIN_LOSS, abs=0.5)
+    assert not check.dit_check(actual, expected, "w8a8", plain(22.5)).passed
+    found = check.dit_check(actual, expected, "w8a8", plain(40))
+    assert not found.passed and found.limit == check.DIT_LIMITS["w8a8"]
+    found = check.dit_check(actual, expected, "w8a8", plain(5))
+    assert found.passed and found.limit == check.DIT_LIMITS["w8a8"] - check.LIMIT_LOSS
+    assert asked == [20, 22.5, 40, 5]
+
+
+def test_plain_pytorch_is_not_asked_where_it_changes_nothing():
+    expected = torch.randn(2, 32, 16, 16)
+
+    def plain():
+        raise AssertionError("asked")
+
+    assert check.dit_check(noisy(expected, 25), expected, "w8a8", plain).passed
+    assert not check.dit_check(noisy(expected, 12), expected, "w8a8", plain).passed  # more than any weights may cost
+    assert not check.dit_check(noisy(expected, 28), expected, "bf16", plain).passed
+    assert not check.dit_check(noisy(expected, 14), expected, "w4a16", plain).passed
+
+
 def test_kernel_error_is_measured_in_errors_of_torch():
     oracle = torch.randn(64, 64, dtype=torch.float64)
     plain = oracle.bfloat16()
