@@ -26,6 +26,10 @@ TRANSFORMED = {None: WITH_W8A8, torch.int8: ("w8a8",), torch.int16: ("bf16",)}
 """The precisions of convolutions by their transformed kernel's integers."""
 
 
+CHAINS = {"gemm": "K", "linear_attention": "N", "linear_attention_from": "CN", "mix_ffn": "CF"}
+"""Lengths of the sums in an op, by the names in a case's shape."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of one op."""
@@ -42,6 +46,11 @@ class Case:
         """The same values for the same seed, whatever the device."""
         generator = torch.Generator().manual_seed(seed)
         return self.make(Inputs(PRECISIONS[precision], torch.device(device), generator, QUANTIZED.get(precision)))
+
+    @property
+    def chain(self) -> int:
+        """How many values a kernel may add one by one (`check.error_vs_torch`)."""
+        return sum(self.shape[length] for length in CHAINS.get(self.op, ""))
 
     def __str__(self) -> str:
         return f"{self.op}/{self.name}"

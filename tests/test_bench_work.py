@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sana_bench import check, work
+from sana_bench.cases import cases
 from sana_model.config import BUILT_IN
 from sana_model.settings import PRECISIONS
 from sana_model.weights import checkpoint_config
@@ -108,6 +109,17 @@ def test_kernel_error_is_measured_in_errors_of_torch():
     worse = plain + 8 * torch.finfo(torch.bfloat16).eps * plain.abs().max()
     assert not check.kernel_check(worse, plain, oracle)["passed"]
     assert not check.kernel_check(plain.float(), plain, oracle)["passed"]
+
+
+def test_a_sum_of_one_long_chain_may_be_as_wrong_as_its_roundings():
+    ulp = torch.finfo(torch.float32).eps
+    oracle = torch.ones(8, 8, dtype=torch.float64)
+    actual = (oracle + 20 * ulp).float()
+    assert not check.kernel_check(actual, oracle.float(), oracle)["passed"]
+    assert not check.kernel_check(actual, oracle.float(), oracle, chain=300)["passed"]
+    assert check.kernel_check(actual, oracle.float(), oracle, chain=500)["passed"]
+    by_op = {case.op: case for case in cases() if case.name.startswith("0.6b_1024")}
+    assert by_op["mix_ffn"].chain == 1152 + 2880 and by_op["gemm"].chain == 2880 and by_op["modulate"].chain == 0
 
 
 def test_every_precision_has_limits():
