@@ -9,6 +9,7 @@ CPU, with one thread: two such processes are faster than one with two threads, f
 """
 
 import argparse
+import atexit
 import math
 import os
 import pickle
@@ -158,6 +159,7 @@ def processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)  # its threads, left to the end of the process, may abort it
     return dist.get_rank(), dist.get_world_size()
 
 
