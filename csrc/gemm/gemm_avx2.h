@@ -1,8 +1,9 @@
 // Matrix product on vectors of 8 columns, for AVX2 and for AVX-VNNI, which differ in how they multiply int8.
 //
-// Panel: 16 columns of weights, brought once per task into the form that the inner loop reads (AVX2 has to widen them),
-// in a buffer of a core's second-level cache; all rows of the task then pass it. Register block: R rows x 2 vectors in
-// bf16, chosen per type so that sums, weights and one broadcast fit 16 registers.
+// Panel: 16 columns of weights in the form that the inner loop reads (AVX2 has to widen them), some panels at a time, in a
+// buffer of a core's second-level cache. All rows of the task then pass these panels, 6 at a time, which are widened once for
+// all of them: inside the loop that would take as many instructions as the products. Register block: 6 rows x 2 vectors, so
+// that sums, weights and one broadcast fit 16 registers.
 #pragma once
 
 #include "common/avx2.h"
@@ -12,33 +13,87 @@
 namespace sana {
 namespace {
 
-// R rows from m on, the 16 columns of a panel from n on.
+// Panels that rows pass together, at most, and their bytes; rows of x that `buffer` has room for, with widened ones.
+constexpr int64_t kTogether = 4, kTogetherBytes = 192 << 10;
+constexpr int kBuffer = kTogether * kScratch + 2 * BFloat16::kRows;
+
+// What the inner loop multiplies in a type's place, of rows whose bytes are kTimes as many.
+template <class T>
+struct Rows {
+  using Multiplied = T;
+  static constexpr int64_t kTimes = 1;
+};
+
+template <>
+struct Rows<BFloat16> {
+  using Multiplied = Float;
+  static constexpr int64_t kTimes = 2;
+  static void widen(const char* x, int64_t bytes, char* to) {
+    for (int64_t k = 0; k < bytes; k += 16)
+      _mm256_store_ps(reinterpret_cast<float*>(to + 2 * k), BF16::load(reinterpret_cast<const uint16_t*>(x + k), kAllLanes));
+  }
+};
+
+#if !defined(__AVXVNNI__)
+template <>
+struct Rows<Int8> {
+  using Multiplied = Int16Chunks;
+  static constexpr int64_t kTimes = 2;
+  static void widen(const char* x, int64_t bytes, char* to) {
+    for (int64_t k = 0; k < bytes; k += 16)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * k),
+                         _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k))));
+  }
+};
+#endif
+
+// R rows from m on, the 16 columns of a panel from n on; x as `Multiplied` reads it.
 template <class T, class E, int R>
-void product(const Gemm& p, int64_t m, int64_t n, const char* panel, const int* correction) {
-  const int64_t bytes = row_bytes(p), stride = p.x_stride;
-  const char* x = static_cast<const char*>(p.x) + m * stride;
+void product(const Gemm& p, int64_t m, int64_t n, const char* x, int64_t stride, const char* panel, const int* correction) {
   typename T::Sum sum[R][T::kSums];
   for (auto& row : sum)
     for (auto& s : row) s = T::zero();
-  multiply<T>(sum, x, stride, panel, bytes);
+  multiply<typename Rows<T>::Multiplied>(sum, x, stride, panel, Rows<T>::kTimes * row_bytes(p));
   for (int half = 0; half < 2; ++half) {
     const Epilogue<E> finish(p, n + 8 * half);
     for (int r = 0; r < R; ++r) finish(m + r, {T::result(sum[r], half, correction[r])});
   }
 }
 
+// R rows from m on, of `count` panels from column n on.
+template <class T, class E, int R>
+void rows_of(const Gemm& p, int64_t m, int64_t n, const char* const* panels, int64_t count, char* widened,
+             const int* correction) {
+  const int64_t bytes = row_bytes(p);
+  const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
+  int64_t stride = p.x_stride;
+  if constexpr (Rows<T>::kTimes > 1) {
+    stride = Rows<T>::kTimes * bytes + kLine;  // a power of 2 of bytes apart, rows would meet in a few sets of the cache
+    for (int r = 0; r < R; ++r) Rows<T>::widen(x + r * p.x_stride, bytes, widened + r * stride);
+    x = widened;
+  }
+  for (int64_t i = 0; i < count; ++i) product<T, E, R>(p, m, n + kPanel * i, x, stride, panels[i], correction);
+}
+
 template <class T, class E>
 void block_of(const Gemm& p, const Block& block, char* buffer) {
-  const int64_t bytes = row_bytes(p), first = block.first_row;
-  int* correction = reinterpret_cast<int*>(buffer + kScratch * bytes);
+  const int64_t bytes = row_bytes(p), first = block.first_row, fitting = kTogetherBytes / (kScratch * bytes);
+  const int64_t together = fitting < 1 ? 1 : fitting < kTogether ? fitting : kTogether;
+  char* const widened = buffer + kTogether * kScratch * bytes;
+  int* const correction = reinterpret_cast<int*>(buffer + kBuffer * (bytes + kLine));
   for (int64_t m = first; m < block.last_row; ++m)
     correction[m - first] = T::correction(static_cast<const char*>(p.x) + m * p.x_stride, bytes);
-  for (int64_t n = block.first_column; n < block.last_column; n += kPanel) {
-    const char* panel = T::panel(static_cast<const char*>(p.weight) + n * bytes, bytes, buffer);
+  for (int64_t n = block.first_column, count; n < block.last_column; n += kPanel * count) {
+    const int64_t left = ceil_div(block.last_column - n, kPanel);
+    count = left < together ? left : together;
+    const char* panels[kTogether];
+    for (int64_t i = 0; i < count; ++i)
+      panels[i] = T::panel(static_cast<const char*>(p.weight) + (n + kPanel * i) * bytes, bytes,
+                           buffer + i * kScratch * bytes);
     int64_t m = first;
     for (; m + T::kRows <= block.last_row; m += T::kRows)
-      product<T, E, T::kRows>(p, m, n, panel, correction + (m - first));
-    for (; m < block.last_row; ++m) product<T, E, 1>(p, m, n, panel, correction + (m - first));
+      rows_of<T, E, T::kRows>(p, m, n, panels, count, widened, correction + (m - first));
+    for (; m < block.last_row; ++m) rows_of<T, E, 1>(p, m, n, panels, count, widened, correction + (m - first));
   }
 }
 

@@ -1,8 +1,8 @@
-// Matrix product for AVX-VNNI. Register block in int8: 6 rows x 2 vectors.
+// Matrix product for AVX-VNNI.
 #include "gemm/gemm_avx2.h"
 
 namespace sana {
 
-const GemmKernels gemm_avxvnni = {Int8::kRows, kPanel, 4, kScratch, block};
+const GemmKernels gemm_avxvnni = {BFloat16::kRows, kPanel, 4, kBuffer, block};
 
 }  // namespace sana
