@@ -79,7 +79,8 @@ Status conv2d_cpu(const Conv2d& p, int threads) {
   const int64_t rows = p.band.last - p.band.first, pixels = width_of_result(p);
   const int64_t down = ceil_div(rows, kTileRows);
   const int64_t tiles = p.B * down * ceil_div(pixels, kTilePixels);
-  const int64_t bytes_transformed = transformed.memory + kernels.buffer * transformed.products.panel / 16;
+  const int64_t bytes_transformed = transformed.memory + kernels.buffer * transformed.products.panel / 16 +
+                                    kernels.window * transformed.products.row;
   const int64_t bytes = p.transformed ? bytes_transformed : layout.memory;
   const int64_t most = kernels.groups == 1 ? 1 : kMostTiles;
   const int64_t side_by_side = std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, most);

@@ -91,6 +91,6 @@ void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memor
 
 }  // namespace
 
-const Conv2dKernels conv2d_amx = {0, 2, 1 << 19, tiles};
+const Conv2dKernels conv2d_amx = {0, 0, 2, 1 << 19, tiles};
 
 }  // namespace sana

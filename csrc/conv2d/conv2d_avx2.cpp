@@ -3,6 +3,6 @@
 
 namespace sana {
 
-const Conv2dKernels conv2d_avx2 = {kScratch, 1, 1 << 18, tiles};
+const Conv2dKernels conv2d_avx2 = {kScratch, BFloat16::kTimes, 1, 1 << 18, tiles};
 
 }  // namespace sana

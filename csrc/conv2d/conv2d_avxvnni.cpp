@@ -3,6 +3,6 @@
 
 namespace sana {
 
-const Conv2dKernels conv2d_avxvnni = {kScratch, 1, 1 << 18, tiles};
+const Conv2dKernels conv2d_avxvnni = {kScratch, BFloat16::kTimes, 1, 1 << 18, tiles};
 
 }  // namespace sana

@@ -50,7 +50,8 @@ constexpr Patches patches_of(int kernel) {
 }
 
 struct Conv2dKernels {
-  int64_t buffer;       // bytes that the products need for each byte of K
+  int64_t buffer;       // bytes that the products need for each byte of K,
+  int64_t window;       // and for each byte that a tile sees
   int64_t groups;       // 2 where the epilogue of one runs beside the products of the next, else 1
   int64_t group_bytes;  // of sums, about: they wait for the epilogue in the second-level cache
   void (*tiles)(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memory);
@@ -69,7 +70,8 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   l.group = l.group < 1 ? 1 : l.group > kTileRows ? kTileRows : l.group;
   l.groups = kernels.groups;
   const int64_t floats = l.groups * l.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
-  l.memory = l.window + floats * int64_t(sizeof(float)) + kernels.buffer * l.panel / 16;
+  l.memory = l.window + floats * int64_t(sizeof(float)) + kernels.buffer * l.panel / 16 +
+             kernels.window * round_up(l.window, 64);
   return l;
 }
 
@@ -94,7 +96,7 @@ static inline WinogradLayout winograd_layout(const Conv2d& p) {
   Conv2d as_is = p;
   as_is.weight_scale = nullptr, as_is.kernel = 3;
   WinogradLayout l = {};
-  l.seen = layout_of(as_is, {0, 1, 0, nullptr});
+  l.seen = layout_of(as_is, {0, 0, 1, 0, nullptr});
   l.seen.row = round_up((patches.width + 2) * l.seen.pixel, 64);
   l.seen.window = round_up((kTileRows + 2) * l.seen.row + 64, 64);
   l.seen.group = patches.rows();
@@ -120,7 +122,7 @@ struct Products {
   int64_t panels, rows, pixels, kernel, stride;
   int64_t bytes;  // of a row of taps that take part: layout.taps, or with the padding layout.packed
   float* sums;    // rows x 32 pixels x layout.sums
-  char* buffer;   // Conv2dKernels::buffer bytes for each byte of K
+  char* buffer;   // as Conv2dKernels wants it
   const float* scale = nullptr;  // of a transform: chunks of K x 32 patches
   const char* next = nullptr;    // weights that are multiplied after these, and the bytes of all of them
   int64_t weight_bytes = 0;

@@ -56,6 +56,6 @@ void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memor
 
 }  // namespace
 
-const Conv2dKernels conv2d_portable = {0, 1, 1 << 18, tiles};
+const Conv2dKernels conv2d_portable = {0, 0, 1, 1 << 18, tiles};
 
 }  // namespace sana

@@ -2,8 +2,7 @@
 //
 // Panel: 16 columns of weights in the form that the inner loop reads (AVX2 has to widen them), some panels at a time, in a
 // buffer of a core's second-level cache. All rows of the task then pass these panels, 6 at a time, which are widened once for
-// all of them: inside the loop that would take as many instructions as the products. Register block: 6 rows x 2 vectors, so
-// that sums, weights and one broadcast fit 16 registers.
+// all of them. Register block: 6 rows x 2 vectors, so that sums, weights and one broadcast fit 16 registers.
 #pragma once
 
 #include "common/avx2.h"
@@ -17,43 +16,13 @@ namespace {
 constexpr int64_t kTogether = 4, kTogetherBytes = 192 << 10;
 constexpr int kBuffer = kTogether * kScratch + 2 * BFloat16::kRows;
 
-// What the inner loop multiplies in a type's place, of rows whose bytes are kTimes as many.
-template <class T>
-struct Rows {
-  using Multiplied = T;
-  static constexpr int64_t kTimes = 1;
-};
-
-template <>
-struct Rows<BFloat16> {
-  using Multiplied = Float;
-  static constexpr int64_t kTimes = 2;
-  static void widen(const char* x, int64_t bytes, char* to) {
-    for (int64_t k = 0; k < bytes; k += 16)
-      _mm256_store_ps(reinterpret_cast<float*>(to + 2 * k), BF16::load(reinterpret_cast<const uint16_t*>(x + k), kAllLanes));
-  }
-};
-
-#if !defined(__AVXVNNI__)
-template <>
-struct Rows<Int8> {
-  using Multiplied = Int16Chunks;
-  static constexpr int64_t kTimes = 2;
-  static void widen(const char* x, int64_t bytes, char* to) {
-    for (int64_t k = 0; k < bytes; k += 16)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * k),
-                         _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k))));
-  }
-};
-#endif
-
-// R rows from m on, the 16 columns of a panel from n on; x as `Multiplied` reads it.
+// R rows from m on, the 16 columns of a panel from n on; x as the inner loop reads it.
 template <class T, class E, int R>
 void product(const Gemm& p, int64_t m, int64_t n, const char* x, int64_t stride, const char* panel, const int* correction) {
   typename T::Sum sum[R][T::kSums];
   for (auto& row : sum)
     for (auto& s : row) s = T::zero();
-  multiply<typename Rows<T>::Multiplied>(sum, x, stride, panel, Rows<T>::kTimes * row_bytes(p));
+  multiply<typename T::Multiplied>(sum, x, stride, panel, T::kTimes * row_bytes(p));
   for (int half = 0; half < 2; ++half) {
     const Epilogue<E> finish(p, n + 8 * half);
     for (int r = 0; r < R; ++r) finish(m + r, {T::result(sum[r], half, correction[r])});
@@ -67,9 +36,9 @@ void rows_of(const Gemm& p, int64_t m, int64_t n, const char* const* panels, int
   const int64_t bytes = row_bytes(p);
   const char* x = static_cast<const char*>(p.x) + m * p.x_stride;
   int64_t stride = p.x_stride;
-  if constexpr (Rows<T>::kTimes > 1) {
-    stride = Rows<T>::kTimes * bytes + kLine;  // a power of 2 of bytes apart, rows would meet in a few sets of the cache
-    for (int r = 0; r < R; ++r) Rows<T>::widen(x + r * p.x_stride, bytes, widened + r * stride);
+  if constexpr (T::kTimes > 1) {
+    stride = T::kTimes * bytes + kLine;  // a power of 2 of bytes apart, rows would meet in a few sets of the cache
+    for (int r = 0; r < R; ++r) T::widen(x + r * p.x_stride, bytes, widened + r * stride);
     x = widened;
   }
   for (int64_t i = 0; i < count; ++i) product<T, E, R>(p, m, n + kPanel * i, x, stride, panels[i], correction);

@@ -26,6 +26,7 @@
 #include "peak/peak.h"
 
 namespace py = pybind11;
+using sana::active_isa;
 using sana::cpu_has;
 using sana::Isa;
 
@@ -43,7 +44,7 @@ struct Kind {
   int iterations;  // of one call: a fraction of a millisecond, so that the clock is read often enough and costs nothing
 };
 
-// What this processor can run, slowest instruction set first.
+// What this processor can run and the cap of instruction sets allows, slowest first.
 std::vector<Kind> kinds() {
   const Kind all[] = {
       {"fp32_portable", Isa::portable, Element::fp32, peak_fp32_portable, 1 << 13},
@@ -60,7 +61,7 @@ std::vector<Kind> kinds() {
   };
   std::vector<Kind> found;
   for (const Kind& kind : all)
-    if (kind.loop != nullptr && cpu_has(kind.isa)) found.push_back(kind);
+    if (kind.loop != nullptr && cpu_has(kind.isa) && kind.isa <= active_isa()) found.push_back(kind);
   return found;
 }
 
@@ -195,7 +196,7 @@ std::pair<double, double> peak(const std::string& name, int threads, double seco
   if (name == "copy") return pair(copy_rate(threads, seconds));
   for (const Kind& kind : kinds())
     if (name == kind.name) return pair(loop_rate(kind, threads, seconds));
-  throw std::invalid_argument("peak " + name + " is not one that this processor can run; _cpu.peak_kinds() lists them");
+  throw std::invalid_argument("peak " + name + " is not one that this processor can run, or may; _cpu.peak_kinds() lists them");
 }
 
 std::vector<std::string> peak_kinds() {
