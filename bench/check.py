@@ -23,10 +23,10 @@ DIT_LIMITS = {"fp32": 80, "fp16": 35, "bf16": 30, "w8a8": 22, "fp8": 22, "w4a16"
 do have 4 bits, and where w4a4 is executed in W8A8, w4a8's holds. 4-bit weights rounded to the nearest keep 14.6 dB on random
 models, with their outliers, and fail; SVDQuant's keep 18.9."""
 
-EIGHT_BITS, PLAIN_LOSS, LIMIT_LOSS = ("w8a8", "fp8"), 2, 6
+EIGHT_BITS, PLAIN_LOSS, LIMIT_LOSS = ("w8a8", "fp8"), 2, 4
 """What 8 bits cost depends on the weights, too: random ones of the 1.6B keep 19.5 dB in W8A8, in plain PyTorch as well. So
-the DiT's output in 8 bits may keep fewer dB than its limit, by up to `LIMIT_LOSS`, if they are at most `PLAIN_LOSS` fewer
-than plain PyTorch keeps in the same precision: 1.25 times its RMSE, as for a kernel."""
+where plain PyTorch misses the limit in the same precision, by up to `LIMIT_LOSS`, a run may keep `PLAIN_LOSS` less than it
+does: 1.25 times its RMSE, as for a kernel. Trained weights are held to the limit."""
 
 LATENTS_LOSS, LATENTS_LEAST = 13, 3
 """The latents of three steps may keep so many dB less than the DiT's output, but not fewer than the second number. Guidance
@@ -80,16 +80,21 @@ def _worst_sqnr(actual: Tensor, expected: Tensor) -> float:
     return min(sqnr(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def dit_check(actual: Tensor, expected: Tensor, precision: str, plain: Callable[[], Tensor] | None = None) -> Check:
+def dit_check(
+    actual: Tensor, expected: Tensor, precision: str, plain: Callable[[], Tensor | None] | None = None
+) -> Check:
     """The DiT's raw output (rows, 32, H, W). The worst row counts: neither half of the guided batch hides the other.
 
-    `plain()` is that of plain PyTorch in the same precision; it is asked for in 8 bits only, where the limit is missed
-    but not by more than `LIMIT_LOSS`.
+    `plain()`, of random weights, is that of plain PyTorch in the same precision, or None where it does not fit. It is asked
+    for in 8 bits only, where the limit is missed by at most `LIMIT_LOSS`; below that nothing passes.
     """
-    value, limit = _worst_sqnr(actual, expected), DIT_LIMITS[precision]
-    if plain is not None and precision in EIGHT_BITS and limit - LIMIT_LOSS <= value < limit:
-        limit = max(min(limit, _worst_sqnr(plain(), expected) - PLAIN_LOSS), limit - LIMIT_LOSS)
-    return Check("fp32", "dit_sqnr_db", value, limit, value >= limit)
+    against, value, limit = "fp32", _worst_sqnr(actual, expected), DIT_LIMITS[precision]
+    least = limit - LIMIT_LOSS
+    if plain is not None and precision in EIGHT_BITS and least <= value < limit and (theirs := plain()) is not None:
+        keeps = _worst_sqnr(theirs, expected)
+        if least <= keeps < limit:
+            against, limit = f"fp32, of which plain PyTorch keeps {keeps:.1f} dB", max(keeps - PLAIN_LOSS, least)
+    return Check(against, "dit_sqnr_db", value, limit, value >= limit)
 
 
 def image_check(actual: Tensor, expected: Tensor, precision: str) -> Check:
@@ -128,27 +133,35 @@ def summary(checks: list[Check], failures: list[str]) -> dict:
     return asdict(worst) | {"passed": passed, "parts": [asdict(c) for c in checks], "failures": failures}
 
 
-def error_vs_torch(actual: Tensor, same_dtype: Tensor, oracle: Tensor, chain: int = 0) -> float:
+def error_vs_torch(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
     """Largest error of `actual` over that of PyTorch in the same dtype, which counts as at least an ulp; against fp64.
 
     An ulp is that of the oracle's largest value. So `error_vs_torch ≤ 2` is max error ≤ max(2 × PyTorch's, 2 ulp). inf
-    where `actual` is not finite or has another shape or dtype. `chain`: how many values a kernel adds one by one where
-    PyTorch adds them in parts; their roundings walk at random, and √chain ulp are right, too.
+    where `actual` is not finite or has another shape or dtype.
     """
     if actual.shape != oracle.shape or actual.dtype != same_dtype.dtype or not bool(actual.isfinite().all()):
         return math.inf
-    oracle = oracle.detach().double().cpu()
-    ulp = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
-    error, theirs = ((t.detach().double().cpu() - oracle).abs().max().item() for t in (actual, same_dtype))
-    return error / max(theirs, ulp, chain**0.5 / KERNEL_LIMIT * ulp) if error else 0.0
+    error = _largest_error(actual, oracle)
+    return error / max(_largest_error(same_dtype, oracle), _ulp(oracle, actual.dtype)) if error else 0.0
+
+
+def _largest_error(actual: Tensor, oracle: Tensor) -> float:
+    return (actual.detach().double().cpu() - oracle.detach().double().cpu()).abs().max().item()
+
+
+def _ulp(oracle: Tensor, dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps * oracle.detach().abs().max().item()
 
 
 def kernel_check(actual: Tensor, same_dtype: Tensor, oracle: Tensor, chain: int = 0) -> dict:
-    """A kernel row's `check`."""
-    ratio = min(error_vs_torch(actual, same_dtype, oracle, chain), 1e9)
-    return asdict(Check("reference_fp64", "error_vs_torch", ratio, KERNEL_LIMIT, ratio <= KERNEL_LIMIT)) | {
-        "failures": []
-    }
+    """A kernel row's `check`. `chain`: how many values the kernel adds one by one where PyTorch adds them in parts; their
+    roundings walk at random, and √chain ulp are right, too.
+    """
+    ratio, limit = min(error_vs_torch(actual, same_dtype, oracle), 1e9), KERNEL_LIMIT
+    if chain:
+        ulp = _ulp(oracle, actual.dtype)
+        limit = max(limit, chain**0.5 * ulp / max(_largest_error(same_dtype, oracle), ulp))
+    return asdict(Check("reference_fp64", "error_vs_torch", ratio, limit, ratio <= limit)) | {"failures": []}
 
 
 class ComputeInFp32(TorchFunctionMode):

@@ -109,7 +109,7 @@ def peaks(device: torch.device, **options) -> Peaks:
     if module is None:
         raise MissingError(f"the peaks of this machine cannot be measured: {reason}; build with `pip install .`")
     threads = torch.get_num_threads()
-    return Peaks(module.peak_kinds(), lambda kind, seconds: module.peak(kind, threads, seconds), **options)
+    return Peaks(module.peak_kinds(capped=True), lambda kind, seconds: module.peak(kind, threads, seconds), **options)
 
 
 _GPU_OPERANDS = {

@@ -292,6 +292,9 @@ def _conditions(document: dict, rows: list[dict]) -> str:
     unsteady = sum(row.get("timing", {}).get("unsteady", 0) for row in rows)
     if unsteady:
         parts.append(f"{unsteady} unsteady repetition{'s' * (unsteady > 1)}")
+    for row in rows:
+        if "plain" in (against := row.get("check", {}).get("against", "")):
+            parts.append(f"{_run_name(row)} against {against}")
     again = f"Again: `{run['command']}`"
     return ". ".join((", ".join(parts), again)) + "."
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sana_bench import exported
 from sana_bench.baselines import CompiledDiffusers, DiffusersRun, OpenVINO, compile_options
+from sana_bench.harness import free_memory, out_of_memory
 from sana_bench.weights import Moment, RunName, Weights
 from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS
@@ -151,15 +152,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def plain_velocity(run, settings: Settings, moment: Moment) -> Tensor:
-    """`velocity` of plain PyTorch in the precision that a run is judged by."""
-    name = replace(run.name, backend="reference", everywhere=False, eager=False)
-    plain = PipelineRun(name if name.folder else replace(name, precision=run.judged["dit"]), run.weights)
+def plain_velocity(run, settings: Settings, moment: Moment) -> Tensor | None:
+    """`velocity` of plain PyTorch in the precision of a run; None where it does not fit."""
+    plain = PipelineRun(replace(run.name, backend="reference", everywhere=False, eager=False), run.weights)
     try:
         plain.prepare(settings)
         return plain.velocity(moment)
+    except Exception as error:  # which would be taken for the run's own
+        if out_of_memory(error):
+            return None
+        raise
     finally:
         plain.close()
+        free_memory()
 
 
 def make(name: RunName, weights: Weights):

@@ -159,7 +159,8 @@ def processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)  # its threads, left to the end of the process, may abort it
+        if not torch.cuda.is_available():  # gloo's threads, left to the end of the process, may abort it
+            atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -1,5 +1,7 @@
 """What a benchmark counts, and what it calls equal."""
 
+import re
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,14 +82,15 @@ def test_eight_bits_may_cost_what_they_cost_plain_pytorch():
         return lambda: asked.append(db) or noisy(expected, db)
 
     assert not check.dit_check(actual, expected, "w8a8").passed
-    found = check.dit_check(actual, expected, "w8a8", plain(20))
-    assert found.passed and found.limit == pytest.approx(20 - check.PLAIN_LOSS, abs=0.5)
-    assert not check.dit_check(actual, expected, "w8a8", plain(22.5)).passed
-    found = check.dit_check(actual, expected, "w8a8", plain(40))
-    assert not found.passed and found.limit == check.DIT_LIMITS["w8a8"]
-    found = check.dit_check(actual, expected, "w8a8", plain(5))
+    found = check.dit_check(actual, expected, "w8a8", plain(20.5))
+    assert found.passed and found.limit == pytest.approx(20.5 - check.PLAIN_LOSS, abs=0.3)
+    assert re.fullmatch(r"fp32, of which plain PyTorch keeps 20\.\d dB", found.against)
+    found = check.dit_check(actual, expected, "w8a8", plain(19))
     assert found.passed and found.limit == check.DIT_LIMITS["w8a8"] - check.LIMIT_LOSS
-    assert asked == [20, 22.5, 40, 5]
+    for db in (21.8, 23, 40, 5):  # much better, within the limit, or so bad that it tells nothing
+        assert not check.dit_check(actual, expected, "w8a8", plain(db)).passed
+    assert not check.dit_check(actual, expected, "w8a8", lambda: None).passed
+    assert asked == [20.5, 19, 21.8, 23, 40, 5]
 
 
 def test_plain_pytorch_is_not_asked_where_it_changes_nothing():
@@ -117,7 +120,8 @@ def test_a_sum_of_one_long_chain_may_be_as_wrong_as_its_roundings():
     actual = (oracle + 20 * ulp).float()
     assert not check.kernel_check(actual, oracle.float(), oracle)["passed"]
     assert not check.kernel_check(actual, oracle.float(), oracle, chain=300)["passed"]
-    assert check.kernel_check(actual, oracle.float(), oracle, chain=500)["passed"]
+    found = check.kernel_check(actual, oracle.float(), oracle, chain=500)
+    assert found["passed"] and found["value"] == pytest.approx(20) and found["limit"] == pytest.approx(500**0.5)
     by_op = {case.op: case for case in cases() if case.name.startswith("0.6b_1024")}
     assert by_op["mix_ffn"].chain == 1152 + 2880 and by_op["gemm"].chain == 2880 and by_op["modulate"].chain == 0
 

@@ -10,7 +10,8 @@
 // is another way for both, for a stride of 1, with a quarter or 9/16 of the multiplications: winograd_vector.h.
 //
 // Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of 512
-// KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together. The weights (4.7 MB at
+// KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together (but for AVX2, which
+// widens what a group of rows sees to twice its bytes). The weights (4.7 MB at
 // C = N = 512 in bf16) come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and
 // core. A tile's result depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and
 // any number of threads, give the same bytes.

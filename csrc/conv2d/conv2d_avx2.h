@@ -42,6 +42,7 @@ struct Multiply {
         for (int r = 0; r < R; ++r) T::start(sum[r], part);
       else if constexpr (kPart<T> != 0) clear<T>(sum);
       if constexpr (kQuarters<T> && R == 1) {
+        static_assert(kTimes == 1, "quarters are of x as it is");
         Vec chain[4][1][2] = {};
         for_quarters(bytes, [&](int64_t i, int64_t from, int64_t some) __attribute__((always_inline)) {
           multiply<Multiplied>(chain[i], seen + x + from, 0, part + from / 4 * T::kBytes, some);

@@ -1,11 +1,11 @@
 // The inner loop of matrix products on vectors of 8 columns, for AVX2 and for AVX-VNNI, which differ in how they
 // multiply int8. For gemm and conv2d; include common/avx2.h first.
 //
-// What AVX2 cannot multiply is widened before, once for many products, as inside the loop that would take as many instructions
-// as these: bf16 to float, int8 to 16 bits. Per type: `panel` brings 16 columns of weights into the form that the loop
-// reads, perhaps in a buffer, and `widen` rows of x, to kTimes their bytes; `Multiplied::step` adds the products of 4 bytes
-// of a row as it is then; `result` turns sums into floats, given the row's `correction`; `add` adds the sum of a part
-// of K to others, whose sums `start` begins where that is not with zero.
+// What AVX2 cannot multiply is widened, bf16 to float and int8 to 16 bits: not in the loop, where that would take as
+// many instructions as the products, but before, once for many of them. Per type: `panel` brings 16 columns of weights
+// into the form that the loop reads, perhaps in a buffer, and `widen` rows of x, to kTimes their bytes;
+// `Multiplied::step` adds the products of 4 bytes of such a row; `result` turns sums into floats, given the row's
+// `correction`; `add` adds the sum of a part of K to others, whose sums `start` begins where that is not with zero.
 #pragma once
 
 namespace sana {
@@ -66,7 +66,8 @@ struct BFloat16 : Float {
 
   static void widen(const char* x, int64_t bytes, char* to) {
     for (int64_t k = 0; k < bytes; k += 16)
-      F32::store(reinterpret_cast<float*>(to + 2 * k), kAllLanes, BF16::load(reinterpret_cast<const uint16_t*>(x + k), kAllLanes));
+      F32::store(reinterpret_cast<float*>(to + 2 * k), kAllLanes,
+                 BF16::load(reinterpret_cast<const uint16_t*>(x + k), kAllLanes));
   }
 };
 
@@ -207,8 +208,8 @@ struct Int8Chunks : Int8 {
 };
 #endif
 
-// Adds the products of `bytes` of R rows of x and a panel of 16 columns, as `Multiplied` of a type. Not inlined: 16 registers hold what the
-// loop needs and nothing of what is around it.
+// Adds the products of `bytes` of R rows of x and a panel of 16 columns; T: `Multiplied` of a type. Not inlined: 16
+// registers hold what the loop needs and nothing of what is around it.
 template <class T, int R>
 __attribute__((noinline)) void multiply(typename T::Sum (&sums)[R][T::kSums], const char* x, int64_t stride,
                                         const char* panel, int64_t bytes) {

@@ -44,7 +44,7 @@ struct Kind {
   int iterations;  // of one call: a fraction of a millisecond, so that the clock is read often enough and costs nothing
 };
 
-// What this processor can run and the cap of instruction sets allows, slowest first.
+// What this processor can run, slowest instruction set first.
 std::vector<Kind> kinds() {
   const Kind all[] = {
       {"fp32_portable", Isa::portable, Element::fp32, peak_fp32_portable, 1 << 13},
@@ -61,7 +61,7 @@ std::vector<Kind> kinds() {
   };
   std::vector<Kind> found;
   for (const Kind& kind : all)
-    if (kind.loop != nullptr && cpu_has(kind.isa) && kind.isa <= active_isa()) found.push_back(kind);
+    if (kind.loop != nullptr && cpu_has(kind.isa)) found.push_back(kind);
   return found;
 }
 
@@ -196,12 +196,13 @@ std::pair<double, double> peak(const std::string& name, int threads, double seco
   if (name == "copy") return pair(copy_rate(threads, seconds));
   for (const Kind& kind : kinds())
     if (name == kind.name) return pair(loop_rate(kind, threads, seconds));
-  throw std::invalid_argument("peak " + name + " is not one that this processor can run, or may; _cpu.peak_kinds() lists them");
+  throw std::invalid_argument("peak " + name + " is not one that this processor can run; _cpu.peak_kinds() lists them");
 }
 
-std::vector<std::string> peak_kinds() {
+std::vector<std::string> peak_kinds(bool capped) {
   std::vector<std::string> names;
-  for (const Kind& kind : kinds()) names.push_back(kind.name);
+  for (const Kind& kind : kinds())
+    if (!capped || kind.isa <= active_isa()) names.push_back(kind.name);
   names.push_back("copy");
   return names;
 }
@@ -209,7 +210,8 @@ std::vector<std::string> peak_kinds() {
 }  // namespace
 
 void bind_peak(py::module_& module) {
-  module.def("peak_kinds", peak_kinds, "The names that `peak` accepts on this processor.");
+  module.def("peak_kinds", peak_kinds, py::arg("capped") = false,
+             "The names that `peak` accepts on this processor; `capped`: that kernels may use now (`set_isa_cap`).");
   module.def("peak", peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
              "Operations per second (a multiply-add counts as two), or for \"copy\" bytes read and written per second,"
