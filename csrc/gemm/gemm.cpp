@@ -83,7 +83,7 @@ Status gemm_cpu(const Gemm& given, int threads) {
     static thread_local Scratch scratch;
     char* buffer = scratch.reserve(kernels.scratch * (row_bytes(p) + kLine) + 4 * rows);
     if (buffer == nullptr) failed = true;
-    else kernels.block(p, {row, std::min(row + rows, p.M), column(block), column(block + 1), row == 0}, buffer);
+    else kernels.block(p, {row, std::min(row + rows, p.M), column(block), column(block + 1), row == 0, cache}, buffer);
   });
   return failed ? Status::out_of_memory : Status::ok;
 }

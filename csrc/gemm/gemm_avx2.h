@@ -1,8 +1,8 @@
 // Matrix product on vectors of 8 columns, for AVX2 and for AVX-VNNI, which differ in how they multiply int8.
 //
 // Panel: 16 columns of weights in the form that the inner loop reads (AVX2 has to widen them), some panels at a time, in
-// a buffer of a core's second-level cache. All rows of the task then pass these panels, 6 at a time, which are widened
-// once for all of them. Register block: 6 rows x 2 vectors, so that sums, weights and one broadcast fit 16 registers.
+// a buffer of a core's second-level cache. All rows of the task then pass these panels, 6 at a time, which are
+// widened once for all of them. Register block: 6 rows x 2 vectors, so that sums, weights and one broadcast fit 16 registers.
 #pragma once
 
 #include "common/avx2.h"
@@ -12,8 +12,8 @@
 namespace sana {
 namespace {
 
-// Panels that rows pass together, at most, and about their bytes, where rows are widened for them.
-constexpr int64_t kTogether = 4, kTogetherBytes = 192 << 10;
+// Panels that rows which were widened pass together, at most: about half of the second-level cache.
+constexpr int64_t kTogether = 8;
 constexpr int kBuffer = kTogether * kScratch + BFloat16::kTimes * BFloat16::kRows;  // rows of x: panels, widened rows
 
 // R rows from m on, the 16 columns of a panel from n on; x as the inner loop reads it.
@@ -47,7 +47,7 @@ void rows_of(const Gemm& p, int64_t m, int64_t n, const char* const* panels, int
 
 template <class T, class E>
 void block_of(const Gemm& p, const Block& block, char* buffer) {
-  const int64_t bytes = row_bytes(p), first = block.first_row, fitting = kTogetherBytes / (kScratch * bytes);
+  const int64_t bytes = row_bytes(p), first = block.first_row, fitting = block.cache / 2 / (kScratch * bytes);
   const int64_t together = T::kTimes == 1 || fitting < 1 ? 1 : fitting < kTogether ? fitting : kTogether;
   char* const widened = buffer + kTogether * kScratch * bytes;
   int* const correction = reinterpret_cast<int*>(buffer + kBuffer * (bytes + kLine));

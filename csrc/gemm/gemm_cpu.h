@@ -11,6 +11,7 @@ struct Block {
   int64_t first_row, last_row;        // multiples of GemmKernels::rows, but for M
   int64_t first_column, last_column;  // multiples of GemmKernels::columns, but for N
   bool fresh = false;                 // weights that this core has most likely not read yet
+  int64_t cache = 1 << 20;            // bytes of a core's second level
 };
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
