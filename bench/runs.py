@@ -30,26 +30,31 @@ from sana_model.errors import UserError
 from sana_model.ops import REFERENCE_OPS
 from sana_model.pipeline import Pipeline
 from sana_model.plan import Plan, resolve
-from sana_model.settings import Settings
+from sana_model.settings import DTYPES, Settings
 from sana_model.weights.models import find, load_model
 
 
 class PipelineRun:
     """This library's pipeline with the plan of one backend. The interface of every run is that of this class."""
 
-    again: tuple[str, ...] = ()  # parts whose weights it keeps once more, in another layout
     missing = "not available"  # its status where this machine lacks something
 
     def __init__(self, name: RunName, weights: Weights):
         self.name, self.weights = name, weights
 
+    @property
+    def again(self) -> tuple[str, ...]:
+        """Parts whose weights it keeps beside the shared ones: in fewer bits, or packed for kernels of the CPU."""
+        packed = self.name.backend in ("cpu", "auto") and self.weights.device.type == "cpu"
+        return tuple(part for part, p in self.name.precisions.items() if p not in DTYPES or (packed and p != "fp32"))
+
     def prepare(self, settings: Settings) -> None:
         """Everything before the first picture. Raises MemoryError or MissingError where it can't be."""
-        loaded = self.weights.reserve(self.name, settings, self.again)
         plan = resolve(
-            loaded.config, self.name.backend.removesuffix("-compile"), self.weights.device, self.name.precisions,
+            self.weights.config, self.name.backend.removesuffix("-compile"), self.weights.device, self.name.precisions,
             cuda_graph=not self.name.eager,
         )  # fmt: skip
+        loaded = self.weights.reserve(self.name, settings, self.again, plan.in_bands)
         for block in loaded.dit.blocks:  # its own modules, of shared weights
             plan.prepare("dit", block)
         for layer in loaded.text_encoder.layers:

@@ -146,13 +146,15 @@ class Weights:
         missing = {part: dtype for part, dtype in dtypes.items() if (part, dtype) not in self._parts}
         return sum(count(getattr(self.loaded, part)) * dtype.itemsize for part, dtype in missing.items())
 
-    def reserve(self, name: "RunName", settings: Settings, again: tuple[str, ...] = ()) -> LoadedModel:
+    def reserve(
+        self, name: "RunName", settings: Settings, again: tuple[str, ...] = (), in_bands: bool = False
+    ) -> LoadedModel:
         """The model for a run. Raises MemoryError, before anything is allocated, where it would not fit.
 
-        What is needed are the copies that the run takes, the activations of a picture, and the parts that it keeps
-        `again` in a layout of its own.
+        What is needed are the copies that the run takes, the activations of a picture (decoded `in_bands`, or whole), and
+        the parts that it keeps `again` in a layout of its own.
         """
-        parts = memory.estimate(self.config, settings, name.precisions, self.device)
+        parts = memory.estimate(self.config, settings, name.precisions, self.device, in_bands)
         needed = self.missing_bytes(name.dtypes) + max(parts["denoise"], parts["decode"])
         needed += sum(parts[part] for part in again)
         free = memory.available(self.device)

@@ -120,7 +120,7 @@ def test_a_run_of_the_benchmark_may_do_without_a_graph(gpu, monkeypatch, name, g
         raise MissingError("as far as this machine gets")
 
     monkeypatch.setattr(runs, "resolve", resolved)
-    weights = SimpleNamespace(reserve=lambda *args: SimpleNamespace(config=SANA["0.6b"]), device=gpu((9, 0)))
+    weights = SimpleNamespace(config=SANA["0.6b"], device=gpu((9, 0)))
     with pytest.raises(MissingError):
         runs.make(run, weights).prepare(None)
     assert (plans[0].eager is None) == graph
