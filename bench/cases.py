@@ -24,8 +24,6 @@ WITH_W8A8 = (*DTYPES, "w8a8")
 WITH_QUANTIZED = (*DTYPES, *QUANTIZED)  # of matrix products
 TRANSFORMED = {None: WITH_W8A8, torch.int8: ("w8a8",), torch.int16: ("bf16",)}
 """The precisions of convolutions by their transformed kernel's integers."""
-
-
 CHAINS = {"gemm": "K", "linear_attention": "N", "linear_attention_from": "CN", "mix_ffn": "CF"}
 """Lengths of the sums in an op, by the names in a case's shape."""
 
@@ -49,7 +47,7 @@ class Case:
 
     @property
     def chain(self) -> int:
-        """How many values a kernel may add one by one (`check.error_vs_torch`)."""
+        """How many values a kernel may add one by one (`check.kernel_check`)."""
         return sum(self.shape[length] for length in CHAINS.get(self.op, ""))
 
     def __str__(self) -> str:

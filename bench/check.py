@@ -85,8 +85,8 @@ def dit_check(
 ) -> Check:
     """The DiT's raw output (rows, 32, H, W). The worst row counts: neither half of the guided batch hides the other.
 
-    `plain()`, of random weights, is that of plain PyTorch in the same precision, or None where it does not fit. It is asked
-    for in 8 bits only, where the limit is missed by at most `LIMIT_LOSS`; below that nothing passes.
+    `plain()` is that of plain PyTorch in the same precision, or None: then the limit stays. It is asked for in 8 bits only,
+    where the limit is missed by at most `LIMIT_LOSS`; below that nothing passes.
     """
     against, value, limit = "fp32", _worst_sqnr(actual, expected), DIT_LIMITS[precision]
     least = limit - LIMIT_LOSS

@@ -157,8 +157,7 @@ class ImageBench:
 
         def compare(measured: Measured) -> None:
             run = measured.run
-            judged, random = run.judged, self.weights.loaded.random
-            plain = partial(plain_velocity, run, settings, moment) if random else None
+            judged, plain = run.judged, partial(plain_velocity, run, settings, moment)
             checks = [
                 check.dit_check(run.velocity(moment), velocity, judged["dit"], plain),
                 check.image_check(run.decode(latents, settings), images, judged["autoencoder"]),
@@ -166,6 +165,7 @@ class ImageBench:
             own = run.text_encode(settings)
             checks.append(check.latents_check(run.denoise(few, own, noise), denoised, judged["dit"]))
             if isinstance(run, PipelineRun):
+                random = self.weights.loaded.random
                 checks += check.caption_checks(own, captions, judged["text_encoder"], random=random)
             measured.checks = checks
 

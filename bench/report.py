@@ -293,8 +293,9 @@ def _conditions(document: dict, rows: list[dict]) -> str:
     if unsteady:
         parts.append(f"{unsteady} unsteady repetition{'s' * (unsteady > 1)}")
     for row in rows:
-        if "plain" in (against := row.get("check", {}).get("against", "")):
-            parts.append(f"{_run_name(row)} against {against}")
+        for check in row.get("check", {}).get("parts", ()):
+            if check["against"].startswith("fp32, "):  # and something else (`check.dit_check`)
+                parts.append(f"{_run_name(row)} against {check['against']}")
     again = f"Again: `{run['command']}`"
     return ". ".join((", ".join(parts), again)) + "."
 

@@ -158,7 +158,11 @@ KINDS = {
 
 
 def plain_velocity(run, settings: Settings, moment: Moment) -> Tensor | None:
-    """`velocity` of plain PyTorch in the precision of a run; None where it does not fit."""
+    """`velocity` of plain PyTorch in the precision of a run, by which random weights are judged: None for trained ones, and
+    where it does not fit.
+    """
+    if not run.weights.loaded.random:
+        return None
     plain = PipelineRun(replace(run.name, backend="reference", everywhere=False, eager=False), run.weights)
     try:
         plain.prepare(settings)

@@ -96,7 +96,7 @@ class StepBench:
     def _first(self, measured: Measured, expected: Tensor) -> None:
         run, moment = measured.run, self.moment
         run.prepare(self.settings)
-        plain = partial(plain_velocity, run, self.settings, moment) if self.weights.loaded.random else None
+        plain = partial(plain_velocity, run, self.settings, moment)
         measured.parity = check.dit_check(run.velocity(moment), expected, run.judged["dit"], plain)
         measured.step = stepper(run, moment)
         measured.products = matrix_products(run, moment)

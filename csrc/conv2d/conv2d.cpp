@@ -11,10 +11,9 @@
 //
 // Tiling: the window (87 KB at C = 128, 348 KB at C = 512 in bf16) and at most 256 KB of sums (on AMX two groups of 512
 // KB) stay in a core's second-level cache, as the RMSNorm needs all columns of a pixel together (but for AVX2, which
-// widens what a group of rows sees to twice its bytes). The weights (4.7 MB at
-// C = N = 512 in bf16) come from the last cache once per group of rows, which at 128 pixels is 128 FLOP per byte and
-// core. A tile's result depends on nothing but the pixels that it sees, and no sum is split between threads: bands, and
-// any number of threads, give the same bytes.
+// widens what a group of rows sees to twice its bytes). The weights (4.7 MB at C = N = 512 in bf16) come from the last
+// cache once per group of rows, which at 128 pixels is 128 FLOP per byte and core. A tile's result depends on nothing but
+// the pixels that it sees, and no sum is split between threads: bands, and any number of threads, give the same bytes.
 //
 // FLOPs: 18 C N per pixel (32 C N for the four of an upsampling). Bytes: x 1.33 times, most of it from the last cache,
 // the residual and the result once. Bound: the multiply unit. 16 sums take K / 4 cycles of products in bf16 and K / 8

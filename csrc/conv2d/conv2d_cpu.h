@@ -71,7 +71,7 @@ static inline Layout layout_of(const Conv2d& p, const Conv2dKernels& kernels) {
   l.groups = kernels.groups;
   const int64_t floats = l.groups * l.group_sums() + round_up(p.C, 16) + round_up(p.N, 16);
   l.memory = l.window + floats * int64_t(sizeof(float)) + kernels.buffer * l.panel / 16 +
-             kernels.window * round_up(l.window, 64);
+             kernels.window * l.window;
   return l;
 }
 

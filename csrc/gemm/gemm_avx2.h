@@ -2,7 +2,8 @@
 //
 // Panel: 16 columns of weights in the form that the inner loop reads (AVX2 has to widen them), some panels at a time, in
 // a buffer of a core's second-level cache. All rows of the task then pass these panels, 6 at a time, which are
-// widened once for all of them. Register block: 6 rows x 2 vectors, so that sums, weights and one broadcast fit 16 registers.
+// widened once for all of them. Register block: 6 rows x 2 vectors, so that sums, weights and one broadcast fit 16
+// registers.
 #pragma once
 
 #include "common/avx2.h"
