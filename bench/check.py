@@ -178,6 +178,8 @@ class ComputeInFp32(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":  # an attribute: only dtype is not what it seems
             value = func(*args)
             return torch.float32 if isinstance(value, torch.dtype) and value in self.NARROW else value
+        if func is torch.nn.functional.embedding:  # it takes rows: the largest weight of all need not be widened
+            return func(*args, **(kwargs or {})).float()
         return func(*self._widen(args), **self._widen(kwargs or {}))
 
     def _widen(self, value):

@@ -213,7 +213,7 @@ def interleave(
     rejected: Counter = Counter()
     names = list(tasks)
     before = probe()
-    for i in range(repeat):
+    for i in range(repeat if names else 0):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             for attempt in itertools.count():
                 result = tasks[name](i + attempt * repeat)

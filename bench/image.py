@@ -18,8 +18,8 @@ from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.prompts import Prompts
 from sana_bench.runs import PipelineRun, make, plain_velocity
 from sana_bench.schema import STAGES
-from sana_bench.weights import BASELINES, Moment, RunName, Weights
-from sana_model import scheduler
+from sana_bench.weights import BASELINES, PARTS, Moment, RunName, Weights
+from sana_model import memory, scheduler
 from sana_model.pipeline import Pipeline
 from sana_model.plan import dtype_name, resolve
 from sana_model.prompt import CaptionStates
@@ -41,6 +41,18 @@ class Workload:
     def as_json(self) -> dict:
         keys = ("batch", "height", "width", "steps", "guidance", "text_tokens")
         return {key: getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What parity is measured against, computed in fp32: see `ImageBench.gate`."""
+
+    captions: check.Captions
+    moment: Moment
+    velocity: Tensor  # the DiT's raw output at that moment
+    latents: Tensor
+    images: Tensor  # decoded from those latents
+    denoised: Tensor  # latents after `ImageBench.few` steps
 
 
 @dataclass
@@ -70,7 +82,9 @@ class ImageBench:
         stored = self.weights.stored
         plan = resolve(loaded.config, "reference", device, {part: dtype_name(dtype) for part, dtype in stored.items()})
         self.oracle = Pipeline(self.weights.model(stored), plan, device, stored, low_memory=False)
-        self.settings(-1)  # a wrong size or guidance is refused before anything is timed
+        settings = self.settings(-1)  # a wrong size or guidance is refused before anything is timed
+        exact = memory.estimate(self.config, settings, dict.fromkeys(PARTS, "fp32"), device)
+        self.weights.kept_free = max(exact["denoise"], exact["decode"])  # for `gate`
 
     @property
     def alive(self) -> dict[str, Measured]:
@@ -141,6 +155,34 @@ class ImageBench:
         `check.LATENTS_LOSS`.
         """
         self.say("parity with fp32")
+        oracle = Outcome()
+        expected = oracle.attempt("parity with fp32", lambda: None, self.say, self.expected)
+        if expected is None:
+            for measured in self.alive.values():
+                measured.status, measured.reason = oracle.status, f"parity with fp32: {oracle.reason}"
+            return
+        settings, few, noise = self.settings(-1), self.few(), self.noise(-1)
+
+        def compare(measured: Measured) -> None:
+            run = measured.run
+            judged, plain = run.judged, partial(plain_velocity, run, settings, expected.moment)
+            checks = [
+                check.dit_check(run.velocity(expected.moment), expected.velocity, judged["dit"], plain),
+                check.image_check(run.decode(expected.latents, settings), expected.images, judged["autoencoder"]),
+            ]
+            own = run.text_encode(settings)
+            checks.append(check.latents_check(run.denoise(few, own, noise), expected.denoised, judged["dit"]))
+            if isinstance(run, PipelineRun):
+                random = self.weights.loaded.random
+                checks += check.caption_checks(own, expected.captions, judged["text_encoder"], random=random)
+            measured.checks = checks
+
+        for measured in self.alive.values():
+            self.attempt(measured, compare, measured)
+
+    def expected(self) -> Expected:
+        """What is compared, in fp32. Raises MemoryError where it does not fit beside the runs."""
+        self.weights.check_free(self.weights.kept_free)
         names = sorted(self.alive, key=lambda name: name.split(":")[0] not in BASELINES)
         latents = next(
             (m.latents for m in map(self.alive.get, names) if bool(m.latents.isfinite().all())), self.noise(-1)
@@ -154,23 +196,7 @@ class ImageBench:
             images = torch.cat([self.oracle.decode(latent, settings) for latent in latents.split(1)])
             # Decoding, which takes most, has just fitted: a refusal here would take every row along.
             denoised = self.oracle.denoise(few, captions, noise=noise, weighed=True)
-
-        def compare(measured: Measured) -> None:
-            run = measured.run
-            judged, plain = run.judged, partial(plain_velocity, run, settings, moment)
-            checks = [
-                check.dit_check(run.velocity(moment), velocity, judged["dit"], plain),
-                check.image_check(run.decode(latents, settings), images, judged["autoencoder"]),
-            ]
-            own = run.text_encode(settings)
-            checks.append(check.latents_check(run.denoise(few, own, noise), denoised, judged["dit"]))
-            if isinstance(run, PipelineRun):
-                random = self.weights.loaded.random
-                checks += check.caption_checks(own, captions, judged["text_encoder"], random=random)
-            measured.checks = checks
-
-        for measured in self.alive.values():
-            self.attempt(measured, compare, measured)
+        return Expected(captions, moment, velocity, latents, images, denoised)
 
     def few(self) -> Settings:
         """Three steps of the first picture, the second of which is of second order and looks back on the first; of a sampler

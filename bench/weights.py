@@ -121,6 +121,7 @@ class Weights:
         }
         self.stored = {part: stored_dtype(module) for part, module in modules.items()}
         self._parts = {(part, self.stored[part]): module for part, module in modules.items()}
+        self.kept_free = 0  # bytes that every run has to leave, for what comes after all of them are there
 
     def part(self, part: str, dtype: torch.dtype) -> nn.Module:
         """A module of its own over shared parameters."""
@@ -151,16 +152,19 @@ class Weights:
     ) -> LoadedModel:
         """The model for a run. Raises MemoryError, before anything is allocated, where it would not fit.
 
-        What is needed are the copies that the run takes, the activations of a picture (decoded `in_bands`, or whole), and
-        the parts that it keeps `again` in a layout of its own.
+        What is needed are the copies that the run takes, the parts that it keeps `again` in a layout of its own, and beside
+        them the activations of a picture (decoded `in_bands`, or whole) or what is to be `kept_free`.
         """
         parts = memory.estimate(self.config, settings, name.precisions, self.device, in_bands)
-        needed = self.missing_bytes(name.dtypes) + max(parts["denoise"], parts["decode"])
-        needed += sum(parts[part] for part in again)
+        needed = self.missing_bytes(name.dtypes) + max(parts["denoise"], parts["decode"], self.kept_free)
+        self.check_free(needed + sum(parts[part] for part in again))
+        return self.model(name.dtypes)
+
+    def check_free(self, needed: int) -> None:
+        """Raise MemoryError where the device has fewer bytes left."""
         free = memory.available(self.device)
         if needed > free:
             raise MemoryError(f"{needed / 1e9:.1f} GB more are needed, and {free / 1e9:.1f} GB are free")
-        return self.model(name.dtypes)
 
     def bytes(self, precisions: dict[str, str]) -> int:
         """Size of the weights that a run in these precisions works with."""

@@ -54,12 +54,17 @@ def row(document, kind, name):
 def test_the_oracle_is_the_model_in_fp32_to_the_bit(loaded):
     latents, times = torch.randn(2, 32, 3, 2), torch.tensor([499.0, 499.0])
     states, lengths = torch.randn(2, 9, loaded.config.dit.caption_channels), torch.tensor([1, 9])
-    wide_dit, wide_decoder = (copy.deepcopy(part).float() for part in (loaded.dit, loaded.autoencoder))
+    ids, parts = torch.randint(64, (2, 9)), (loaded.dit, loaded.autoencoder, loaded.text_encoder)
+
+    def outputs(dit, autoencoder, text_encoder, latents):
+        decoded = autoencoder.decode(latents.to(next(autoencoder.parameters()).dtype))
+        return dit(latents, times, states, lengths), decoded, text_encoder(ids, lengths)
+
     with torch.inference_mode():
-        expected = wide_dit(latents, times, states, lengths), wide_decoder.decode(latents)
+        expected = outputs(*(copy.deepcopy(part).float() for part in parts), latents)
         with check.ComputeInFp32():
-            actual = loaded.dit(latents, times, states, lengths), loaded.autoencoder.decode(latents)
-        narrow = loaded.dit(latents, times, states, lengths), loaded.autoencoder.decode(latents.bfloat16())
+            actual = outputs(*parts, latents)
+        narrow = outputs(*parts, latents)
     for a, e, n in zip(actual, expected, narrow, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, e)
@@ -282,8 +287,7 @@ def test_what_does_not_fit_gets_a_row_and_the_rest_goes_on(paint, monkeypatch):
     available, room = memory.available, []
 
     def limit(bench):
-        parts = memory.estimate(bench.config, bench.settings(0), runs.RunName.parse("reference:bf16").precisions)
-        room.append(max(parts["denoise"], parts["decode"]) + 2**20)
+        room.append(bench.weights.kept_free + 2**20)
 
     monkeypatch.setattr(memory, "available", lambda device: room[0] if room else available(device))
     bench = paint("reference:fp32", "cpu:bf16", "reference:w8a8", "reference:bf16", before=limit)
@@ -294,6 +298,33 @@ def test_what_does_not_fit_gets_a_row_and_the_rest_goes_on(paint, monkeypatch):
     assert row(bench.results.document, "image", "reference:bf16")["status"] == "ok"
     assert "out of memory" in report.image_table(bench.results.document)
     assert schema.validate(bench.results.document) == []
+
+
+def test_every_run_leaves_room_for_the_check(paint, monkeypatch):
+    """Pictures in bf16 are compared with those in fp32, which need more, when all runs are there."""
+    available, room = memory.available, []
+
+    def limit(bench):
+        own = memory.estimate(bench.config, bench.settings(0), runs.RunName.parse("reference:bf16").precisions)
+        room.append(bench.weights.kept_free - 1)
+        assert room[0] > max(own["denoise"], own["decode"])
+
+    monkeypatch.setattr(memory, "available", lambda device: room[0] if room else available(device))
+    document = paint("reference:bf16", before=limit).results.document
+    assert row(document, "image", "reference:bf16")["status"] == "out of memory"
+
+
+def test_a_check_that_does_not_fit_costs_rows_not_the_run(paint, monkeypatch):
+    def crash(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    document = paint(
+        "reference:bf16", "cpu:bf16", before=lambda bench: setattr(bench, "expected", crash)
+    ).results.document
+    for name in ("reference:bf16", "cpu:bf16"):
+        lost = row(document, "image", name)
+        assert lost["status"] == "out of memory" and lost["reason"].startswith("parity with fp32: OutOfMemoryError")
+    assert schema.validate(document) == []
 
 
 def test_a_baseline_that_crashes_does_not_take_the_others_along(paint, monkeypatch):
