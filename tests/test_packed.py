@@ -25,6 +25,9 @@ def test_packing_is_undone_to_the_bit(dtype):
     assert packed.shape == (3, 128 // n, 16 * n)
     assert packed[1, 2, 3 * n + 1] == weight[16 + 3, 2 * n + 1]
     assert torch.equal(unpack(packed), weight)
+    odd = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(weight.shape)  # as in a buffer of several tensors
+    for same in (odd, weight.t().contiguous().t()):
+        assert torch.equal(pack(same), packed)
 
 
 @pytest.mark.parametrize(("quantized", "limit"), [(None, 5e-3), (torch.int8, 2e-2)], ids=str)

@@ -17,14 +17,15 @@ def pack(weight: Tensor) -> Tensor:
             "pack takes bf16 or int8 rows (N, K), N a multiple of 16 and K of 64 bytes;"
             f" got {tuple(weight.shape)} of {weight.dtype}"
         )
-    N, K = weight.shape
-    return weight.reshape(N // 16, 16, K // n, n).transpose(1, 2).flatten(2)
+    whole = weight.contiguous() if weight.storage_offset() % n == 0 else weight.clone()
+    lanes = whole.view(torch.int32)  # which torch moves several times as fast as the parts of each
+    return lanes.unflatten(0, (-1, 16)).transpose(1, 2).contiguous().view(weight.dtype)
 
 
 def unpack(weight: Tensor) -> Tensor:
     """The rows that `pack` was given."""
-    panels = weight.unflatten(2, (16, PER_LANE[weight.dtype]))
-    return panels.transpose(1, 2).reshape(16 * weight.shape[0], -1)
+    lanes = weight.view(torch.int32).transpose(1, 2).contiguous()
+    return lanes.flatten(0, 1).view(weight.dtype)
 
 
 def accepts(x, x_scale, weight, weight_scale, bias, silu, gate, residual, dtype) -> str | None:
