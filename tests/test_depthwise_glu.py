@@ -21,7 +21,7 @@ SLACK = 0.03  # of a step: SiLU in 16 bits is off by 1.3e-4, and a step is 1 / 1
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", variants("depthwise_glu"))
+@pytest.mark.parametrize("variant", variants("depthwise_glu", tiles=True))
 def test_error_against_fp64(variant, dtype, grid):
     for weights in {dtype, dtype if variant == "reference" else torch.float32}:
         args = arguments(*grid, dtype, weights, device_of(variant))
@@ -34,7 +34,7 @@ def test_error_against_fp64(variant, dtype, grid):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", variants("depthwise_glu_quantized"))
+@pytest.mark.parametrize("variant", variants("depthwise_glu_quantized", tiles=True))
 def test_quantized_rows_against_fp64(variant, dtype, grid):
     rounded = 127 * torch.finfo(dtype).eps / 2 if variant == "cuda" else 0  # of u to h's dtype, as the reference allows
     for weights in {dtype, torch.float32}:

@@ -31,48 +31,34 @@ namespace sana {
 namespace {
 
 constexpr const DepthwiseGluKernels* kByIsa[kIsas] = {&depthwise_glu_portable, SANA_AVX2(&depthwise_glu_avx2), nullptr,
-                                                      SANA_AVX512(&depthwise_glu_avx512), nullptr};
+                                                      SANA_AVX512(&depthwise_glu_avx512), SANA_AMX(&depthwise_glu_amx)};
 
 constexpr int64_t kTasksPerThread = 4;
-
-// A block of pairs; `rows` apart lie the 10 rows of the filter.
-void pack_pairs(const float* filter, int64_t rows, float* pairs) {
-  for (int64_t half = 0; half < 2; ++half) {
-    for (int64_t i = 0; i < 16; ++i) {
-      const float* const channel = filter + pair_channel(half, i);
-      for (int64_t j = 0; j < 3; ++j) {
-        const float above = channel[j * rows], here = channel[(3 + j) * rows], below = channel[(6 + j) * rows];
-        float* const to = pairs + (4 * j + half) * 16 + i;
-        to[0] = float_from_bits(bits_from_float(above) >> 16 | (bits_from_float(here) & 0xffff0000));
-        to[32] = float_from_bits(bits_from_float(below) >> 16);
-      }
-      pairs[(12 + half) * 16 + i] = channel[9 * rows];
-    }
-  }
-}
 
 }  // namespace
 
 int64_t depthwise_glu_scratch(int64_t F) { return kGluSegment * F; }
 
-int64_t depthwise_filter(int64_t F) { return 20 * F + 2 * F * kPairVectors * 16 / kPairChannels; }
+int64_t depthwise_filter(int64_t F) { return 20 * F + 2 * F * kArrangedFloats / kArrangedChannels; }
 
 const float* pack_depthwise(const void* weight, DType weight_dtype, const void* bias, DType bias_dtype, int64_t F,
                             float* filter, int threads) {
   const int64_t channels = 2 * F;
-  float* const pairs = filter + 10 * channels;
-  const bool paired = choose(kByIsa).pairs && weight_dtype == DType::bf16 && F % kPairChannels == 0;
-  parallel_for(threads, ceil_div(channels, kPairChannels), [&](int64_t block) {
-    const int64_t first = block * kPairChannels, last = std::min(first + kPairChannels, channels);
+  const DepthwiseGluKernels& kernels = choose(kByIsa);
+  float* const blocks = filter + 10 * channels;
+  const bool arranged = kernels.arrange != nullptr && F % kArrangedChannels == 0 &&
+                        (weight_dtype == DType::bf16 || !kernels.bf16_taps);
+  parallel_for(threads, ceil_div(channels, kArrangedChannels), [&](int64_t block) {
+    const int64_t first = block * kArrangedChannels, last = std::min(first + kArrangedChannels, channels);
     for (int64_t c = first; c < last; ++c) {
       float taps[9] = {};
       load_row(at(weight, 9 * c, weight_dtype), weight_dtype, 9, taps);
       for (int64_t tap = 0; tap < 9; ++tap) filter[tap * channels + c] = taps[tap];
     }
     load_row(at(bias, first, bias_dtype), bias_dtype, last - first, filter + 9 * channels + first);
-    if (paired) pack_pairs(filter + first, channels, pairs + block * kPairVectors * 16);
+    if (arranged) kernels.arrange(filter + first, channels, blocks + block * kArrangedFloats);
   });
-  return paired ? pairs : nullptr;
+  return arranged ? blocks : nullptr;
 }
 
 void depthwise_glu_row(const DepthwiseGluRow& row) { choose(kByIsa).row(row); }
@@ -85,7 +71,7 @@ Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads) {
   static thread_local Scratch memory;
   float* const filter = reinterpret_cast<float*>(memory.reserve((depthwise_filter(p.F) + tasks * scratch) * sizeof(float)));
   if (filter == nullptr) return Status::out_of_memory;
-  const float* const pairs =
+  const float* const arranged =
       pack_depthwise(p.weight, p.weight_dtype, p.bias, p.bias_dtype, p.F, filter, threads);
 
   const DepthwiseGluKernels& kernels = choose(kByIsa);
@@ -99,7 +85,7 @@ Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads) {
       row.h[2] = y == p.height - 1 ? nullptr : at(p.h, (r + 1) * in_pitch, p.dtype);
       row.pitch = 2 * p.F;
       row.filter = filter;
-      row.pairs = pairs;
+      row.arranged = arranged;
       row.out = p.scale == nullptr ? at(p.out, r * out_pitch, p.dtype) : static_cast<char*>(p.out) + r * out_pitch;
       row.scale = p.scale == nullptr ? nullptr : p.scale + r * p.width;
       row.scratch = filter + depthwise_filter(p.F) + task * scratch;

@@ -27,7 +27,7 @@ struct DepthwiseGluRow {
   const void* h[3];     // the rows above, at and below it: `width` tokens of 2F elements; null above or below the image
   int64_t pitch;        // elements from token to token of h
   const float* filter;  // what pack_depthwise made: taps and bias,
-  const float* pairs;   // and the taps in pairs, or null
+  const float* arranged;  // and the same for vectors, or null
   void* out;            // `width` tokens, as in DepthwiseGlu; so is `scale`
   float* scale;
   float* scratch;  // depthwise_glu_scratch(F) floats of this thread, where `scale` is not null
@@ -39,8 +39,8 @@ void depthwise_glu_row(const DepthwiseGluRow& row);
 int64_t depthwise_glu_scratch(int64_t F);
 
 // The filter as floats, 10 rows of 2F: the taps (above left, above, above right, left, ...), then the bias. Returns, behind
-// them, the taps as the pairs of bf16 that the processor multiplies (depthwise_glu_cpu.h), or null where it does not, or
-// the taps are no bf16. `filter` has room for depthwise_filter(F) floats.
+// them, the same in the order of the processor's vectors (depthwise_glu_cpu.h), or null where that is this one. `filter` has
+// room for depthwise_filter(F) floats.
 const float* pack_depthwise(const void* weight, DType weight_dtype, const void* bias, DType bias_dtype, int64_t F,
                             float* filter, int threads);
 int64_t depthwise_filter(int64_t F);

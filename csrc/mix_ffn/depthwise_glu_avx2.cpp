@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const DepthwiseGluKernels depthwise_glu_avx2 = {glu_row_any, false};
+const DepthwiseGluKernels depthwise_glu_avx2 = {glu_row_any, nullptr, false};
 
 }  // namespace sana

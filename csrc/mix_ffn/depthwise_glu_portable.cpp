@@ -51,6 +51,6 @@ void glu_row(const DepthwiseGluRow& row) {
 
 }  // namespace
 
-const DepthwiseGluKernels depthwise_glu_portable = {glu_row, false};
+const DepthwiseGluKernels depthwise_glu_portable = {glu_row, nullptr, false};
 
 }  // namespace sana

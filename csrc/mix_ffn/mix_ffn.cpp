@@ -57,7 +57,7 @@ class Bands {
     h_[1] = h_[0] + h;
     u_ = h_[1] + h;
     u_scale_ = reinterpret_cast<float*>(u_ + u);
-    pairs_ = pack_depthwise(p.depthwise_weight, p.depthwise_weight_dtype, p.depthwise_bias, p.depthwise_bias_dtype, p.F,
+    arranged_ = pack_depthwise(p.depthwise_weight, p.depthwise_weight_dtype, p.depthwise_bias, p.depthwise_bias_dtype, p.F,
                             filter_, threads);
   }
 
@@ -116,7 +116,7 @@ class Bands {
         return;
       }
       const int64_t image = i / (last - first), row = first + i % (last - first);
-      depthwise_glu_row({{h_row(image, row - 1), h_row(image, row), h_row(image, row + 1)}, pitch(), filter_, pairs_,
+      depthwise_glu_row({{h_row(image, row - 1), h_row(image, row), h_row(image, row + 1)}, pitch(), filter_, arranged_,
                          u_ + i * p_.width * u_pitch_, is_int8() ? u_scale_ + i * p_.width : nullptr, buffer, p_.width,
                          p_.F, kMiddle});
     });
@@ -146,7 +146,7 @@ class Bands {
   const int threads_;
   int64_t rows_, images_, u_pitch_;
   float* filter_ = nullptr;
-  const float* pairs_ = nullptr;
+  const float* arranged_ = nullptr;
   char* h_[2] = {};
   char* u_ = nullptr;
   float* u_scale_ = nullptr;
