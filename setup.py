@@ -45,9 +45,10 @@ NVCC_FLAGS = f"-std=c++17 -O3 -Icsrc -Xptxas -v -Xcompiler -fPIC,-fvisibility=hi
 
 # A file's suffix names its instruction set. Never -march=native: the module must run on any machine of the same family.
 AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mprefer-vector-width=512"
+AVX512VNNI = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512"
+AVX512 = f"{AVX512VNNI} -mavx512bf16"
 AMX = f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16" if VARIANT != "tiles" else AVX512
-ISA_FLAGS = {"avx2": AVX2, "avxvnni": f"{AVX2} -mavxvnni", "avx512": AVX512, "amx": AMX}
+ISA_FLAGS = {"avx2": AVX2, "avxvnni": f"{AVX2} -mavxvnni", "avx512vnni": AVX512VNNI, "avx512": AVX512, "amx": AMX}
 
 ALL_ARCHS = ["80", "86", "89", "90a", "100f", "120f", "compute_80"]
 
@@ -68,10 +69,10 @@ def isa_tiers() -> list[str]:
     return [isa for isa, flags in ISA_FLAGS.items() if output_of(*probe, *flags.split()) is not None]
 
 
-def isa_of(source: Path) -> str:
-    """The instruction set in a file's name, or "" for the baseline."""
+def isas_of(source: Path) -> list[str]:
+    """What a file is compiled for, by the end of its name; "" for the baseline. All of AVX-512 is, with bf16 and without."""
     isa = source.stem.rpartition("_")[2]
-    return isa if isa in ISA_FLAGS else ""
+    return ["avx512vnni", "avx512"] if isa == "avx512" else [isa if isa in ISA_FLAGS else ""]
 
 
 def sources(suffix: str) -> list[Path]:
@@ -143,7 +144,7 @@ class NinjaBuild(build_ext):
         isa = {tier: ISA_FLAGS[tier] for tier in self.tiers}
         compiler = (output_of(*CXX.split(), "--version") or CXX).splitlines()[0]
         info = {"cxx": compiler, "cxx_flags": CXX_FLAGS, "isa": isa, "cuda_off": self.cuda_off}
-        files = [path for path in sources(".cpp") if path.name != "bind_cuda.cpp" and isa_of(path) in ("", *self.tiers)]
+        files = [path for path in sources(".cpp") if path.name != "bind_cuda.cpp"]
         self.ninja(extension, files, info, link=f"{CXX} -shared -pthread {VARIANTS[VARIANT]}".strip())
 
     def build_cuda(self, extension: Extension) -> str | None:
@@ -205,9 +206,14 @@ rule link
 """
         objects = []
         for source in [*files, out / "build_info.cpp"]:
-            objects.append(f"{out}/{source.name}.o" if source.is_relative_to(out) else f"{out}/{source}.o")
-            flags = ISA_FLAGS.get(isa_of(source), python if source.name.startswith("bind_") else "")
-            rules += f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}\n  flags = {flags}\n"
+            place = source.name if source.is_relative_to(out) else source
+            for isa in isas_of(source):
+                if isa not in ("", *self.tiers):
+                    continue
+                objects.append(f"{out}/{place}{isa and '.'}{isa}.o")
+                flags = ISA_FLAGS.get(isa, python if source.name.startswith("bind_") else "")
+                compiler = "nvcc" if source.suffix == ".cu" else "cxx"
+                rules += f"build {objects[-1]}: {compiler} {source}\n  flags = {flags}\n"
         module = out / "module.so"
         rules += f"build {module}: link {' '.join(objects)}\n"
         write_if_changed(out / "build.ninja", rules.lstrip())

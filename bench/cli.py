@@ -15,6 +15,7 @@ CAPS = ("SANA_KERNELS_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_EN
 ISAS = {
     "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
     "avxvnni": ("avxvnni", "avx2", "AVX2_VNNI", "AVX2"),
+    "avx512vnni": ("avx512vnni", "avx512", "AVX512_CORE_VNNI", "AVX512"),
     "avx512": ("avx512", "avx512", "AVX512_CORE_BF16", "AVX512"),
 }
 

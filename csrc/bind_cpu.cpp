@@ -80,7 +80,7 @@ void py_depthwise_glu(const std::array<Address, 4>& pointers, Optional out_scale
 }
 
 std::string unknown_isa(const std::string& what) {
-  return what + " is not known; choose portable, avx2, avxvnni, avx512 or amx";
+  return what + " is not known; choose portable, avx2, avxvnni, avx512vnni, avx512 or amx";
 }
 
 void py_set_isa_cap(const std::string& name) {

@@ -128,9 +128,10 @@ print(backend.backend_status("cpu"))
 """
     environment = os.environ | {"SANA_KERNELS_ISA": "avx1024"}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert "SANA_KERNELS_ISA=avx1024 is not known; choose portable, avx2, avxvnni, avx512 or amx" in result.stdout, (
-        result.stderr
-    )
+    assert (
+        "SANA_KERNELS_ISA=avx1024 is not known; choose portable, avx2, avxvnni, avx512vnni, avx512 or amx"
+        in result.stdout
+    ), result.stderr
 
 
 def test_a_gpu_that_cannot_load_the_kernels_is_passed_over(monkeypatch):
@@ -239,7 +240,9 @@ def test_instruction_sets_are_capped():
         for isa in isas():
             _cpu.set_isa_cap(isa)
             assert _cpu.isa() == isa
-        with pytest.raises(ValueError, match="avx9 is not known; choose portable, avx2, avxvnni, avx512 or amx"):
+        with pytest.raises(
+            ValueError, match="avx9 is not known; choose portable, avx2, avxvnni, avx512vnni, avx512 or amx"
+        ):
             _cpu.set_isa_cap("avx9")
         assert _cpu.isa() == isas()[-1]
     finally:

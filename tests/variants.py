@@ -27,7 +27,7 @@ def isa_cap(name: str):
 def isas() -> list[str]:
     """The instruction sets that this machine has, slowest first."""
     found = []
-    for name in ("portable", "avx2", "avxvnni", "avx512", "amx"):
+    for name in ("portable", "avx2", "avxvnni", "avx512vnni", "avx512", "amx"):
         with isa_cap(name):
             if _cpu.isa() == name:
                 found.append(name)

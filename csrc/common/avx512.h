@@ -1,5 +1,5 @@
 // Vectors of 16 floats for the files compiled for AVX-512 (and nobody else): loads and stores for tensors of each
-// dtype, and exp, SiLU and reductions on them.
+// dtype, and exp, SiLU and reductions on them. These files are compiled twice, with the instructions for bf16 and without.
 //
 // avx2.h has the same names for vectors of 8, so a kernel that needs nothing else is written once, as <op>_vector.h,
 // and compiled for both. GCC's operators + - * / work on Vec.
@@ -17,6 +17,12 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+
+#if defined(__AVX512BF16__)
+#define SANA_AVX512_NAME(op) op##_avx512
+#else
+#define SANA_AVX512_NAME(op) op##_avx512vnni
+#endif
 
 namespace sana {
 namespace {
@@ -48,7 +54,17 @@ struct BF16 {
   static Vec load(const uint16_t* x, Lanes lanes) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x)), 16));
   }
+#if defined(__AVX512BF16__)
   static __m256i rounded(Vec y) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)); }
+#else
+  static __m256i rounded(Vec y) {
+    const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const Lanes nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  }
+#endif
   static void store(uint16_t* x, Lanes lanes, Vec y) { _mm256_mask_storeu_epi16(x, lanes, rounded(y)); }
 };
 

@@ -15,7 +15,7 @@
 namespace sana {
 namespace {
 
-constexpr const char* kNames[kIsas] = {"portable", "avx2", "avxvnni", "avx512", "amx"};
+constexpr const char* kNames[kIsas] = {"portable", "avx2", "avxvnni", "avx512vnni", "avx512", "amx"};
 
 #if defined(__x86_64__)
 bool bit(uint32_t word, int index) { return word >> index & 1; }
@@ -45,8 +45,9 @@ Isa detect() {
   if (a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
   const uint64_t state = enabled_state();
   if (!(fma && f16c && bit(b7, 5) && (state & 0x6) == 0x6)) return Isa::portable;
-  const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && bit(c7, 11) && bit(a71, 5);
-  if (!(avx512 && (state & 0xe6) == 0xe6)) return bit(a71, 4) ? Isa::avxvnni : Isa::avx2;
+  const bool avx512vnni = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && bit(c7, 11);
+  if (!(avx512vnni && (state & 0xe6) == 0xe6)) return bit(a71, 4) ? Isa::avxvnni : Isa::avx2;
+  if (!bit(a71, 5)) return Isa::avx512vnni;
 #if defined(SANA_EMULATE_TILES)
   return Isa::amx;  // see common/tiles.h
 #endif
@@ -76,6 +77,8 @@ constexpr Isa kBuilt =
     Isa::amx;
 #elif defined(SANA_HAVE_AVX512)
     Isa::avx512;
+#elif defined(SANA_HAVE_AVX512VNNI)
+    Isa::avx512vnni;
 #elif defined(SANA_HAVE_AVXVNNI)
     Isa::avxvnni;
 #elif defined(SANA_HAVE_AVX2)

@@ -5,10 +5,10 @@
 namespace sana {
 
 // In order: each tier includes those before it, but for avxvnni, which some processors with AVX-512 lack. avx2 stands for
-// AVX2 + FMA + F16C; avxvnni for that and dot products of 256 bits, of int8 and int16; avx512 for F, BW, DQ, VL, VNNI and
-// BF16; amx for tiles of int8 and bf16.
-enum class Isa : int { portable, avx2, avxvnni, avx512, amx };
-constexpr int kIsas = 5;
+// AVX2 + FMA + F16C; avxvnni for that and dot products of 256 bits, of int8 and int16; avx512vnni for F, BW, DQ, VL and
+// VNNI, avx512 for these and BF16; amx for tiles of int8 and bf16.
+enum class Isa : int { portable, avx2, avxvnni, avx512vnni, avx512, amx };
+constexpr int kIsas = 6;
 
 const char* isa_name(Isa isa);
 bool cpu_has(Isa isa);  // the processor has the tier and the operating system lets us use it
@@ -16,7 +16,7 @@ Isa active_isa();
 bool set_isa_cap(const char* name);  // false: the name is not known; nothing changed
 
 // An op's table of kernels has a slot per tier, in the order of Isa: {&op_portable, SANA_AVX2(&op_avx2), nullptr,
-// SANA_AVX512(&op_avx512), nullptr}. A slot is empty where the op has no kernel for the tier, or, through these macros,
+// SANA_AVX512VNNI(&op_avx512vnni), SANA_AVX512(&op_avx512), nullptr}; op_avx512.cpp makes both of these. A slot is empty where the op has no kernel for the tier, or, through these macros,
 // where the compiler could not target it.
 #if defined(SANA_HAVE_AVX2)
 #define SANA_AVX2(kernels) kernels
@@ -27,6 +27,11 @@ bool set_isa_cap(const char* name);  // false: the name is not known; nothing ch
 #define SANA_AVXVNNI(kernels) kernels
 #else
 #define SANA_AVXVNNI(kernels) nullptr
+#endif
+#if defined(SANA_HAVE_AVX512VNNI)
+#define SANA_AVX512VNNI(kernels) kernels
+#else
+#define SANA_AVX512VNNI(kernels) nullptr
 #endif
 #if defined(SANA_HAVE_AVX512)
 #define SANA_AVX512(kernels) kernels

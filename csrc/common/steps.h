@@ -32,6 +32,9 @@ struct PairStep {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
 };
+using StepOf16 = PairStep;  // for operands of 16 bits
+#else
+using StepOf16 = FloatStep;
 #endif
 
 }  // namespace

@@ -101,6 +101,6 @@ void tiles(const Conv2d& p, const Layout& layout, const Tile& tiles, char* memor
 
 }  // namespace
 
-const Conv2dKernels conv2d_avx512 = {0, 0, 1, 1 << 18, tiles};
+const Conv2dKernels SANA_AVX512_NAME(conv2d) = {0, 0, 1, 1 << 18, tiles};
 
 }  // namespace sana

@@ -139,6 +139,7 @@ struct Products {
 extern const Conv2dKernels conv2d_portable;
 extern const Conv2dKernels conv2d_avx2;
 extern const Conv2dKernels conv2d_avxvnni;
+extern const Conv2dKernels conv2d_avx512vnni;
 extern const Conv2dKernels conv2d_avx512;
 extern const Conv2dKernels conv2d_amx;  // of int8 and bf16
 
@@ -150,6 +151,7 @@ struct PixelKernels {
 
 extern const PixelKernels pixels_portable;
 extern const PixelKernels pixels_avx2;
+extern const PixelKernels pixels_avx512vnni;
 extern const PixelKernels pixels_avx512;
 
 }  // namespace sana

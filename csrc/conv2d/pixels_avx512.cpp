@@ -4,6 +4,6 @@
 
 namespace sana {
 
-const PixelKernels pixels_avx512 = {rms_norm_any, multi_scale_row};
+const PixelKernels SANA_AVX512_NAME(pixels) = {rms_norm_any, multi_scale_row};
 
 }  // namespace sana

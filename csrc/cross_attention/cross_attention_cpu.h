@@ -18,6 +18,7 @@ struct CrossAttentionKernels {
 
 extern const CrossAttentionKernels cross_attention_portable;
 extern const CrossAttentionKernels cross_attention_avx2;
+extern const CrossAttentionKernels cross_attention_avx512vnni;
 extern const CrossAttentionKernels cross_attention_avx512;
 extern const CrossAttentionKernels cross_attention_amx;  // of bf16
 

@@ -1,4 +1,5 @@
-// Matrix product for AVX-512: dot products of int8 quadruples (VNNI) or bf16 pairs (BF16), 16 columns per vector.
+// Matrix product for AVX-512: dot products of int8 quadruples (VNNI) or bf16 pairs (BF16), 16 columns per vector. Where there
+// are none of bf16, both halves of a pair are widened, 6 operands at a time beside 16 sums, so that a block is 2 vectors wide.
 //
 // Register block: 8 rows x 3 vectors. A step over 4 bytes of K loads 3 vectors of weights and broadcasts 8 times 4 bytes
 // of x for 24 dot products, 12 cycles of a processor with two such units; 24 sums, 3 weights and 1 broadcast fit the 32
@@ -12,6 +13,9 @@ namespace sana {
 namespace {
 
 constexpr int kRows = 8, kVectors = 3;
+
+template <class T>
+constexpr int kMostVectors = T::kWidened ? 2 : kVectors;
 
 // R rows from m on, V vectors of columns from n on.
 template <class T, class E, int R, int V>
@@ -33,7 +37,8 @@ void rows(const Gemm& p, int64_t m, const Block& block) {
   for (int r = 0; r < R; ++r)
     correction[r] = T::correction(static_cast<const char*>(p.x) + (m + r) * p.x_stride, row_bytes(p));
   int64_t n = block.first_column;
-  for (; n + 16 * kVectors <= block.last_column; n += 16 * kVectors) product<T, E, R, kVectors>(p, m, n, correction);
+  constexpr int V = kMostVectors<T>;
+  for (; n + 16 * V <= block.last_column; n += 16 * V) product<T, E, R, V>(p, m, n, correction);
   if (block.last_column - n == 32) product<T, E, R, 2>(p, m, n, correction);
   if (block.last_column - n == 16) product<T, E, R, 1>(p, m, n, correction);
 }
@@ -60,6 +65,6 @@ void block(const Gemm& p, const Block& block, char*) {
 
 }  // namespace
 
-const GemmKernels gemm_avx512 = {kRows, 16 * kVectors, 4, 0, block};
+const GemmKernels SANA_AVX512_NAME(gemm) = {kRows, 16 * kVectors, 4, 0, block};
 
 }  // namespace sana

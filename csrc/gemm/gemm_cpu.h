@@ -26,6 +26,7 @@ struct GemmKernels {
 extern const GemmKernels gemm_portable;
 extern const GemmKernels gemm_avx2;
 extern const GemmKernels gemm_avxvnni;
+extern const GemmKernels gemm_avx512vnni;
 extern const GemmKernels gemm_avx512;
 extern const GemmKernels gemm_amx;
 

@@ -18,6 +18,7 @@ struct GemmW4A16Kernels {
 
 extern const GemmW4A16Kernels gemm_w4a16_portable;
 extern const GemmW4A16Kernels gemm_w4a16_avx2;
+extern const GemmW4A16Kernels gemm_w4a16_avx512vnni;
 extern const GemmW4A16Kernels gemm_w4a16_avx512;
 
 inline int64_t padded_k(const GemmW4A16& p) { return p.groups * p.group; }

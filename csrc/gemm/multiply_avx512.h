@@ -1,9 +1,9 @@
 // The inner loop of matrix products for AVX-512: dot products of int8 quadruples or int16 pairs (VNNI) or bf16 pairs
-// (BF16), or floats, 16 columns per vector. For gemm and conv2d; include common/avx512.h first.
+// (BF16, or widened), or floats, 16 columns per vector. For gemm and conv2d; include common/avx512.h first.
 //
 // Per type: Sum, a vector of sums; `weights` loads 4 bytes of K of 16 columns, `dot` multiplies them by a row's 4
 // bytes; `result` turns a sum into floats, given the row's `correction`. `add` adds the sum of a part of K to others,
-// `start` is what such a sum starts with, where that is not zero.
+// `start` is what such a sum starts with, where that is not zero; kWidened says whether an operand becomes two.
 //
 // vpdpbusd multiplies unsigned by signed bytes. The weights of Int8 become unsigned by flipping their top bit, that is
 // by adding 128, and 128 * sum(x) is taken off the result.
@@ -13,7 +13,7 @@ namespace sana {
 namespace {
 
 struct Int8 {
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kWidened = false;
   // The type that the instruction computes in: with __m512i, gcc 12 copies the sums about inside the loop.
   typedef int Sum __attribute__((vector_size(64)));
   static __m512i weights(const char* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
@@ -60,7 +60,16 @@ struct BFloat16 {
   static constexpr bool kScaled = false;
   typedef __m512 Sum;
   static __m512i weights(const char* p) { return _mm512_loadu_si512(p); }
+#if defined(__AVX512BF16__)
+  static constexpr bool kWidened = false;
   static Sum dot(Sum sum, __m512i weights, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x); }
+#else
+  static constexpr bool kWidened = true;  // once each in a loop over rows and vectors, which compilers see
+  static Sum dot(Sum sum, __m512i weights, __m512i x) {
+    const Vec w = _mm512_castsi512_ps(weights), y = _mm512_castsi512_ps(x);
+    return fmadd(bf16_of_two(w, true), bf16_of_two(y, true), fmadd(bf16_of_two(w, false), bf16_of_two(y, false), sum));
+  }
+#endif
   static __m512 result(Sum sum, int) { return sum; }
   static int correction(const char*, int64_t) { return 0; }
 };

@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const QuantizeKernels quantize_avx512 = {quantize_rows_any};
+const QuantizeKernels SANA_AVX512_NAME(quantize) = {quantize_rows_any};
 
 }  // namespace sana

@@ -11,6 +11,7 @@ struct QuantizeKernels {
 
 extern const QuantizeKernels quantize_portable;
 extern const QuantizeKernels quantize_avx2;
+extern const QuantizeKernels quantize_avx512vnni;
 extern const QuantizeKernels quantize_avx512;
 
 }  // namespace sana

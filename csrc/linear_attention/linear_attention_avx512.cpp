@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const LinearAttentionKernels linear_attention_avx512 = {state_any<PairStep>, nullptr, apply_any};
+const LinearAttentionKernels SANA_AVX512_NAME(linear_attention) = {state_any<StepOf16>, nullptr, apply_any};
 
 }  // namespace sana

@@ -26,6 +26,7 @@ struct LinearAttentionKernels {
 
 extern const LinearAttentionKernels linear_attention_portable;
 extern const LinearAttentionKernels linear_attention_avx2;
+extern const LinearAttentionKernels linear_attention_avx512vnni;
 extern const LinearAttentionKernels linear_attention_avx512;
 extern const LinearAttentionKernels linear_attention_amx;
 

@@ -7,7 +7,7 @@
 //   Floats  even and odd channels, widened by a shift and by a mask: 9 products and 3 of those (where a vector of 16
 //           channels, widened by itself, takes 12, 3 and 3 loads that shuffle)
 //
-// Floats is for processors with tiles, which are Intel's: there VDPBF16PS is four operations, two on either of the ports
+// Floats is for processors without VDPBF16PS, and for those with tiles, which are Intel's: there VDPBF16PS is four operations, two on either of the ports
 // that multiply, so 32 sums of a column take 28 cycles in pairs and 12 in floats, by LLVM's model of Sapphire Rapids. On AMD
 // it is one, and pairs are faster (bench/notes/cpu_engine.md).
 #include "common/avx512.h"
@@ -22,6 +22,7 @@ struct Two {
   Vec low, high;
 };
 
+#if defined(__AVX512BF16__)
 struct Pairs {
   __m512i of[4];  // the rows above and here (low, high), the row below
 
@@ -46,6 +47,7 @@ struct Pairs {
     to[32 + unit] = float_from_bits(bits_from_float(below) >> 16);
   }
 };
+#endif
 
 struct Floats {
   Vec of[3][2];  // by row: even and odd channels
@@ -135,7 +137,11 @@ void row(const DepthwiseGluRow& row) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
 const DepthwiseGluKernels depthwise_glu_avx512 = {row<Pairs>, arrange<Pairs>, true};
 const DepthwiseGluKernels depthwise_glu_amx = {row<Floats>, arrange<Floats>, false};
+#else
+const DepthwiseGluKernels depthwise_glu_avx512vnni = {row<Floats>, arrange<Floats>, false};
+#endif
 
 }  // namespace sana

@@ -20,6 +20,7 @@ struct DepthwiseGluKernels {
 
 extern const DepthwiseGluKernels depthwise_glu_portable;
 extern const DepthwiseGluKernels depthwise_glu_avx2;
+extern const DepthwiseGluKernels depthwise_glu_avx512vnni;
 extern const DepthwiseGluKernels depthwise_glu_avx512;
 extern const DepthwiseGluKernels depthwise_glu_amx;  // no tiles: what is faster where there are some
 

@@ -5,6 +5,6 @@
 
 namespace sana {
 
-const ModulateKernels modulate_avx512 = {modulate_any, gate_residual_any};
+const ModulateKernels SANA_AVX512_NAME(modulate) = {modulate_any, gate_residual_any};
 
 }  // namespace sana

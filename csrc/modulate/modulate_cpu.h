@@ -14,6 +14,7 @@ struct ModulateKernels {
 
 extern const ModulateKernels modulate_portable;
 extern const ModulateKernels modulate_avx2;
+extern const ModulateKernels modulate_avx512vnni;
 extern const ModulateKernels modulate_avx512;
 
 }  // namespace sana

@@ -52,10 +52,10 @@ std::vector<Kind> kinds() {
       {"int16_avx2", Isa::avx2, Element::integer, SANA_AVX2(peak_int16_avx2), 1 << 14},
       {"int16_avxvnni", Isa::avxvnni, Element::integer, SANA_AVXVNNI(peak_int16_avxvnni), 1 << 14},
       {"int8_avxvnni", Isa::avxvnni, Element::integer, SANA_AVXVNNI(peak_int8_avxvnni), 1 << 14},
-      {"fp32_avx512", Isa::avx512, Element::fp32, SANA_AVX512(peak_fp32_avx512), 1 << 14},
+      {"fp32_avx512", Isa::avx512vnni, Element::fp32, SANA_AVX512VNNI(peak_fp32_avx512), 1 << 14},
       {"bf16_avx512", Isa::avx512, Element::bf16, SANA_AVX512(peak_bf16_avx512), 1 << 14},
-      {"int16_avx512", Isa::avx512, Element::integer, SANA_AVX512(peak_int16_avx512), 1 << 14},
-      {"int8_avx512", Isa::avx512, Element::integer, SANA_AVX512(peak_int8_avx512), 1 << 14},
+      {"int16_avx512", Isa::avx512vnni, Element::integer, SANA_AVX512VNNI(peak_int16_avx512), 1 << 14},
+      {"int8_avx512", Isa::avx512vnni, Element::integer, SANA_AVX512VNNI(peak_int8_avx512), 1 << 14},
       {"bf16_amx", Isa::amx, Element::bf16, SANA_AMX(peak_bf16_amx), 1 << 12},
       {"int8_amx", Isa::amx, Element::integer, SANA_AMX(peak_int8_amx), 1 << 12},
   };

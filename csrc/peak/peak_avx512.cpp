@@ -5,16 +5,7 @@
 
 #include "peak/peak.h"
 
-double peak_fp32_avx512(const void* operands, int iterations) {
-  const float* data = static_cast<const float*>(operands);
-  __m512 x[4], y[4], acc[16];
-  for (int j = 0; j < 4; ++j) x[j] = _mm512_load_ps(data + 16 * j), y[j] = _mm512_load_ps(data + 64 + 16 * j);
-  for (int j = 0; j < 16; ++j) acc[j] = _mm512_load_ps(data + 128 + 16 * j);
-  for (int i = 0; i < iterations; ++i)
-    for (int j = 0; j < 16; ++j) acc[j] = _mm512_fmadd_ps(x[j & 3], y[j >> 2], acc[j]);
-  for (__m512& a : acc) asm volatile("" : : "v"(a));
-  return iterations * (16.0 * 16 * 2);
-}
+#if defined(__AVX512BF16__)
 
 double peak_bf16_avx512(const void* operands, int iterations) {
   const char* data = static_cast<const char*>(operands);
@@ -29,6 +20,19 @@ double peak_bf16_avx512(const void* operands, int iterations) {
     for (int j = 0; j < 16; ++j) acc[j] = _mm512_dpbf16_ps(acc[j], x[j & 3], y[j >> 2]);
   for (__m512& a : acc) asm volatile("" : : "v"(a));
   return iterations * (16.0 * 32 * 2);
+}
+
+#else  // this file is compiled twice
+
+double peak_fp32_avx512(const void* operands, int iterations) {
+  const float* data = static_cast<const float*>(operands);
+  __m512 x[4], y[4], acc[16];
+  for (int j = 0; j < 4; ++j) x[j] = _mm512_load_ps(data + 16 * j), y[j] = _mm512_load_ps(data + 64 + 16 * j);
+  for (int j = 0; j < 16; ++j) acc[j] = _mm512_load_ps(data + 128 + 16 * j);
+  for (int i = 0; i < iterations; ++i)
+    for (int j = 0; j < 16; ++j) acc[j] = _mm512_fmadd_ps(x[j & 3], y[j >> 2], acc[j]);
+  for (__m512& a : acc) asm volatile("" : : "v"(a));
+  return iterations * (16.0 * 16 * 2);
 }
 
 namespace {
@@ -61,3 +65,5 @@ double peak_int16_avx512(const void* operands, int iterations) {
     return _mm512_dpwssd_epi32(sum, x, y);
   });
 }
+
+#endif

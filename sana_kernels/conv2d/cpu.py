@@ -22,7 +22,7 @@ def winograd_integers(eight_bit: bool) -> torch.dtype | None:
     isa = extension("_cpu")[0].isa()
     if isa == "amx":
         return None
-    return torch.int8 if eight_bit and isa in ("avx512", "avxvnni") else torch.int16
+    return torch.int8 if eight_bit and isa in ("avx512", "avx512vnni", "avxvnni") else torch.int16
 
 
 def accepts(x: Tensor, *args) -> str | None:
