@@ -20,6 +20,7 @@ OPS = (
     "gemm", "quantize", "gemm_w4a16", "gemm_w4a4", "quantize_int4", "conv2d", "upsample", "multi_scale", "rms_norm",
 )  # fmt: skip
 BACKENDS = ("cuda", "triton", "cpu", "library", "reference")  # fastest first; library: a fused GPU kernel of PyTorch's
+CAP = "SANA_KERNELS_ISA"  # the variable that caps the instructions of the CPU kernels
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType of csrc/common/dtype.h
 
 
@@ -73,7 +74,10 @@ def backend_status(backend: str) -> str | None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not known; choose one of auto, {', '.join(BACKENDS)}")
     if backend in ("cpu", "cuda") and extension(f"_{backend}")[0] is None:
-        return f"its C++ module cannot be imported ({extension(f'_{backend}')[1]}); `pip install .` builds it"
+        why = extension(f"_{backend}")[1]
+        if CAP in why:  # the module is there, and the variable's value is not known
+            return why
+        return f"its C++ module cannot be imported ({why}); `pip install .` builds it"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; `pip install triton` adds it"
     if backend in ("cuda", "triton", "library") and not torch.cuda.is_available():

@@ -12,6 +12,7 @@ transposed. What does not depend on the latents is computed once and passed in: 
 another call's prompt.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +27,7 @@ from sana_model.ops import REFERENCE_OPS, Ops
 from sana_model.packed import is_plain, linear, rows_for
 
 FP16_MAX = 65504.0
+HEAD_EPS = 1e-6  # of the last norm, whatever that of the blocks is
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, scalar: Tensor) -> Tensor:
         j = torch.arange(128, dtype=torch.float32, device=scalar.device)
-        angles = scalar.float()[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * j / 128)
+        angles = scalar.float()[:, None] * torch.exp(-math.log(10000.0) * j / 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
 
@@ -306,7 +308,7 @@ class DiT(nn.Module):
     def unembed(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) → (B, out channels, H, W)."""
         shift, scale = (self.scale_shift_table + embedding[:, None]).unbind(1)
-        y = self.head(self.ops.modulate(x, shift, scale, eps=self.config.norm_eps))
+        y = self.head(self.ops.modulate(x, shift, scale, eps=HEAD_EPS))
         return y.transpose(1, 2).unflatten(-1, grid)
 
 

@@ -32,8 +32,8 @@ from sana_model.weights.checkpoint_config import read_dit
 from sana_model.weights.defaults import clamps
 from sana_model.weights.lora import Loras
 
-PROCESSORS = ("SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0")
-"""diffusers' attention, which the DiT computes."""
+SELF_ATTENTION, CROSS_ATTENTION = "SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0"
+"""diffusers' processors, which the DiT computes."""
 
 PERTURBED = {"PAGCFGSanaLinearAttnProcessor2_0": 3, "PAGIdentitySanaLinearAttnProcessor2_0": 2}
 """diffusers' processors of perturbed-attention guidance; into how many parts they cut the batch, the last one perturbed."""
@@ -51,7 +51,7 @@ def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
     do any of it.
     """
     if isinstance(pipe, Pipeline):
-        with pipe._lock:
+        with pipe._alone():
             plan = _optimize_ours(pipe, precision, backend)
     else:
         plan = _optimize(pipe, precision, backend)
@@ -62,12 +62,16 @@ def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
 def restore(pipe) -> None:
     """Undo `optimize`. Raises UserError where there is nothing to undo."""
     if isinstance(pipe, Pipeline) and "_before_optimize" in pipe.__dict__:
-        with pipe._lock:
+        with pipe._alone():
             _refuse_loras(pipe)
             pipe.plan, pipe.dit, pipe.loras = pipe.__dict__.pop("_before_optimize")
             pipe.model.dit = pipe.dit
     elif not isinstance(pipe, Pipeline) and (forward := _installed(_transformer(pipe))) is not None:
         forward.undo()
+    elif not isinstance(pipe, Pipeline) and "forward" in _transformer(pipe).__dict__:
+        raise UserError(
+            "the transformer's forward has been replaced, by a hook perhaps; remove that first, then restore"
+        )
     else:
         raise UserError("this pipeline was not optimised: there is nothing to restore")
 
@@ -96,7 +100,11 @@ def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
     loaded = before.precisions["dit"]
     precision = precision or loaded
     precisions = precisions_for(precision) | {"dit": precision}
-    if loaded not in DTYPES or PRECISIONS[precision] != PRECISIONS[loaded]:
+    if loaded not in DTYPES:
+        raise UserError(
+            f"this pipeline's DiT was loaded in {loaded}, for kernels already; optimize takes 16 bits or fp32"
+        )
+    if PRECISIONS[precision] != PRECISIONS[loaded]:
         raise UserError(
             f"this pipeline's DiT was loaded in {loaded}, from which {precision} cannot be made; load it with"
             f" precision={precision!r}"
@@ -154,10 +162,19 @@ def _optimize(pipe, precision: str | None, backend: str) -> Plan:
         raise UserError(
             "the transformer has a hook of accelerate (offloading?), which would undo this; remove it first"
         )
+    if installed is None and "forward" in transformer.__dict__:
+        raise UserError(
+            "the transformer's forward has been replaced (by a hook, or diffusers' offloading?), which would be lost; remove"
+            " that first"
+        )
     _perturbed_blocks(transformer)
     values = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     dit_config = read_dit(values | {"_class_name": "SanaTransformer2DModel"}, "the transformer's configuration")
     dit_config = replace(dit_config, clamp=clamps(_checkpoint(pipe, transformer)))
+    if transformer.dtype not in DTYPES.values():
+        raise UserError(
+            f"the transformer is in {transformer.dtype}; move it to bf16, fp16 or fp32: pipe.to(torch.bfloat16)"
+        )
     precisions = precisions_for(precision or dtype_name(transformer.dtype))
     plan = _plan(replace(BUILT_IN["sana-1.6b"], dit=dit_config), backend, transformer.device, precisions)
 
@@ -220,10 +237,11 @@ class Forward:
                 "the transformer has changed since it was optimised; call sana_kernels.optimize(pipe) again"
             )
         dit, rows = self.dit, len(hidden_states)
-        time = dit.embedded_time(timestep.expand(rows), guidance)
-        text = self._text(encoder_hidden_states, encoder_attention_mask)
-        perturbed, layers = self._perturbed(rows)
-        sample = dit.step(hidden_states, time, text, perturbed, layers).to(hidden_states.dtype)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # the plan says what is computed in what
+            time = dit.embedded_time(timestep.expand(rows), guidance)
+            text = self._text(encoder_hidden_states, encoder_attention_mask)
+            perturbed, layers = self._perturbed(rows)
+            sample = dit.step(hidden_states, time, text, perturbed, layers).to(hidden_states.dtype)
         if not return_dict:
             return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -249,10 +267,14 @@ def _perturbed_blocks(transformer: nn.Module) -> list[int]:
     """By block, into how many parts its processor cuts the batch, 0 where it perturbs nothing. UserError for others."""
     parts = []
     for block in transformer.transformer_blocks:
-        names = [type(attention.processor).__name__ for attention in (block.attn1, block.attn2)]
-        if unknown := [name for name in names if name not in (*PROCESSORS, *PERTURBED)]:
-            raise UserError(f"the optimised DiT does not know the attention processor {unknown[0]}")
-        parts.append(PERTURBED.get(names[0], 0))
+        known = (block.attn1, (SELF_ATTENTION, *PERTURBED)), (block.attn2, (CROSS_ATTENTION,))
+        for attention, names in known:
+            kind = type(attention.processor)
+            if kind.__name__ not in names or not kind.__module__.startswith("diffusers."):
+                raise UserError(
+                    f"the optimised DiT does not know the attention processor {kind.__name__} where diffusers has {names[0]}"
+                )
+        parts.append(PERTURBED.get(type(block.attn1.processor).__name__, 0))
     return parts
 
 

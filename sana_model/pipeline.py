@@ -12,8 +12,8 @@ same picture, on any backend from the same noise.
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ class Pipeline:
         self._prompt_encoder: PromptEncoder | None = None
         self.loras = Loras(self.dit, plan.wide_backend("dit"))
         self.graphs = graph.Graphs(0 if plan.eager else graph.limit(device))
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock, self._holder, self._pid = threading.Lock(), None, os.getpid()
 
     def settings(self, prompt: str | list[str] | tuple[str, ...], **overrides) -> Settings:
         """The model's defaults with `overrides` applied and checked. Raises UserError naming what is wrong."""
@@ -80,10 +80,9 @@ class Pipeline:
         """Paint. `overrides` are fields of `Settings`; `progress` is told of every stage and step."""
         settings = self.settings(prompt, **overrides)
         progress = progress or (lambda stage, done, of: None)
-        self._after_fork()
         # The plan's clock records its events on the current GPU.
         gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with self._lock, torch.inference_mode(), gpu:
+        with self._alone(), torch.inference_mode(), torch.autocast(self.device.type, enabled=False), gpu:
             self.plan.clock.reset()
             clock = _StageClock(self.device)
             progress("text_encode", 0, 1)
@@ -101,7 +100,8 @@ class Pipeline:
             progress("decode", len(latents), len(latents))
             share = self.plan.outside_share(denoise_ms / 1e3)
             plan = self.plan.as_json() | {"eager": self.why_eager(settings), "outside_share": share}
-        return Result(images, latents.cpu(), clock.timings(settings.steps), plan, settings)
+        latents = latents.cpu().clone()  # by now no inference tensor, so that a user may change it
+        return Result(images, latents, clock.timings(settings.steps), plan, settings)
 
     def add_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA on the DiT (sana_model/weights/lora.py); its name is that of the file, unless given. Returns the name.
@@ -123,7 +123,7 @@ class Pipeline:
         self._change_loras(lambda: self.loras.remove(name))
 
     def _change_loras(self, change: Callable[[], None]) -> None:
-        with self._lock:
+        with self._alone():
             change()
             self.graphs.clear()
 
@@ -262,11 +262,24 @@ class Pipeline:
         index = [g * prompts + p for g in groups for p in range(prompts) for _ in range(settings.num_images)]
         return text if index == list(range(len(states))) else text.rows(index)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For what one thread does at a time. Raises UserError where this one is doing it, and would wait for itself."""
+        self._after_fork()
+        if self._holder == threading.get_ident():
+            raise UserError("this pipeline is painting: from a progress callback it can neither be changed nor paint")
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
     def _after_fork(self) -> None:
         """A forked child has none of its parent's OpenMP threads: compute on one thread rather than wait for them."""
         if os.getpid() != self._pid:
             torch.set_num_threads(1)
-            self._lock, self._pid = threading.Lock(), os.getpid()
+            self._lock, self._holder, self._pid = threading.Lock(), None, os.getpid()
 
 
 def load(
@@ -331,7 +344,7 @@ def load(
         decoder_precision,
     )
     dtypes = dtypes_of(precisions)
-    files = [lora_file.parse(text) for text in lora]
+    files = [lora_file.parse(text) for text in ([lora] if isinstance(lora, str) else lora)]
     names = lora_file.names_of([file for file, _ in files])
     loras = [
         (lora_file.read(file, source.config.dit, name), scale) for (file, scale), name in zip(files, names, strict=True)
@@ -376,6 +389,8 @@ def _device(device: str | None, backend: str) -> torch.device:
         target = torch.device(wanted)
     except RuntimeError as error:
         raise UserError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from error
+    if target.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise MissingError(
             "no NVIDIA GPU can be used here (torch sees none); run with --backend cpu and no --device, or see `sana doctor`"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import sana_kernels
-from sana_kernels.backend import OPS, backend_status, extension, kernels, why_not
+from sana_kernels.backend import CAP, OPS, backend_status, extension, kernels, why_not
 from sana_kernels.conv2d import WINOGRAD_CHANNELS, winograd_integers
 from sana_kernels.mix_ffn import taps_first
 from sana_model.autoencoder.bands import BAND_BYTES
@@ -253,6 +253,8 @@ class Plan:
 def choose_backend(backend: str, device: torch.device) -> str:
     """Turn "auto" into the fastest pipeline backend of this machine; refuse one that cannot run here at all."""
     if backend == "auto":
+        if device.type == "cpu" and CAP in (why := backend_status("cpu") or ""):
+            raise UserError(why)
         candidates = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
         return next((name for name in candidates if backend_status(name) is None), "reference")
     if backend not in PIPELINES:

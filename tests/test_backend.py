@@ -105,6 +105,16 @@ def test_plans_are_made_without_memory(op):
     torch.testing.assert_close(EAGER_OPS[op](*args), resolve(op, "auto", *args).run(*args), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_results_lie_where_the_arguments_do(op):
+    """Whatever torch's default device is. (A kernel that is given an address of another one ends the process.)"""
+    args = arguments(op)
+    expected = EAGER_OPS[op](*args)
+    with torch.device("meta"):
+        found = EAGER_OPS[op](*args)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
 def test_reasons_are_sentences():
     args = arguments("linear_attention")
     assert why_not("linear_attention", "cpu", *args, device="cuda") == "it runs on cpu tensors, and these are on cuda"
@@ -125,6 +135,11 @@ from sana_kernels import backend
 x, row = torch.randn(1, 3, 8), torch.randn(1, 8)
 assert torch.equal(sana_kernels.gate_residual(x, x, row), sana_kernels.gate_residual(x, x, row, backend="reference"))
 print(backend.backend_status("cpu"))
+try:
+    from sana_model.plan import choose_backend
+    choose_backend("auto", torch.device("cpu"))
+except Exception as error:
+    print("refused:", error)
 """
     environment = os.environ | {"SANA_KERNELS_ISA": "avx1024"}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
@@ -132,6 +147,7 @@ print(backend.backend_status("cpu"))
         "SANA_KERNELS_ISA=avx1024 is not known; choose portable, avx2, avxvnni, avx512vnni, avx512 or amx"
         in result.stdout
     ), result.stderr
+    assert "refused: SANA_KERNELS_ISA=avx1024" in result.stdout  # not a slow picture without a word
 
 
 def test_a_gpu_that_cannot_load_the_kernels_is_passed_over(monkeypatch):

@@ -199,5 +199,11 @@ def test_wrong_branches_get_one_sentence():
             sana_kernels.gemm_w4a4(rows, weight, **options)
     with pytest.raises(ValueError, match="groups of 64"):
         sana_kernels.gemm_w4a4(rows, quantize_int4(torch.randn(8, 256), group=128))
+    elsewhere = Int4(weight.values, weight.scale.to("meta"))
+    for call, given in ((sana_kernels.gemm_w4a16, x), (sana_kernels.gemm_w4a4, rows)):
+        with pytest.raises(ValueError, match="tensors on one device; got cpu, cpu and meta"):
+            call(given, elsewhere)
+        with pytest.raises(ValueError, match=r"a weight \(N, K\), neither of them 0"):
+            call(given, Int4(*(t[None] for t in weight)))
     with pytest.raises(ValueError, match=r"smooth of shape \(192,\)"):
         sana_kernels.quantize_int4(x, torch.ones(191))

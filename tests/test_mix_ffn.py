@@ -113,6 +113,22 @@ def test_wrong_arguments_get_one_sentence(change, error, message):
     assert "\n" not in str(raised.value)
 
 
+def test_wrong_scales_get_a_sentence_not_what_lies_behind_them():
+    x, height, width, we, be, wd, bd, wp = Case(1, 3, 5, 64, 160).make(torch.float32)
+    x, we, wp = (sana_kernels.quantize(t) for t in (x, we, wp))
+    for i, name in ((0, "x's scale"), (1, "expand_weight's scale"), (2, "project_weight's scale")):
+        given = [x, we, wp]
+        given[i] = sana_kernels.Quantized(given[i].values, given[i].scale[..., :1].clone())
+        with pytest.raises(ValueError, match=f"takes {name} as"):
+            sana_kernels.mix_ffn(given[0], height, width, given[1], be, wd, bd, given[2])
+    elsewhere = sana_kernels.Quantized(wp.values, wp.scale.to("meta"))
+    with pytest.raises(ValueError, match="tensors on one device"):
+        sana_kernels.mix_ffn(x, height, width, we, be, wd, bd, elsewhere)
+    weight = sana_kernels.quantize(torch.randn(96, 64))
+    with pytest.raises(ValueError, match=r"weight's scale as \(96,\)"):
+        sana_kernels.linear_attention_from(x, sana_kernels.Quantized(weight.values, weight.scale[:1]))
+
+
 BANDS = [
     Case(2, 70, 16, 64, 160),
     Case(3, 16, 16, 64, 96),

@@ -1,7 +1,9 @@
 """sana_kernels.optimize on diffusers' pipelines and on ours: the same pictures, in every mode, and back again."""
 
+import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +290,64 @@ def test_a_transformer_that_changes_asks_for_another_call():
     pipe.transformer._hf_hook = object()
     with pytest.raises(UserError, match="a hook of accelerate"):
         sana_kernels.optimize(pipe)
+
+
+def test_attention_that_somebody_else_computes_is_refused():
+    """Also diffusers' own where it does not belong, and what only has its name."""
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1, dtype=torch.float32)))
+    attention = pipe.transformer.transformer_blocks[0].attn1
+    linear, softmax = attention.processor, pipe.transformer.transformer_blocks[0].attn2.processor
+    for other in (softmax, type(type(linear).__name__, (type(linear),), {"__module__": "mine"})()):
+        attention.processor = other
+        with pytest.raises(UserError, match="where diffusers has SanaLinearAttnProcessor2_0"):
+            sana_kernels.optimize(pipe, "fp32")
+    attention.processor = linear
+    sana_kernels.optimize(pipe, "fp32")
+
+
+def test_a_forward_that_somebody_else_replaced_is_not_lost():
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1, dtype=torch.float32)))
+    transformer = pipe.transformer
+    transformer.forward = theirs = functools.partial(type(transformer).forward, transformer)
+    with pytest.raises(UserError, match="forward has been replaced"):
+        sana_kernels.optimize(pipe, "fp32")
+    assert transformer.forward is theirs
+    del transformer.forward
+    sana_kernels.optimize(pipe, "fp32")
+    ours = transformer.forward
+    transformer.forward = lambda *args, **kwargs: ours(*args, **kwargs)  # as hooks do
+    with pytest.raises(UserError, match="forward has been replaced"):
+        sana_kernels.restore(pipe)
+    transformer.forward = ours
+    sana_kernels.restore(pipe)
+
+
+def test_autocast_and_default_dtypes_change_nothing(components):
+    """The plan says what is computed in what, and the schedule's numbers are fp32's."""
+    pipe = quiet(SanaPipeline(**components))
+    sana_kernels.optimize(pipe, "fp32")
+    try:
+        given = torch.randn(2, 32, 3, 2), torch.randn(2, 4, 256), torch.tensor([900.0, 500.0])
+        expected = pipe.transformer(*given, return_dict=False)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(pipe.transformer(*given, return_dict=False)[0], expected)
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(pipe.transformer(*given, return_dict=False)[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        sana_kernels.restore(pipe)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_the_last_norm_has_an_epsilon_of_its_own(eps):
+    config = {"attention_head_dim": 32, "num_attention_heads": 2, "num_cross_attention_heads": 2, "num_layers": 1}
+    config |= {"cross_attention_head_dim": 32, "cross_attention_dim": 64, "caption_channels": 48, "sample_size": 4}
+    transformer = SanaTransformer2DModel(**config, norm_eps=eps).eval().requires_grad_(False)
+    pipe = SimpleNamespace(transformer=transformer)
+    given = 0.02 * torch.randn(1, 32, 4, 4), torch.randn(1, 5, 48), torch.tensor([3.0])
+    expected = transformer(*given, return_dict=False)[0]
+    sana_kernels.optimize(pipe, "fp32")
+    assert relative_rms(transformer(*given, return_dict=False)[0], expected) < 3e-6
 
 
 def lora_file(folder, scale: float):

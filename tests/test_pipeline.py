@@ -15,6 +15,7 @@ from compare import psnr, relative_rms
 from diffusers import SanaPAGPipeline, SanaPipeline, SanaSprintPipeline
 from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
 
+import sana_kernels
 import sana_model
 from sana_model.bins import NATIVE_SIZES, bins, nearest_bin, resize_and_crop
 from sana_model.config import BUILT_IN, SchedulerConfig
@@ -191,6 +192,17 @@ def test_image_i_of_a_batch_is_the_image_of_seed_plus_i(pipe):
     single = pipe("a red fox", seed=6, **SIZE)
     assert relative_rms(batch.latents[1:], single.latents) < 1e-5
     assert not torch.equal(batch.latents[0], batch.latents[1])
+
+
+def test_a_progress_callback_cannot_wait_for_its_own_picture(pipe):
+    for action in (
+        lambda: pipe.set_lora_scale("x", 1.0),
+        lambda: pipe("again", **SIZE),
+        lambda: sana_kernels.optimize(pipe),
+    ):
+        with pytest.raises(UserError, match="from a progress callback"):
+            pipe("a red fox", progress=lambda *event, act=action: act(), **SIZE)
+    assert pipe("a red fox", **SIZE).latents.mul_(2).isfinite().all()  # and it is free again
 
 
 def test_several_prompts_at_once(pipe):

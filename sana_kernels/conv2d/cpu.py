@@ -50,7 +50,9 @@ def conv2d(
     residual_above: Tensor | None,
 ) -> Tensor:
     """As the reference, of a weight that may be packed; arguments as this package lets them through."""
-    out = torch.empty(x.shape[0], band[2] - band[1], -(-x.shape[2] // stride), weight_shape[0], dtype=x.dtype)
+    out = torch.empty(
+        x.shape[0], band[2] - band[1], -(-x.shape[2] // stride), weight_shape[0], dtype=x.dtype, device=x.device
+    )
     vectors = weight_scale, bias, norm_weight, norm_bias, input_weight, input_bias
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
     pieces, residuals = _pieces(above, x), _pieces(residual_above, residual)
@@ -71,7 +73,7 @@ def upsample(
     """As the reference, of a weight that may be packed."""
     weight = ConvWeight(weight, weight_scale, tuple(weight_shape))
     N = upsampled_channels(weight)
-    out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], N, dtype=x.dtype)
+    out = torch.empty(x.shape[0], 2 * (band[2] - band[1]), 2 * x.shape[2], N, dtype=x.dtype, device=x.device)
     vectors = weight_scale, bias, None, None, None, None
     pieces, kind = _pieces(above, x), (1, weight_shape[2], 4)
     _run(x, weight, out, pieces, _pieces(None, None), vectors, band, kind, ("none", "none"), 0.0)
@@ -104,7 +106,7 @@ def _run(
 def multi_scale(x: Tensor, depthwise: Tensor, grouped: Tensor, band: list[int]) -> Tensor:
     """As the reference."""
     C, D, k = x.shape[3], grouped.shape[1], depthwise.shape[2]
-    out = torch.empty(x.shape[0], band[2] - band[1], x.shape[2], C, dtype=x.dtype)
+    out = torch.empty(x.shape[0], band[2] - band[1], x.shape[2], C, dtype=x.dtype, device=x.device)
     weights = depthwise.reshape(C, k * k).t(), grouped.reshape(C // D, D, D).transpose(1, 2)
     weights = [as_float(t) for t in weights]
     extension("_cpu")[0].multi_scale(

@@ -54,6 +54,11 @@ class Transform(NamedTuple):
     step: int
 
 
+def _float(rows: list) -> Tensor:
+    """On the CPU and in fp32, whatever torch's defaults were when this was imported."""
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
+
+
 def _f4(a: float, b: float) -> Transform:
     """F(4, 3) of the points 0, a, −a, b, −b and ∞. Of many tried, 3/4 and 3/2 (exact in binary) round nearly the least."""
     A, B = a * a, b * b
@@ -65,18 +70,18 @@ def _f4(a: float, b: float) -> Transform:
         [0, A * b, -A, -b, 1, 0],
         [0, A * B, 0, -A - B, 0, 1],
     ]
-    powers = torch.tensor([[1, 0, 0], [1, a, A], [1, -a, A], [1, b, B], [1, -b, B], [0, 0, 1]])
-    divisors = torch.tensor([A * B, *2 * [2 * A * (A - B)], *2 * [2 * B * (B - A)], 1])
+    powers = _float([[1, 0, 0], [1, a, A], [1, -a, A], [1, b, B], [1, -b, B], [0, 0, 1]])
+    divisors = _float([A * B, *2 * [2 * A * (A - B)], *2 * [2 * B * (B - A)], 1])
     result = [[1, 1, 1, 1, 1, 0], [0, a, -a, b, -b, 0], [0, A, A, B, B, 0], [0, a * A, -a * A, b * B, -b * B, 1]]
-    return Transform(torch.tensor(data), powers / divisors[:, None], torch.tensor(result), 4)
+    return Transform(_float(data), powers / divisors[:, None], _float(result), 4)
 
 
 TRANSFORMS = {
     6: _f4(3 / 4, 3 / 2),
     3: Transform(
-        torch.tensor([[1.0, -1, 0], [0, 1, 0], [0, -1, 1]]),
-        torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]]),
-        torch.tensor([[1.0, 1, 0], [0, 1, 1]]),
+        _float([[1.0, -1, 0], [0, 1, 0], [0, -1, 1]]),
+        _float([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]]),
+        _float([[1.0, 1, 0], [0, 1, 1]]),
         1,
     ),
 }

@@ -23,7 +23,7 @@ def accepts_quantized(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, d
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
     """As the reference; arguments as this package lets them through."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _cross_attention(q, k, v, lengths, out, None)
     return out
 

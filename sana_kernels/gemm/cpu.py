@@ -17,7 +17,9 @@ def pack(weight: Tensor) -> Tensor:
             "pack takes bf16 or int8 rows (N, K), N a multiple of 16 and K of 64 bytes;"
             f" got {tuple(weight.shape)} of {weight.dtype}"
         )
-    whole = weight.contiguous() if weight.storage_offset() % n == 0 else weight.clone()
+    whole = (
+        weight.contiguous() if weight.storage_offset() % n == 0 else weight.clone(memory_format=torch.contiguous_format)
+    )
     lanes = whole.view(torch.int32)  # which torch moves several times as fast as the parts of each
     return lanes.unflatten(0, (-1, 16)).transpose(1, 2).contiguous().view(weight.dtype)
 
@@ -57,7 +59,7 @@ def gemm(
         weight = pack(weight)
     N = 16 * weight.shape[0]
     x, stride = rows(x)
-    out = torch.empty(B, M, N, dtype=dtype)
+    out = torch.empty(B, M, N, dtype=dtype, device=x.device)  # not on whatever torch's default is
     residual = None if residual is None else residual.contiguous()
     floats = [as_float(t) for t in (x_scale, weight_scale, bias, gate)]
     extension("_cpu")[0].gemm(
@@ -92,7 +94,8 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def empty_rows(*shape: int) -> tuple[Tensor, Tensor]:
     """Memory for a tensor of that shape (..., K) as int8 rows: values and scales."""
     *lead, K = shape
-    return torch.empty(*lead, -(-K // STEP) * STEP, dtype=torch.int8), torch.empty(lead, dtype=torch.float32)
+    values = torch.empty(*lead, -(-K // STEP) * STEP, dtype=torch.int8, device="cpu")
+    return values, torch.empty(lead, dtype=torch.float32, device="cpu")
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:

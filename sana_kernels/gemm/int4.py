@@ -47,7 +47,8 @@ def gemm_w4a16(
     """
     if not x.is_floating_point() or x.ndim != 3 or 0 in x.shape or x.stride(-1) != 1:
         raise ValueError(f"gemm_w4a16 takes a floating x (B, M, K), last stride 1; got {x.dtype} {tuple(x.shape)}")
-    group = _check_rows("gemm_w4a16", weight, x.shape[2])
+    group = _check_rows("gemm_w4a16", weight, x.shape[2], x.device)
+    _check_matrix("gemm_w4a16", weight)
     if group % GROUP:
         raise ValueError(f"gemm_w4a16 takes groups of a multiple of {GROUP} values; got {group}")
     _check_epilogue("gemm_w4a16", x, weight.values.shape[0], bias, gate, residual)
@@ -76,10 +77,11 @@ def gemm_w4a4(
     `gemm` with `formats.int4_to_int8` of the weight.
     """
     K = 2 * x.values.shape[-1]
-    if x.values.ndim != 3 or 0 in x.values.shape or _check_rows("gemm_w4a4", x, K) != GROUP:
+    if x.values.ndim != 3 or 0 in x.values.shape or _check_rows("gemm_w4a4", x, K, x.values.device) != GROUP:
         raise ValueError(f"gemm_w4a4 takes x (B, M, K) in groups of {GROUP}; got {[tuple(t.shape) for t in x]}")
-    if _check_rows("gemm_w4a4", weight, K) != GROUP:
+    if _check_rows("gemm_w4a4", weight, K, x.values.device) != GROUP:
         raise ValueError(f"gemm_w4a4 takes weights in groups of {GROUP}; got {[tuple(t.shape) for t in weight]}")
+    _check_matrix("gemm_w4a4", weight)
     (B, M), N = x.values.shape[:2], weight.values.shape[0]
     if (low is None) != (up is None):
         raise ValueError("gemm_w4a4 takes low and up together")
@@ -94,9 +96,18 @@ def gemm_w4a4(
     return call("gemm_w4a4", backend, *x, *weight, low, up, bias, silu, gate, residual, dtype)
 
 
-def _check_rows(op: str, rows: Int4, K: int) -> int:
+def _check_matrix(op: str, weight: Int4) -> None:
+    if weight.values.ndim != 2 or 0 in weight.values.shape:
+        raise ValueError(f"{op} takes a weight (N, K), neither of them 0; got values {tuple(weight.values.shape)}")
+
+
+def _check_rows(op: str, rows: Int4, K: int, device: torch.device) -> int:
     """The group size of 4-bit rows that hold K values each."""
     values, scale = rows
+    if values.device != device or scale.device != device:
+        raise ValueError(f"{op} takes tensors on one device; got {device}, {values.device} and {scale.device}")
+    if values.ndim < 1 or scale.ndim != values.ndim:
+        raise ValueError(f"{op} takes int4 rows and a scale per group of them; got {[tuple(t.shape) for t in rows]}")
     group = 2 * values.shape[-1] // max(scale.shape[-1], 1)
     padded = -(-K // group) * group if group else 0
     if values.dtype != torch.uint8 or scale.dtype != torch.float32:

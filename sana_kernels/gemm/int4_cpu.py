@@ -29,7 +29,7 @@ def gemm_w4a16(
     (B, M, K), N, groups = x.shape, weight.shape[0], weight_scale.shape[1]
     x, stride = rows(x)
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
-    out = torch.empty(B, M, N, dtype=dtype)
+    out = torch.empty(B, M, N, dtype=dtype, device=x.device)
     residual = None if residual is None else residual.to(dtype).contiguous()
     floats = [as_float(t) for t in (bias, gate)]
     extension("_cpu")[0].gemm_w4a16(

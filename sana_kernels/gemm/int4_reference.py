@@ -24,7 +24,7 @@ def finish(
     y = F.silu(y) if silu else y
     y = y if gate is None else gate.to(y.dtype).unsqueeze(1) * y
     y = y if residual is None else residual.to(y.dtype) + y
-    return y.to(dtype)
+    return y.to(dtype).contiguous()  # else it may have the residual's strides
 
 
 def gemm_w4a16(

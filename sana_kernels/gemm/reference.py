@@ -71,4 +71,4 @@ def gemm(
         y = F.silu(y)
     if residual is not None:
         y = residual + (y if gate is None else gate.unsqueeze(1) * y)
-    return y.to(dtype)
+    return y.to(dtype).contiguous()  # else it may have the residual's strides

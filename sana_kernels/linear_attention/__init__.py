@@ -71,6 +71,12 @@ def _check_from(x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale:
         )
     if x_scale is None and not x.is_floating_point():
         raise TypeError(f"linear_attention_from takes floating or quantised operands; got {x.dtype} without scales")
+    for name, scale, shape in (("x", x_scale, x.shape[:2]), ("weight", weight_scale, (outputs(weight),))):
+        if scale is not None and (scale.shape != shape or not scale.is_floating_point()):
+            raise ValueError(
+                f"linear_attention_from takes {name}'s scale as {tuple(shape)}, floating; got {tuple(scale.shape)} of"
+                f" {scale.dtype}"
+            )
     if any(t is not None and t.device != x.device for t in (x_scale, weight, weight_scale)):
         raise ValueError("linear_attention_from takes tensors on one device")
 

@@ -11,7 +11,7 @@ def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, norm_eps: float, eps: float
 ) -> Tensor:
     """As the reference; arguments as `_check` and `_accepts` of this package let them through."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _linear_attention(q, k, v, q_norm, k_norm, norm_eps, eps, out, None)
     return out
 

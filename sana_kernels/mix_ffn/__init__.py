@@ -108,6 +108,9 @@ def _check(
         "project_weight": ((outputs(project_weight), inputs(project_weight)), (C, padded[1])),
         "gate": ((B, C) if gate is None else gate.shape, (B, C)),
         "residual": ((B, N, C) if residual is None else residual.shape, (B, N, C)),
+        "x's scale": ((B, N) if x_scale is None else x_scale.shape, (B, N)),
+        "expand_weight's scale": ((2 * F,) if expand_scale is None else expand_scale.shape, (2 * F,)),
+        "project_weight's scale": ((C,) if project_scale is None else project_scale.shape, (C,)),
     }
     for name, (shape, expected) in given.items():
         if tuple(shape) != expected:
@@ -124,7 +127,10 @@ def _check(
             "mix_ffn takes one floating dtype, or one of 8 bits with bf16 for the rest, which may also be float32;"
             f" got {', '.join(str(t.dtype) for t in (*matrices, *others))}"
         )
-    if any(t is not None and t.device != x.device for t in (*matrices, *others, gate, residual)):
+    scales = tuple(t for t in (x_scale, expand_scale, project_scale) if t is not None)
+    if not all(t.is_floating_point() for t in scales):
+        raise TypeError(f"mix_ffn takes scales in a floating dtype; got {', '.join(str(t.dtype) for t in scales)}")
+    if any(t is not None and t.device != x.device for t in (*matrices, *others, *scales, gate, residual)):
         raise ValueError("mix_ffn takes tensors on one device")
 
 

@@ -21,7 +21,7 @@ def accepts_depthwise_glu_quantized(h, height, width, weight, bias, dtype) -> st
 def depthwise_glu(h: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
     """As the reference; arguments as this package lets them through."""
     B, N, channels = h.shape
-    out = torch.empty(B, N, channels // 2, dtype=h.dtype)
+    out = torch.empty(B, N, channels // 2, dtype=h.dtype, device=h.device)
     _run(h, height, width, weight, bias, out, None)
     return out
 
@@ -85,7 +85,7 @@ def mix_ffn(
     floats = [gemm.as_float(t) for t in (x_scale, expand_scale, project_scale, expand_bias, gate)]
     residual = None if residual is None else residual.contiguous()
     shape = (x.shape[0], height, width, outputs(project_weight), outputs(expand_weight) // 2)  # B, H, W, C, F
-    out = torch.empty(*x.shape[:2], shape[3], dtype=dtype)
+    out = torch.empty(*x.shape[:2], shape[3], dtype=dtype, device=x.device)
     extension("_cpu")[0].mix_ffn(
         rows.data_ptr(), stride, (expand_weight.data_ptr(), project_weight.data_ptr()),
         [t.data_ptr() for t in depthwise], [DTYPE_CODES[t.dtype] for t in depthwise],

@@ -25,7 +25,7 @@ from sana_kernels.gemm.reference import gemm, quantize
 def depthwise_glu(h: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, height · width, 2F), (2F, 1, 3, 3), (2F,) → (B, height · width, F), in h's dtype."""
     h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, 2F, H, W) in shape, NHWC in memory
-    h = convolve(h, weight, bias, padding=1, groups=h.shape[1])
+    h = convolve(h, weight.to(h.dtype), bias.to(h.dtype), padding=1, groups=h.shape[1])
     value, gate = h.chunk(2, dim=1)
     return (value * F.silu(gate)).permute(0, 2, 3, 1).flatten(1, 2)
 
