@@ -340,8 +340,11 @@ def _lighter_runs(
     held = weights(config, precisions, device)
     if settings.num_images > 1 and (needed := fits(replace(settings, num_images=1))):
         yield f"--num-images 1 ({_gb(needed)})"
-    if not low_memory and (needed := fits(replace(settings, tiled=True), freed=held["text_encoder"])):
+    in_tiles = replace(settings, tiled=True)  # as low memory does, where it is not in bands
+    if not low_memory and (needed := fits(settings if in_bands else in_tiles, freed=held["text_encoder"])):
         yield f"--low-memory ({_gb(needed)}, and the text encoder's {_gb(held['text_encoder'])} are freed)"
+    if in_bands and not settings.tiled and (needed := fits(in_tiles)):
+        yield f"--tiled ({_gb(needed)}; not the same pixels)"
     if "fp32" in precisions.values():
         half = dict.fromkeys(precisions, "bf16")
         if needed := fits(settings, half, sum(held.values()) - sum(weights(config, half, device).values())):

@@ -160,7 +160,14 @@ class Pipeline:
         """
         config, dit = self.config, self.dit
         if not weighed:
-            memory.check_run(config, settings, self.plan.executed, self.device, in_bands=self.plan.in_bands)
+            memory.check_run(
+                config,
+                settings,
+                self.plan.executed,
+                self.device,
+                low_memory=self.low_memory,
+                in_bands=self.plan.in_bands,
+            )
         height, width = (side // config.autoencoder.spatial_compression for side in self._canvas(settings))
         shape = (1, config.dit.in_channels, height, width)
         generators = [torch.Generator("cpu").manual_seed(settings.seed + i) for i in range(settings.count)]
@@ -198,8 +205,7 @@ class Pipeline:
             latents = denoise(dit, loop, inputs, after_step)
         if not bool(latents.isfinite().all()):
             raise UserError(
-                f"the latents became NaN or infinite: this checkpoint overflows in {dtype_name(self.dtypes['dit'])}; "
-                "run it with --precision bf16 or fp32"
+                f"the latents became NaN or infinite: {_overflow(self.dtypes['dit'], '--precision', 'guidance or LoRA')}"
             )
         return latents
 
@@ -211,9 +217,8 @@ class Pipeline:
             lambda: autoencoder.tiled_decode(z) if settings.tiled else autoencoder.decode(z)
         )
         if not bool(images.isfinite().all()):
-            raise UserError(
-                f"the decoder overflowed in {dtype_name(self.dtypes['autoencoder'])}; run it with --decoder-precision bf16"
-            )
+            advice = _overflow(self.dtypes["autoencoder"], "--decoder-precision", "guidance")
+            raise UserError(f"the picture became NaN or infinite: {advice}")
         if settings.binning:
             images = resize_and_crop(images, settings.height, settings.width)
         return images.float()
@@ -371,6 +376,13 @@ def load(
     for one, scale in loras:
         pipe.loras.add(one, scale)
     return pipe
+
+
+def _overflow(dtype: torch.dtype, option: str, strengths: str) -> str:
+    """What to do about numbers beyond a dtype: fp16 ends at 65504, the others where it makes no difference."""
+    if dtype == torch.float16:
+        return f"this checkpoint overflows in fp16; run it with {option} bf16 or fp32"
+    return f"beyond {dtype_name(dtype)}, most likely of a {strengths} that is too strong, or of the checkpoint"
 
 
 def _refuse_for_graphs(settings: Settings) -> None:

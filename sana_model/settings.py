@@ -1,5 +1,7 @@
 """Everything that determines a picture, given a model; checked before anything is loaded or computed."""
 
+import math
+import operator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -60,13 +62,40 @@ def settings_for(
         known = ", ".join(Settings.__dataclass_fields__)
         raise UserError(f"{', '.join(sorted(unknown))}: no such setting; the settings are {known}")
     values = {
-        "prompt": prompt if isinstance(prompt, str) else tuple(prompt),
         "width": config.size, "height": config.size, "steps": config.steps, "guidance": config.guidance,
         "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": in_tiles,
     }  # fmt: skip
-    settings = Settings(**values | {key: value for key, value in overrides.items() if value is not None})
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    settings = Settings(_texts(prompt), **{key: _typed(key, value) for key, value in values.items()})
     _check(settings, config)
     return settings
+
+
+def _texts(prompt: str | list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
+    texts = prompt if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, list | tuple) else (prompt,)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"the prompt is a text, or a list of texts, not {wrong[0]!r}")
+    return texts
+
+
+def _typed(name: str, value):
+    """A setting in its type: numbers of NumPy and PyTorch become Python's. Raises UserError for what is none."""
+    kind = Settings.__annotations__[name]
+    try:
+        if kind is int:
+            return operator.index(value)
+        if kind is str:
+            if not isinstance(value, str):
+                raise TypeError
+        elif kind is not bool:
+            numbers = [float(number) for number in ((value,) if kind is float else value)]
+            if not all(map(math.isfinite, numbers)) or len(numbers) != (1 if kind is float else 2):
+                raise ValueError
+            return numbers[0] if kind is float else tuple(numbers)
+    except (TypeError, ValueError) as error:
+        wanted = {int: "a whole number", float: "a number", str: "a text"}.get(kind, "two numbers")
+        raise UserError(f"{name} is {wanted}, not {value!r}") from error
+    return value
 
 
 def precisions_for(precision: str, text: str | None = None, decoder: str | None = None) -> dict[str, str]:

@@ -190,6 +190,23 @@ def test_a_picture_that_does_not_fit_is_refused_with_advice_that_holds(monkeypat
     memory.check_run(FULL, replace(asked, tiled=True), BF16, CPU)
 
 
+def test_what_is_decoded_in_bands_is_not_told_of_the_tiles_of_low_memory(monkeypatch):
+    """There `--low-memory` frees the text encoder, and tiles are another matter."""
+    asked = settings(16384, 8192)
+    tiled = replace(asked, tiled=True)
+    needed, room = (
+        max(parts["denoise"], parts["decode"])
+        for parts in (memory.estimate(FULL, one, BF16, CPU, in_bands=True) for one in (asked, tiled))
+    )
+    assert needed > room + memory.weights(FULL, BF16, CPU)["text_encoder"]
+    monkeypatch.setattr(memory, "available", lambda _device: room)
+    message = refusal(memory.check_run, FULL, asked, BF16, CPU, in_bands=True)
+    assert "--tiled" in message and "--low-memory" not in message
+    memory.check_run(FULL, tiled, BF16, CPU, in_bands=True)
+    monkeypatch.setattr(memory, "available", lambda _device: needed - 1)
+    assert "--low-memory" in refusal(memory.check_run, FULL, asked, BF16, CPU, in_bands=True)
+
+
 def test_one_of_many_pictures_and_a_lighter_precision_are_advised_where_they_are_enough(monkeypatch):
     asked = settings(1024, 1024, num_images=16, tiled=True)
     one = memory.estimate(FULL, replace(asked, num_images=1), FP32)

@@ -4,6 +4,7 @@ Both sides start from the seed, not from shared tensors: tokeniser, text encoder
 must all agree for the latents to agree.
 """
 
+import json
 import multiprocessing
 import threading
 from dataclasses import replace
@@ -292,6 +293,10 @@ MISTAKES = [
     ({"pag_scale": -1.0}, "PAG"),
     ({"guidance": 1.0, "negative_prompt": "blur"}, "guidance of 1.* reads no negative prompt; leave it empty"),
     ({"guidance": 0.5, "guidance_interval": (0.2, 0.8)}, "guidance of 0.5.* no interval; leave it whole"),
+    ({"steps": 2.0}, "steps is a whole number, not 2.0"),
+    ({"guidance": float("nan")}, "guidance is a number, not nan"),
+    ({"guidance_interval": 0.5}, "guidance_interval is two numbers, not 0.5"),
+    ({"negative_prompt": ["blur"]}, r"negative_prompt is a text, not \['blur'\]"),
 ]
 
 
@@ -313,6 +318,15 @@ def test_sprint_refuses_what_is_for_guidance(ignored):
     with pytest.raises(UserError, match=r"sprint.* paints without classifier-free guidance"):
         settings_for(BUILT_IN["sana-sprint-0.6b"], "a red fox", **ignored)
     assert settings_for(BUILT_IN["sana-sprint-0.6b"], "a red fox", negative_prompt="").guidance > 1
+
+
+def test_numbers_of_numpy_and_pytorch_are_numbers_and_settings_survive_json():
+    settings = settings_for(BUILT_IN["sana-0.6b"], "a fox", seed=np.int64(3), steps=torch.tensor(2), guidance=1.0)
+    assert settings == settings_for(BUILT_IN["sana-0.6b"], "a fox", seed=3, steps=2, guidance=1.0)
+    assert settings_for(BUILT_IN["sana-0.6b"], **json.loads(json.dumps(settings.as_json()))) == settings
+    for prompt in (None, ["a fox", 3]):
+        with pytest.raises(UserError, match="a text, or a list of texts, not"):
+            settings_for(BUILT_IN["sana-0.6b"], prompt)
 
 
 def test_an_interval_is_one_of_perturbed_attention_guidance_too():
