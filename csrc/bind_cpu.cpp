@@ -97,7 +97,8 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
       "Versions, flags and targets of this build, as a dict.");
   module.def("isa", [] { return isa_name(active_isa()); }, "The instruction set that kernels use now.");
   module.def("set_isa_cap", py_set_isa_cap, py::arg("name"),
-             "Use at most portable | avx2 | avxvnni | avx512vnni | avx512 | amx from now on; SANA_KERNELS_ISA sets the first cap.");
+             "Use at most portable | avx2 | avxvnni | avx512vnni | avx512 | amx from now on; SANA_KERNELS_ISA sets the"
+             " first cap.");
   module.def("linear_attention", py_linear_attention);
   module.def("cross_attention", py_cross_attention);
   module.def("modulate", py_modulate);

@@ -34,20 +34,25 @@ namespace sana {
 namespace {
 
 constexpr const Conv2dKernels* kNarrow[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2),
-                                                 SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512VNNI(&conv2d_avx512vnni), SANA_AVX512(&conv2d_avx512),
+                                                 SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512VNNI(&conv2d_avx512vnni),
+                                                 SANA_AVX512(&conv2d_avx512),
                                                  SANA_AMX(&conv2d_amx)};
 // Tiles multiply no floats.
 constexpr const Conv2dKernels* kFloat[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
-                                                SANA_AVX512VNNI(&conv2d_avx512vnni), SANA_AVX512(&conv2d_avx512), nullptr};
+                                                SANA_AVX512VNNI(&conv2d_avx512vnni),
+                                                SANA_AVX512(&conv2d_avx512), nullptr};
 
 // Nor do they stop within a step of 64 bytes: beyond a row of taps they multiply the next pixels by zero, which makes
 // NaN of an infinity there.
 constexpr const Conv2dKernels* kPartialSteps[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2), nullptr,
-                                                       SANA_AVX512VNNI(&conv2d_avx512vnni), SANA_AVX512(&conv2d_avx512), nullptr};
+                                                       SANA_AVX512VNNI(&conv2d_avx512vnni),
+                                                       SANA_AVX512(&conv2d_avx512), nullptr};
 
 // Transformed kernels are for vectors.
 constexpr const Conv2dKernels* kTransformed[kIsas] = {&conv2d_portable, SANA_AVX2(&conv2d_avx2),
-                                                      SANA_AVXVNNI(&conv2d_avxvnni), SANA_AVX512VNNI(&conv2d_avx512vnni), SANA_AVX512(&conv2d_avx512),
+                                                      SANA_AVXVNNI(&conv2d_avxvnni),
+                                                      SANA_AVX512VNNI(&conv2d_avx512vnni),
+                                                      SANA_AVX512(&conv2d_avx512),
                                                       nullptr};
 
 // A task is a tile, or some side by side where an epilogue runs beside the products of the next one.

@@ -20,7 +20,8 @@ namespace sana {
 namespace {
 
 constexpr const PixelKernels* kByIsa[kIsas] = {&pixels_portable, SANA_AVX2(&pixels_avx2), nullptr,
-                                               SANA_AVX512VNNI(&pixels_avx512vnni), SANA_AVX512(&pixels_avx512), nullptr};
+                                               SANA_AVX512VNNI(&pixels_avx512vnni),
+                                               SANA_AVX512(&pixels_avx512), nullptr};
 constexpr int64_t kPixels = 64;  // of a task of rms_norm
 
 }  // namespace

@@ -37,7 +37,8 @@ constexpr int64_t kTokens = 256;  // of one task
 constexpr int64_t kFewestQuantized = 32, kMostQuantized = 128;  // of one that quantises
 
 constexpr const CrossAttentionKernels* kByIsa[kIsas] = {&cross_attention_portable, SANA_AVX2(&cross_attention_avx2),
-                                                        nullptr, SANA_AVX512VNNI(&cross_attention_avx512vnni), SANA_AVX512(&cross_attention_avx512),
+                                                        nullptr, SANA_AVX512VNNI(&cross_attention_avx512vnni),
+                                                        SANA_AVX512(&cross_attention_avx512),
                                                         SANA_AMX(&cross_attention_amx)};
 
 }  // namespace

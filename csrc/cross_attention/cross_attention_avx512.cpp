@@ -11,6 +11,7 @@ using Best = OnVectors<Pair>;
 using Best = Widened;
 #endif
 
-const CrossAttentionKernels SANA_AVX512_NAME(cross_attention) = {packed_bytes_any<Best>, pack_any<Best>, attend_any<Best>};
+const CrossAttentionKernels SANA_AVX512_NAME(cross_attention) = {packed_bytes_any<Best>, pack_any<Best>,
+                                                                 attend_any<Best>};
 
 }  // namespace sana

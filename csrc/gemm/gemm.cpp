@@ -29,7 +29,8 @@ namespace sana {
 namespace {
 
 constexpr const GemmKernels* kByIsa[kIsas] = {&gemm_portable, SANA_AVX2(&gemm_avx2), SANA_AVXVNNI(&gemm_avxvnni),
-                                              SANA_AVX512VNNI(&gemm_avx512vnni), SANA_AVX512(&gemm_avx512), SANA_AMX(&gemm_amx)};
+                                              SANA_AVX512VNNI(&gemm_avx512vnni),
+                                              SANA_AVX512(&gemm_avx512), SANA_AMX(&gemm_amx)};
 
 // Enough that the weights of a task are worth loading; the fewer, the more of its share a core that is busy elsewhere
 // leaves to the others.

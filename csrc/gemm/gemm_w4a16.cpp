@@ -31,7 +31,8 @@ namespace sana {
 namespace {
 
 constexpr const GemmW4A16Kernels* kByIsa[kIsas] = {&gemm_w4a16_portable, SANA_AVX2(&gemm_w4a16_avx2), nullptr,
-                                                   SANA_AVX512VNNI(&gemm_w4a16_avx512vnni), SANA_AVX512(&gemm_w4a16_avx512), nullptr};
+                                                   SANA_AVX512VNNI(&gemm_w4a16_avx512vnni),
+                                                   SANA_AVX512(&gemm_w4a16_avx512), nullptr};
 
 constexpr int64_t kMostRows = 64;
 constexpr int64_t kRowsBytes = 512 << 10;  // of a task's rows of x: half of a core's second-level cache

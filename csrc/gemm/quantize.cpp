@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kRows = 16;  // of one task
 
 constexpr const QuantizeKernels* kByIsa[kIsas] = {&quantize_portable, SANA_AVX2(&quantize_avx2), nullptr,
-                                                  SANA_AVX512VNNI(&quantize_avx512vnni), SANA_AVX512(&quantize_avx512), nullptr};
+                                                  SANA_AVX512VNNI(&quantize_avx512vnni),
+                                                  SANA_AVX512(&quantize_avx512), nullptr};
 
 }  // namespace
 

@@ -42,7 +42,8 @@ constexpr int64_t kMinChunk = 128, kMaxTasks = 64;
 constexpr int64_t kBlock = 32;  // tokens of one apply task
 
 constexpr const LinearAttentionKernels* kByIsa[kIsas] = {&linear_attention_portable, SANA_AVX2(&linear_attention_avx2),
-                                                         nullptr, SANA_AVX512VNNI(&linear_attention_avx512vnni), SANA_AVX512(&linear_attention_avx512),
+                                                         nullptr, SANA_AVX512VNNI(&linear_attention_avx512vnni),
+                                                         SANA_AVX512(&linear_attention_avx512),
                                                          SANA_AMX(&linear_attention_amx)};
 
 struct Free {

@@ -31,7 +31,8 @@ namespace sana {
 namespace {
 
 constexpr const DepthwiseGluKernels* kByIsa[kIsas] = {&depthwise_glu_portable, SANA_AVX2(&depthwise_glu_avx2), nullptr,
-                                                      SANA_AVX512VNNI(&depthwise_glu_avx512vnni), SANA_AVX512(&depthwise_glu_avx512), SANA_AMX(&depthwise_glu_amx)};
+                                                      SANA_AVX512VNNI(&depthwise_glu_avx512vnni),
+                                                      SANA_AVX512(&depthwise_glu_avx512), SANA_AMX(&depthwise_glu_amx)};
 
 constexpr int64_t kTasksPerThread = 4;
 

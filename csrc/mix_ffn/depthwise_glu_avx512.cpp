@@ -7,9 +7,9 @@
 //   Floats  even and odd channels, widened by a shift and by a mask: 9 products and 3 of those (where a vector of 16
 //           channels, widened by itself, takes 12, 3 and 3 loads that shuffle)
 //
-// Floats is for processors without VDPBF16PS, and for those with tiles, which are Intel's: there VDPBF16PS is four operations, two on either of the ports
-// that multiply, so 32 sums of a column take 28 cycles in pairs and 12 in floats, by LLVM's model of Sapphire Rapids. On AMD
-// it is one, and pairs are faster (bench/notes/cpu_engine.md).
+// Floats is for processors without VDPBF16PS, and for those with tiles, which are Intel's: there it is four operations, two
+// on either of the ports that multiply, so 32 sums of a column take 28 cycles in pairs and 12 in floats, by LLVM's model of
+// Sapphire Rapids. On AMD it is one, and pairs are faster (bench/notes/cpu_engine.md).
 #include "common/avx512.h"
 
 #include "common/steps.h"

@@ -30,7 +30,8 @@ namespace {
 constexpr int64_t kTokens = 16;  // of one task
 
 constexpr const ModulateKernels* kByIsa[kIsas] = {&modulate_portable, SANA_AVX2(&modulate_avx2), nullptr,
-                                                  SANA_AVX512VNNI(&modulate_avx512vnni), SANA_AVX512(&modulate_avx512), nullptr};
+                                                  SANA_AVX512VNNI(&modulate_avx512vnni),
+                                                  SANA_AVX512(&modulate_avx512), nullptr};
 
 using Floats = std::unique_ptr<float[]>;
 
