@@ -243,11 +243,10 @@ def _check_weight(op: str, x: Tensor, weight: ConvWeight, phases: int) -> None:
             f" {values.dtype} on {values.device}"
         )
     scales = (*shape[2:], shape[0]) if weight.transformed else shape[:1]
-    if scale is not None and (scale.shape != scales or scale.device != x.device):
-        raise ValueError(
-            f"{op} takes one scale per output channel {tuple(scales)} on {x.device}; got {tuple(scale.shape)} on"
-            f" {scale.device}"
-        )
+    if scale is not None and scale.shape != scales:
+        raise ValueError(f"{op} takes one scale per output channel {tuple(scales)}; got {tuple(scale.shape)}")
+    if scale is not None and scale.device != x.device:
+        raise ValueError(f"{op} takes tensors on one device; got {x.device} and a scale on {scale.device}")
 
 
 def _check(op: str, x: Tensor, *rest: Tensor, like: tuple[Tensor, ...] = ()) -> None:
