@@ -138,6 +138,7 @@ class ExportedRun(PipelineRun):
 
     def prepare(self, settings: Settings) -> None:
         loaded, name = self.weights.loaded, self.name
+        self.weights.check_free(self.weights.bytes(name.precisions) + self.weights.kept_free)
         self.pipeline, self.folder = exported.prepare(
             name.backend, name.precisions, loaded, settings, self.weights.device
         )

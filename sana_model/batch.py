@@ -17,7 +17,8 @@ from pathlib import Path
 from sana_model.errors import UserError
 from sana_model.files import append_line, check_writable
 from sana_model.pipeline import Pipeline, Progress
-from sana_model.png import Metadata, read_metadata, setting, write_png
+from sana_model.png import Metadata, read_metadata, write_png
+from sana_model.settings import setting
 
 RESULTS = "results.jsonl"
 

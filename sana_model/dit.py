@@ -320,10 +320,10 @@ def position_embedding(
 
     Coordinates always span [0, base / scale), whatever the grid, so that one model serves every size. Angles are of `dtype`.
     """
-    frequency = 10000.0 ** (-torch.arange(C // 4, dtype=dtype) / (C / 4))
+    frequency = 10000.0 ** (-torch.arange(C // 4, dtype=dtype, device="cpu") / (C / 4))
 
     def waves(n: int) -> Tensor:
-        angles = torch.arange(n, dtype=dtype)[:, None] / (n / base) / scale * frequency
+        angles = torch.arange(n, dtype=dtype, device="cpu")[:, None] / (n / base) / scale * frequency
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (n, C/2)
 
     columns = waves(width)[None].expand(height, -1, -1)

@@ -68,7 +68,7 @@ def restore(pipe) -> None:
             pipe.model.dit = pipe.dit
     elif not isinstance(pipe, Pipeline) and (forward := _installed(_transformer(pipe))) is not None:
         forward.undo()
-    elif not isinstance(pipe, Pipeline) and "forward" in _transformer(pipe).__dict__:
+    elif not isinstance(pipe, Pipeline) and _is_replaced(_transformer(pipe)):
         raise UserError(
             "the transformer's forward has been replaced, by a hook perhaps; remove that first, then restore"
         )
@@ -156,13 +156,19 @@ def _installed(transformer: nn.Module) -> "Forward | None":
     return forward if isinstance(forward, Forward) else None
 
 
+def _is_replaced(transformer: nn.Module) -> bool:
+    """Is `forward` not the one of its class? Hooks that were removed leave that one behind, as an attribute."""
+    forward = transformer.forward
+    return getattr(forward, "__func__", None) is not type(transformer).forward or forward.__self__ is not transformer
+
+
 def _optimize(pipe, precision: str | None, backend: str) -> Plan:
     transformer, installed = _transformer(pipe), _installed(_transformer(pipe))
     if "_hf_hook" in transformer.__dict__:
         raise UserError(
             "the transformer has a hook of accelerate (offloading?), which would undo this; remove it first"
         )
-    if installed is None and "forward" in transformer.__dict__:
+    if installed is None and _is_replaced(transformer):
         raise UserError(
             "the transformer's forward has been replaced (by a hook, or diffusers' offloading?), which would be lost; remove"
             " that first"

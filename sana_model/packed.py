@@ -201,7 +201,7 @@ def eight_bit_rows(stored: QuantizedLayer) -> tuple[Quantized, tuple[Tensor, Qua
 def spread(stored: QuantizedLayer) -> Tensor:
     """(N,): the largest of a row's group scales over their median, of groups that are not zero; 1 without groups."""
     if stored.format in EIGHT_BITS:
-        return torch.ones(stored.outputs)
+        return torch.ones(stored.outputs, device=stored.values.device)
     scale = stored.scale.float()
     median = scale.where(scale > 0, torch.nan).nanmedian(1).values
     return (scale.amax(1) / median).nan_to_num(1.0)

@@ -173,7 +173,8 @@ class Pipeline:
         generators = [torch.Generator("cpu").manual_seed(settings.seed + i) for i in range(settings.count)]
 
         def draw() -> Tensor:
-            return torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(self.device)
+            noise = [torch.randn(shape, generator=g, dtype=torch.float32, device=g.device) for g in generators]
+            return torch.cat(noise).to(self.device)
 
         schedule = scheduler.timesteps(replace(config.scheduler, kind=settings.sampler), settings.steps)
         loop = Loop.of(schedule, settings, config.dit, config.pag_layers)

@@ -5,11 +5,9 @@ JSON object with everything that determines the pixels, which is what `read_meta
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_type_hints
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -17,10 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from sana_model.errors import UserError
 from sana_model.files import atomic
 from sana_model.pipeline import Pipeline
-from sana_model.settings import Settings
+from sana_model.settings import Settings, setting
 
 SOFTWARE = f"sana_kernels {version('sana-kernels')}"
-_SETTINGS = get_type_hints(Settings)
 
 
 @dataclass(frozen=True)
@@ -130,34 +127,6 @@ def read_metadata(path: str | Path) -> Metadata:
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"the settings stored in {path} cannot be read: {error}") from error
     return metadata
-
-
-def setting(name: str, value: object) -> object:
-    """A field of `Settings` that came from outside, in the type it has there. Raises UserError for any other type."""
-    if name not in _SETTINGS:
-        raise UserError(f"{name!r} is not a setting; the settings are {', '.join(_SETTINGS)}")
-    kind = _SETTINGS[name]
-    if isinstance(value, list):
-        value = tuple(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if name == "prompt":
-        fits = isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
-    elif name == "guidance_interval":
-        fits = isinstance(value, tuple) and len(value) == 2 and all(_is_finite(v) for v in value)
-    else:
-        fits = type(value) is kind and (kind is not float or _is_finite(value))
-    if not fits:
-        raise UserError(f"{name} cannot be {json.dumps(value)}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is not valid Unicode text") from error
-    return value
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _quoted(text: str) -> str:

@@ -84,9 +84,9 @@ def timesteps(config: SchedulerConfig, steps: int) -> Schedule:
 def _scm_schedule(config: SchedulerConfig, steps: int) -> Schedule:
     """TrigFlow angles t, and the flow times sin t / (sin t + cos t) that the network was distilled with."""
     if steps == 2:
-        angles = torch.tensor([SCM_FIRST, SCM_MIDDLE, 0.0], dtype=torch.float32)
+        angles = torch.tensor([SCM_FIRST, SCM_MIDDLE, 0.0], dtype=torch.float32, device="cpu")
     else:
-        angles = torch.linspace(SCM_FIRST, 0, steps + 1, dtype=torch.float32)
+        angles = torch.linspace(SCM_FIRST, 0, steps + 1, dtype=torch.float32, device="cpu")
     t = angles[:-1]
     times = torch.sin(t) / (torch.cos(t) + torch.sin(t))
     return Schedule("scm", steps, tuple(angles.tolist()), times, config.sigma_data)
@@ -149,7 +149,7 @@ def scm(
     """
     if noise is None and schedule.steps > 1:
         raise ValueError("scm with more than one step adds noise between steps; pass noise=")
-    angles = torch.tensor(schedule.sigmas, dtype=torch.float32)
+    angles = torch.tensor(schedule.sigmas, dtype=torch.float32, device="cpu")
     cos, sin = torch.cos(angles), torch.sin(angles)
     x = x0 = x * schedule.sigma_data
     for i in range(schedule.steps):

@@ -1,8 +1,8 @@
 """Everything that determines a picture, given a model; checked before anything is loaded or computed."""
 
 import math
-import operator
 from dataclasses import asdict, dataclass
+from typing import get_type_hints
 
 import torch
 
@@ -50,6 +50,10 @@ class Settings:
         return asdict(self)
 
 
+_TYPES = get_type_hints(Settings)
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def settings_for(
     config: ModelConfig, prompt: str | list[str] | tuple[str, ...], *, in_tiles: bool = False, **overrides
 ) -> Settings:
@@ -57,44 +61,68 @@ def settings_for(
 
     `in_tiles` is the default of `tiled`.
     """
-    unknown = set(overrides) - set(Settings.__dataclass_fields__)
-    if unknown:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise UserError(f"{', '.join(sorted(unknown))}: no such setting; the settings are {known}")
     values = {
         "width": config.size, "height": config.size, "steps": config.steps, "guidance": config.guidance,
-        "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": in_tiles,
+        "sampler": config.scheduler.kind, "instruction": config.instruction, "tiled": in_tiles, "prompt": prompt,
     }  # fmt: skip
     values |= {key: value for key, value in overrides.items() if value is not None}
-    settings = Settings(_texts(prompt), **{key: _typed(key, value) for key, value in values.items()})
+    settings = Settings(**{name: setting(name, value) for name, value in values.items()})
     _check(settings, config)
     return settings
 
 
-def _texts(prompt: str | list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
-    texts = prompt if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, list | tuple) else (prompt,)
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise UserError(f"the prompt is a text, or a list of texts, not {wrong[0]!r}")
-    return texts
+def setting(name: str, value: object) -> object:
+    """A field of `Settings` that came from outside, in its type: what NumPy and PyTorch have of it becomes Python's.
 
-
-def _typed(name: str, value):
-    """A setting in its type: numbers of NumPy and PyTorch become Python's. Raises UserError for what is none."""
-    kind = Settings.__annotations__[name]
+    Raises UserError for a name that is none, and for any other type: True is no number here, and "7" is a text.
+    """
+    if name not in _TYPES:
+        raise UserError(f"{name!r} is not a setting; the settings are {', '.join(_TYPES)}")
+    kind = _TYPES[name]
     try:
-        if kind is int:
-            return operator.index(value)
+        if name == "prompt":
+            return _text(value) if isinstance(value, str) else tuple(map(_text, _sequence(value)))
+        if name == "guidance_interval":
+            lo, hi = map(_finite, _sequence(value))
+            return lo, hi
         if kind is str:
-            if not isinstance(value, str):
-                raise TypeError
-        elif kind is not bool:
-            numbers = [float(number) for number in ((value,) if kind is float else value)]
-            if not all(map(math.isfinite, numbers)) or len(numbers) != (1 if kind is float else 2):
-                raise ValueError
-            return numbers[0] if kind is float else tuple(numbers)
-    except (TypeError, ValueError) as error:
-        wanted = {int: "a whole number", float: "a number", str: "a text"}.get(kind, "two numbers")
-        raise UserError(f"{name} is {wanted}, not {value!r}") from error
+            return _text(value)
+        value = _plain(value)
+        if kind is float:
+            return _finite(value)
+        if type(value) is not kind:
+            raise TypeError
+        return value
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid Unicode text") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        wanted = {"prompt": "a text, or a list of texts", "guidance_interval": "two numbers"}.get(name)
+        raise UserError(f"{name} is {wanted or _WANTED[kind]}, not {value!r}") from error
+
+
+def _plain(value):
+    """A number or an array of NumPy or PyTorch as Python's number or list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _sequence(value) -> list | tuple:
+    value = _plain(value)
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    return value
+
+
+def _finite(value) -> float:
+    value = _plain(value)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError
+    return float(value)
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # not every string of Python's is Unicode: it may hold halves of characters
     return value
 
 

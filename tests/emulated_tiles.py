@@ -1,4 +1,4 @@
-"""Runs the AMX kernels on any machine with AVX-512: the module sana_kernels._cpu, built on csrc/emulator/tiles.h.
+"""Runs the AMX kernels on any machine with AVX-512 and BF16: the module sana_kernels._cpu, built on csrc/emulator/tiles.h.
 
     with emulated_tiles.cpu():
         out = sana_kernels.gemm(..., backend="cpu")
@@ -27,9 +27,9 @@ BUILD = ROOT / "build" / "emulator" / "tiles"
 
 @cache
 def module() -> types.ModuleType:
-    """The emulated sana_kernels._cpu. Skips the test where AVX-512, which the AMX kernels also use, is missing."""
-    if "int8_avx512" not in _cpu.peak_kinds():
-        pytest.skip("the AMX kernels on emulated tiles still need AVX-512")
+    """The emulated sana_kernels._cpu. Skips the test where AVX-512 with BF16, which the AMX kernels also use, is missing."""
+    if "bf16_avx512" not in _cpu.peak_kinds():
+        pytest.skip("the AMX kernels on emulated tiles still need AVX-512 with BF16")
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)

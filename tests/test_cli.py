@@ -390,7 +390,7 @@ def test_prompts_with_settings_of_their_own():
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"prompt": "a", "seed": "x"}', 'seed cannot be "x"'),
+        ('{"prompt": "a", "seed": "x"}', "seed is a whole number, not 'x'"),
         ('{"prompt": "a", "style": 1}', "'style' is not a setting"),
         ('{"seed": 1}', "an object with"),
         ("a fox", "not JSON"),

@@ -327,8 +327,12 @@ W8A8 = ConvWeight(torch.zeros(KERNEL).char(), torch.ones(8), KERNEL)
         ("upsample", [IMAGE, FOLDED, C], {"x": (PIECE[:, :0], PIECE)}, "none of them 0"),
         ("conv2d", [IMAGE, KERNEL], {"weight": torch.zeros(KERNEL).half()}, "a weight in x's dtype"),
         ("conv2d", [IMAGE, KERNEL], {"weight": W8A8._replace(scale=torch.ones(9))}, r"\(8,\); got \(9,\)"),
+        ("conv2d", [IMAGE, KERNEL], {"weight": W8A8._replace(scale=torch.ones(8, device="meta"))}, "a scale on meta"),
+        ("conv2d", [IMAGE, KERNEL], {"norm": (torch.ones(8),)}, "norm as a tuple of its weight and bias"),
+        ("conv2d", [IMAGE, KERNEL], {"input_norm": torch.ones(8)}, "input_norm as a tuple"),
         ("multi_scale", [IMAGE, (8, 1, 4, 4), (8, 4, 1, 1)], {}, "k odd"),
         ("multi_scale", [IMAGE, (8, 1, 5, 5), (8, 3, 1, 1)], {}, "D a divisor"),
+        ("multi_scale", [IMAGE, (8, 1, 5, 5), (8, 0, 1, 1)], {}, "D a divisor"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(op, shapes, options, message):

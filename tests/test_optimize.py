@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import accelerate.hooks
+import diffusers.hooks
 import pytest
 import torch
 from compare import relative_rms
@@ -287,9 +289,37 @@ def test_a_transformer_that_changes_asks_for_another_call():
     pipe.transformer.transformer_blocks[0].attn1.processor = Own()
     with pytest.raises(UserError, match="does not know the attention processor Own"):
         paint(pipe)
-    pipe.transformer._hf_hook = object()
-    with pytest.raises(UserError, match="a hook of accelerate"):
-        sana_kernels.optimize(pipe)
+
+
+def _accelerate(transformer):
+    """A hook as offloading adds it, and how to remove it."""
+    accelerate.hooks.add_hook_to_module(transformer, accelerate.hooks.ModelHook())
+    return functools.partial(accelerate.hooks.remove_hook_from_module, transformer)
+
+
+def _diffusers(transformer):
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(diffusers.hooks.ModelHook(), "mine")
+    return functools.partial(registry.remove_hook, "mine")
+
+
+@pytest.mark.parametrize("hook", [_accelerate, _diffusers])
+def test_hooks_are_refused_until_they_are_removed(hook):
+    """Removed, they leave the transformer's own forward behind, as an attribute of the object."""
+    pipe = quiet(diffusers_pipeline(random_model(SMALL, seed=1, dtype=torch.float32)))
+    expected = paint(pipe)
+    remove = hook(pipe.transformer)
+    with pytest.raises(UserError, match="hook"):
+        sana_kernels.optimize(pipe, "fp32")
+    with pytest.raises(UserError, match="replaced, by a hook"):
+        sana_kernels.restore(pipe)
+    remove()
+    with pytest.raises(UserError, match="not optimised"):
+        sana_kernels.restore(pipe)
+    sana_kernels.optimize(pipe, "fp32")
+    assert relative_rms(paint(pipe), expected) < 1e-3
+    sana_kernels.restore(pipe)
+    assert torch.equal(paint(pipe), expected)
 
 
 def test_attention_that_somebody_else_computes_is_refused():

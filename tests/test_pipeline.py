@@ -4,6 +4,7 @@ Both sides start from the seed, not from shared tensors: tokeniser, text encoder
 must all agree for the latents to agree.
 """
 
+import contextlib
 import json
 import multiprocessing
 import threading
@@ -288,7 +289,7 @@ MISTAKES = [
     ({"seed": -1}, "seed"),
     ({"sampler": "scm"}, "flow_dpm or flow_euler"),
     ({"sampler": "ddim"}, "ddim"),
-    ({"colour": 1}, "no such setting"),
+    ({"colour": 1}, "'colour' is not a setting"),
     ({"binning": True}, "256 px"),
     ({"pag_scale": -1.0}, "PAG"),
     ({"guidance": 1.0, "negative_prompt": "blur"}, "guidance of 1.* reads no negative prompt; leave it empty"),
@@ -320,13 +321,64 @@ def test_sprint_refuses_what_is_for_guidance(ignored):
     assert settings_for(BUILT_IN["sana-sprint-0.6b"], "a red fox", negative_prompt="").guidance > 1
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS = {
+    "default device": lambda: torch.device("meta"),  # stands for "cuda": what lands there cannot be computed with
+    "default dtype": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("model", ["sana-tiny-random", "sprint"])
+@pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "w8a8", "low_memory": True}], ids=str)
+def test_what_else_is_set_in_pytorch_changes_nothing(folder, model, options, surroundings):
+    """Neither weights nor pictures, the second of which loads the text encoder again where memory is low."""
+
+    def latents():
+        painter = sana_model.load(path, **options)
+        return [painter(PROMPT, **SIZE).latents for _ in range(2)]
+
+    path = model if model in BUILT_IN else folder(model)
+    expected = latents()[0]
+    with SURROUNDINGS[surroundings]():
+        found = latents()
+    assert all(one.dtype == torch.float32 and torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_overflow_is_told_with_what_helps(precision):
+    pipe = sana_model.load("sana-tiny-random", backend="reference", precision=precision, decoder_precision=precision)
+    helps = "run it with {} bf16 or fp32" if precision == "fp16" else "beyond bf16, most likely of a guidance"
+    result = pipe(PROMPT, **SIZE)
+    with pytest.raises(UserError, match="picture became NaN.*" + helps.format("--decoder-precision")):
+        pipe.decode(result.latents * torch.inf, result.settings)
+    pipe.dit.head.weight.data.fill_(torch.inf)
+    with pytest.raises(UserError, match="latents became NaN.*" + helps.format("--precision")):
+        pipe(PROMPT, **SIZE)
+
+
+def test_other_devices_are_refused():
+    for device in ("meta", "xpu", "fridge"):
+        with pytest.raises(UserError, match="use cpu, cuda or cuda:N"):
+            sana_model.load("sana-tiny-random", device=device)
+
+
 def test_numbers_of_numpy_and_pytorch_are_numbers_and_settings_survive_json():
-    settings = settings_for(BUILT_IN["sana-0.6b"], "a fox", seed=np.int64(3), steps=torch.tensor(2), guidance=1.0)
-    assert settings == settings_for(BUILT_IN["sana-0.6b"], "a fox", seed=3, steps=2, guidance=1.0)
+    theirs = {"seed": np.int64(3), "steps": torch.tensor(2), "tiled": np.True_, "guidance_interval": np.array([0, 0.5])}
+    settings = settings_for(BUILT_IN["sana-0.6b"], "a fox", **theirs)
+    ours = {"seed": 3, "steps": 2, "tiled": True, "guidance_interval": (0.0, 0.5)}
+    assert settings == settings_for(BUILT_IN["sana-0.6b"], "a fox", **ours)
     assert settings_for(BUILT_IN["sana-0.6b"], **json.loads(json.dumps(settings.as_json()))) == settings
-    for prompt in (None, ["a fox", 3]):
-        with pytest.raises(UserError, match="a text, or a list of texts, not"):
-            settings_for(BUILT_IN["sana-0.6b"], prompt)
 
 
 def test_an_interval_is_one_of_perturbed_attention_guidance_too():

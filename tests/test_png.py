@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from sana_model.errors import MissingError, UserError
-from sana_model.png import Metadata, read_metadata, setting, write_png
-from sana_model.settings import Settings
+from sana_model.png import Metadata, read_metadata, write_png
+from sana_model.settings import Settings, setting
 
 SETTINGS = Settings(
     prompt="a red fox", width=64, height=96, steps=7, guidance=4.75, negative_prompt="blur", seed=2**63 - 5,
@@ -75,7 +76,7 @@ def stored_with(tmp_path, image, text: str):
         ({"index": "0"}, "cannot be read"),
         ({"model": 7}, "not a text"),
         ({"settings": {"prompt": "a"}}, "missing"),
-        ({"settings": METADATA.as_json()["settings"] | {"steps": True}}, "steps cannot be true"),
+        ({"settings": METADATA.as_json()["settings"] | {"steps": True}}, "steps is a whole number, not True"),
         ({"settings": METADATA.as_json()["settings"] | {"sigma": 1}}, "'sigma' is not a setting"),
         ({"settings": None}, "cannot be read"),
     ],
@@ -127,7 +128,19 @@ def test_a_write_that_fails_leaves_the_old_picture_and_nothing_else(tmp_path, im
         ("guidance_interval", [0.5], UserError),
         ("prompt", ["a", 1], UserError),
         ("prompt", "half a pair: \ud800", UserError),
+        ("prompt", None, UserError),
+        ("tiled", True, True),
         ("tiled", 1, UserError),
+        ("tiled", "no", UserError),
+        ("steps", True, UserError),
+        ("steps", np.array([2]), UserError),
+        ("steps", torch.empty((), device="meta"), UserError),
+        ("guidance", "7", UserError),
+        ("guidance", 10**400, UserError),
+        ("guidance", np.float32(4.5), 4.5),
+        ("guidance_interval", "01", UserError),
+        ("guidance_interval", {0.9, 0.1}, UserError),
+        ("guidance_interval", (0.0, True), UserError),
     ],
 )
 def test_settings_from_outside_have_the_right_type_or_are_refused(name, value, expected):

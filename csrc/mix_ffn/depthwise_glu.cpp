@@ -40,29 +40,28 @@ constexpr int64_t kTasksPerThread = 4;
 
 int64_t depthwise_glu_scratch(int64_t F) { return kGluSegment * F; }
 
-int64_t depthwise_filter(int64_t F) { return 20 * F + 2 * F * kArrangedFloats / kArrangedChannels; }
+int64_t depthwise_filter_floats(int64_t F) { return 20 * F + 2 * F * kArrangedFloats / kArrangedChannels; }
 
-const float* pack_depthwise(const void* weight, DType weight_dtype, const void* bias, DType bias_dtype, int64_t F,
-                            float* filter, int threads) {
-  const int64_t channels = 2 * F;
+DepthwiseFilter pack_depthwise(const DepthwiseGlu& p, float* memory, int threads) {
+  const int64_t channels = 2 * p.F;
   const DepthwiseGluKernels& kernels = choose(kByIsa);
-  float* const blocks = filter + 10 * channels;
-  const bool arranged = kernels.arrange != nullptr && F % kArrangedChannels == 0 &&
-                        (weight_dtype == DType::bf16 || !kernels.bf16_taps);
+  float *const filter = memory, *const blocks = memory + 10 * channels;
+  const bool arranged = kernels.arrange != nullptr && p.dtype == DType::bf16 && p.F % kArrangedChannels == 0 &&
+                        (p.weight_dtype == DType::bf16 || !kernels.bf16_taps);
   parallel_for(threads, ceil_div(channels, kArrangedChannels), [&](int64_t block) {
     const int64_t first = block * kArrangedChannels, last = std::min(first + kArrangedChannels, channels);
     for (int64_t c = first; c < last; ++c) {
       float taps[9] = {};
-      load_row(at(weight, 9 * c, weight_dtype), weight_dtype, 9, taps);
+      load_row(at(p.weight, 9 * c, p.weight_dtype), p.weight_dtype, 9, taps);
       for (int64_t tap = 0; tap < 9; ++tap) filter[tap * channels + c] = taps[tap];
     }
-    load_row(at(bias, first, bias_dtype), bias_dtype, last - first, filter + 9 * channels + first);
+    load_row(at(p.bias, first, p.bias_dtype), p.bias_dtype, last - first, filter + 9 * channels + first);
     if (arranged) kernels.arrange(filter + first, channels, blocks + block * kArrangedFloats);
   });
-  return arranged ? blocks : nullptr;
+  return {filter, arranged ? blocks : nullptr, &kernels};
 }
 
-void depthwise_glu_row(const DepthwiseGluRow& row) { choose(kByIsa).row(row); }
+void depthwise_glu_row(const DepthwiseGluRow& row) { row.filter.kernels->row(row); }
 
 Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads) {
   if (p.B < 1 || p.height < 1 || p.width < 1 || p.F < 1) return Status::bad_shape;
@@ -70,12 +69,11 @@ Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads) {
   const int64_t rows = p.B * p.height, tasks = std::min(rows, kTasksPerThread * threads);
   const int64_t scratch = p.scale == nullptr ? 0 : depthwise_glu_scratch(p.F);
   static thread_local Scratch memory;
-  float* const filter = reinterpret_cast<float*>(memory.reserve((depthwise_filter(p.F) + tasks * scratch) * sizeof(float)));
-  if (filter == nullptr) return Status::out_of_memory;
-  const float* const arranged =
-      pack_depthwise(p.weight, p.weight_dtype, p.bias, p.bias_dtype, p.F, filter, threads);
+  const int64_t filter_floats = depthwise_filter_floats(p.F);
+  float* const floats = reinterpret_cast<float*>(memory.reserve((filter_floats + tasks * scratch) * sizeof(float)));
+  if (floats == nullptr) return Status::out_of_memory;
+  const DepthwiseFilter filter = pack_depthwise(p, floats, threads);
 
-  const DepthwiseGluKernels& kernels = choose(kByIsa);
   const int64_t in_pitch = p.width * 2 * p.F, out_pitch = p.width * (p.scale == nullptr ? p.F : quantized_pitch(p.F));
   parallel_for(threads, tasks, [&](int64_t task) {
     for (int64_t r = rows * task / tasks; r < rows * (task + 1) / tasks; ++r) {
@@ -86,14 +84,13 @@ Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads) {
       row.h[2] = y == p.height - 1 ? nullptr : at(p.h, (r + 1) * in_pitch, p.dtype);
       row.pitch = 2 * p.F;
       row.filter = filter;
-      row.arranged = arranged;
       row.out = p.scale == nullptr ? at(p.out, r * out_pitch, p.dtype) : static_cast<char*>(p.out) + r * out_pitch;
       row.scale = p.scale == nullptr ? nullptr : p.scale + r * p.width;
-      row.scratch = filter + depthwise_filter(p.F) + task * scratch;
+      row.scratch = floats + filter_floats + task * scratch;
       row.width = p.width;
       row.F = p.F;
       row.dtype = p.dtype;
-      kernels.row(row);
+      depthwise_glu_row(row);
     }
   });
   return Status::ok;

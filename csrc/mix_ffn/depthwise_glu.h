@@ -22,13 +22,21 @@ struct DepthwiseGlu {
 
 Status depthwise_glu_cpu(const DepthwiseGlu& p, int threads);
 
+struct DepthwiseGluKernels;
+
+// A filter made ready by the instruction set that will apply it.
+struct DepthwiseFilter {
+  const float* taps;      // 10 rows of 2F: the taps (above left, above, above right, left, ...), then the bias
+  const float* arranged;  // the same in the order of that instruction set's vectors, or null where it has none
+  const DepthwiseGluKernels* kernels;
+};
+
 // One row of tokens of one image, for callers that make h band by band.
 struct DepthwiseGluRow {
-  const void* h[3];     // the rows above, at and below it: `width` tokens of 2F elements; null above or below the image
-  int64_t pitch;        // elements from token to token of h
-  const float* filter;  // what pack_depthwise made: taps and bias,
-  const float* arranged;  // and the same for vectors, or null
-  void* out;            // `width` tokens, as in DepthwiseGlu; so is `scale`
+  const void* h[3];  // the rows above, at and below it: `width` tokens of 2F elements; null above or below the image
+  int64_t pitch;     // elements from token to token of h
+  DepthwiseFilter filter;  // of an h of `dtype`
+  void* out;               // `width` tokens, as in DepthwiseGlu; so is `scale`
   float* scale;
   float* scratch;  // depthwise_glu_scratch(F) floats of this thread, where `scale` is not null
   int64_t width, F;
@@ -38,11 +46,9 @@ struct DepthwiseGluRow {
 void depthwise_glu_row(const DepthwiseGluRow& row);
 int64_t depthwise_glu_scratch(int64_t F);
 
-// The filter as floats, 10 rows of 2F: the taps (above left, above, above right, left, ...), then the bias. Returns, behind
-// them, the same in the order of the processor's vectors (depthwise_glu_cpu.h), or null where that is this one. `filter` has
-// room for depthwise_filter(F) floats.
-const float* pack_depthwise(const void* weight, DType weight_dtype, const void* bias, DType bias_dtype, int64_t F,
-                            float* filter, int threads);
-int64_t depthwise_filter(int64_t F);
+// The filter of a DepthwiseGlu, of which weight, bias, their dtypes, F and h's dtype are read, in `memory` of
+// depthwise_filter_floats(F) floats.
+DepthwiseFilter pack_depthwise(const DepthwiseGlu& p, float* memory, int threads);
+int64_t depthwise_filter_floats(int64_t F);
 
 }  // namespace sana

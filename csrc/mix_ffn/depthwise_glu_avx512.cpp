@@ -109,7 +109,7 @@ struct Arranged {
   static inline __attribute__((always_inline)) void convolve(const DepthwiseGluRow& row, int64_t c, int64_t first,
                                                              int64_t last, Emit emit) {
     constexpr int64_t kTaps = Column::kTaps;
-    const float* const filter = row.arranged + c / kArrangedChannels * kArrangedFloats;
+    const float* const filter = row.filter.arranged + c / kArrangedChannels * kArrangedFloats;
     Vec vector[3 * kTaps + 2];
     for (int64_t i = 0; i < 3 * kTaps + 2; ++i) vector[i] = F32::load(filter + i * kLanes, kAllLanes);
     const Two bias = {vector[3 * kTaps], vector[3 * kTaps + 1]};
@@ -131,7 +131,7 @@ struct Arranged {
 
 template <class Column>
 void row(const DepthwiseGluRow& row) {
-  if (row.arranged != nullptr && row.dtype == DType::bf16) return segments<Arranged<Column>>(row);
+  if (row.filter.arranged != nullptr) return segments<Arranged<Column>>(row);
   glu_row_any(row);
 }
 

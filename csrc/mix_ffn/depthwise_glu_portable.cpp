@@ -14,14 +14,14 @@ constexpr int64_t kPart = 64;  // channels at a time
 // floats would be rounded twice as often as in the other kernels.
 void convolve(const DepthwiseGluRow& row, int64_t x, int64_t c, int64_t count, float* out) {
   const int64_t channels = 2 * row.F;
-  const float* bias = row.filter + 9 * channels + c;
+  const float* bias = row.filter.taps + 9 * channels + c;
   double sum[kPart];
   for (int64_t k = 0; k < count; ++k) sum[k] = bias[k];
   for (int64_t i = 0; i < 3; ++i) {
     for (int64_t j = 0; j < 3; ++j) {
       const int64_t column = x + j - 1;
       if (row.h[i] == nullptr || column < 0 || column >= row.width) continue;
-      const float* tap = row.filter + (3 * i + j) * channels + c;
+      const float* tap = row.filter.taps + (3 * i + j) * channels + c;
       float h[kPart];
       load_row(at(row.h[i], column * row.pitch + c, row.dtype), row.dtype, count, h);
       for (int64_t k = 0; k < count; ++k) sum[k] += double(tap[k]) * h[k];

@@ -48,8 +48,8 @@ inline __attribute__((always_inline)) void convolve(const DepthwiseGluRow& row, 
   const int64_t channels = 2 * row.F;
   Vec tap[3][3], column[3];
   for (int i = kFirst; i < kLast; ++i)
-    for (int j = 0; j < 3; ++j) tap[i][j] = F32::load(row.filter + (3 * i + j) * channels + c, lanes);
-  const Vec bias = F32::load(row.filter + 9 * channels + c, lanes);
+    for (int j = 0; j < 3; ++j) tap[i][j] = F32::load(row.filter.taps + (3 * i + j) * channels + c, lanes);
+  const Vec bias = F32::load(row.filter.taps + 9 * channels + c, lanes);
 
   const bool new_line = c * sizeof(T) % 64 == 0;
   const auto load = [&](int64_t x) {

@@ -47,22 +47,27 @@ class Bands {
     images_ = rows_ < p.height ? 1 : std::clamp<int64_t>(most / (p.height * p.width), 1, p.B);
     const int64_t h_row = p.width * pitch() * element_size(kMiddle);
     u_pitch_ = is_int8() ? quantized_pitch(p.F) : p.F * element_size(kMiddle);
-    const int64_t filter = aligned(depthwise_filter(p.F) * sizeof(float)), h = aligned(images_ * rows_ * h_row);
+    const int64_t filter = aligned(depthwise_filter_floats(p.F) * sizeof(float)), h = aligned(images_ * rows_ * h_row);
     const int64_t tokens = images_ * (rows_ + 1) * p.width, u = aligned(tokens * u_pitch_);
     static thread_local Scratch scratch;
     char* memory = scratch.reserve(filter + 2 * h + u + tokens * sizeof(float));
     if (memory == nullptr) return;
-    filter_ = reinterpret_cast<float*>(memory);
     h_[0] = memory + filter;
     h_[1] = h_[0] + h;
     u_ = h_[1] + h;
     u_scale_ = reinterpret_cast<float*>(u_ + u);
-    arranged_ = pack_depthwise(p.depthwise_weight, p.depthwise_weight_dtype, p.depthwise_bias, p.depthwise_bias_dtype, p.F,
-                            filter_, threads);
+    DepthwiseGlu middle{};
+    middle.weight = p.depthwise_weight;
+    middle.weight_dtype = p.depthwise_weight_dtype;
+    middle.bias = p.depthwise_bias;
+    middle.bias_dtype = p.depthwise_bias_dtype;
+    middle.dtype = kMiddle;
+    middle.F = p.F;
+    filter_ = pack_depthwise(middle, reinterpret_cast<float*>(memory), threads);
   }
 
   Status run() {
-    if (filter_ == nullptr) return Status::out_of_memory;
+    if (filter_.taps == nullptr) return Status::out_of_memory;
     for (int64_t b = 0; b < p_.B; b += images_) {
       const int64_t images = std::min(images_, p_.B - b);
       for (int64_t first = 0; first < p_.height; first += rows_) {
@@ -116,7 +121,7 @@ class Bands {
         return;
       }
       const int64_t image = i / (last - first), row = first + i % (last - first);
-      depthwise_glu_row({{h_row(image, row - 1), h_row(image, row), h_row(image, row + 1)}, pitch(), filter_, arranged_,
+      depthwise_glu_row({{h_row(image, row - 1), h_row(image, row), h_row(image, row + 1)}, pitch(), filter_,
                          u_ + i * p_.width * u_pitch_, is_int8() ? u_scale_ + i * p_.width : nullptr, buffer, p_.width,
                          p_.F, kMiddle});
     });
@@ -145,8 +150,7 @@ class Bands {
   const MixFfn& p_;
   const int threads_;
   int64_t rows_, images_, u_pitch_;
-  float* filter_ = nullptr;
-  const float* arranged_ = nullptr;
+  DepthwiseFilter filter_ = {};
   char* h_[2] = {};
   char* u_ = nullptr;
   float* u_scale_ = nullptr;

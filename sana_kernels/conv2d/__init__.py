@@ -71,9 +71,12 @@ def conv2d(
     for name in (activation, input_activation):
         _check_activation("conv2d", name)
     C, N = x.shape[3], weight.shape[0]
-    vectors = {"bias": (bias, N), "norm": (norm, N), "input_norm": (input_norm, C)}
+    for name, pair in (("norm", norm), ("input_norm", input_norm)):
+        if pair is not None and not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ValueError(f"conv2d takes {name} as a tuple of its weight and bias")
+    vectors = {"bias": (_given(bias), N), "norm": (norm or (), N), "input_norm": (input_norm or (), C)}
     for name, (given, size) in vectors.items():
-        for tensor in given if isinstance(given, tuple) else () if given is None else (given,):
+        for tensor in given:
             if tensor.shape != (size,) or not tensor.is_floating_point():
                 raise ValueError(f"conv2d takes {name} as floating ({size},); got {tensor.dtype} {tuple(tensor.shape)}")
     band = _check_band("conv2d", x, above, band, stride, weight)
@@ -137,7 +140,7 @@ def multi_scale(
     C, k = x.shape[3], depthwise.shape[-1]
     if depthwise.shape != (C, 1, k, k) or k % 2 == 0:
         raise ValueError(f"multi_scale takes a depthwise kernel ({C}, 1, k, k), k odd; got {tuple(depthwise.shape)}")
-    if grouped.ndim != 4 or grouped.shape != (C, D := grouped.shape[1], 1, 1) or C % D:
+    if grouped.ndim != 4 or grouped.shape != (C, D := grouped.shape[1], 1, 1) or not D or C % D:
         raise ValueError(f"multi_scale takes grouped as ({C}, D, 1, 1), D a divisor; got {tuple(grouped.shape)}")
     band = _check_band("multi_scale", x, None, band, 1, None, reach=k // 2)
     _check("multi_scale", x, like=(depthwise, grouped))

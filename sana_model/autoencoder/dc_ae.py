@@ -191,7 +191,7 @@ def _cross_fade(before: Tensor, after: Tensor, dim: int) -> None:
     extent = min(before.shape[dim], after.shape[dim])
     shape = [1, 1, 1, 1]
     shape[dim] = extent
-    weight = (torch.arange(extent, dtype=torch.float64) / max(extent, 1)).view(shape).to(after)
+    weight = (torch.arange(extent, dtype=torch.float64, device=after.device) / max(extent, 1)).view(shape).to(after)
     start = after.narrow(dim, 0, extent)
     end = before.narrow(dim, before.shape[dim] - extent, extent)
     start.copy_(torch.lerp(end, start, weight))

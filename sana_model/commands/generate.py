@@ -17,7 +17,8 @@ from sana_model.errors import MissingError, UserError
 from sana_model.files import check_writable, write_text
 from sana_model.pipeline import Pipeline, Result, load
 from sana_model.plan import PIPELINES
-from sana_model.png import SOFTWARE, Metadata, read_metadata, setting, write_png
+from sana_model.png import SOFTWARE, Metadata, read_metadata, write_png
+from sana_model.settings import setting
 
 NAMED = ("model", "base", "decoder")
 MODEL_FLAGS = (

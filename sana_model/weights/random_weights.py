@@ -78,6 +78,7 @@ def random_model(
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def random_dit(
     config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float32, prepare: Prepare | None = None
 ) -> DiT:
@@ -97,10 +98,12 @@ def random_dit(
     _raise_rows(ends.patch_embed, outliers)
     _copy(ends, dit)
 
-    times = torch.tensor([0.1, 0.5, 0.9] if config.guidance_embeds else [100.0, 500.0, 900.0])  # Sprint's end at 1
+    of_times = [0.1, 0.5, 0.9] if config.guidance_embeds else [100.0, 500.0, 900.0]  # Sprint's end at 1
+    on_cpu = {"dtype": torch.float32, "device": "cpu"}
+    times = torch.tensor(of_times, **on_cpu)
     images, side, words = len(times), 6, 16
-    latents = torch.empty(images, config.in_channels, side, side)
-    caption = torch.empty(images, words, config.caption_channels)
+    latents = torch.empty(images, config.in_channels, side, side, **on_cpu)
+    caption = torch.empty(images, words, config.caption_channels, **on_cpu)
     for name, tensor in (("latents", latents), ("caption", caption)):
         draw(tensor, 0.0, 1.0, f"dit/calibration/{name}", seed)
     guidance = torch.full_like(times, 4.5) * config.guidance_embeds_scale
