@@ -16,8 +16,8 @@ Isa active_isa();
 bool set_isa_cap(const char* name);  // false: the name is not known; nothing changed
 
 // An op's table of kernels has a slot per tier, in the order of Isa: {&op_portable, SANA_AVX2(&op_avx2), nullptr,
-// SANA_AVX512VNNI(&op_avx512vnni), SANA_AVX512(&op_avx512), nullptr}; op_avx512.cpp makes the last two. A slot is empty
-// where the op has no kernel for the tier, or, through these macros, where the compiler could not target it.
+// SANA_AVX512VNNI(&op_avx512vnni), SANA_AVX512(&op_avx512), nullptr}; op_avx512.cpp makes both of AVX-512. A slot is
+// empty where the op has no kernel for the tier, or, through these macros, where the compiler could not target it.
 #if defined(SANA_HAVE_AVX2)
 #define SANA_AVX2(kernels) kernels
 #else

@@ -1,5 +1,6 @@
-// Matrix product for AVX-512: dot products of int8 quadruples (VNNI) or bf16 pairs (BF16), 16 columns per vector. Where there
-// are none of bf16, both halves of a pair are widened, 6 operands at a time beside 16 sums, so that a block is 2 vectors wide.
+// Matrix product for AVX-512: dot products of int8 quadruples (VNNI) or bf16 pairs (BF16), 16 columns per vector. Where
+// there are none of bf16, both halves of a pair are widened, 6 operands at a time beside 16 sums, so that a block is 2
+// vectors wide.
 //
 // Register block: 8 rows x 3 vectors. A step over 4 bytes of K loads 3 vectors of weights and broadcasts 8 times 4 bytes
 // of x for 24 dot products, 12 cycles of a processor with two such units; 24 sums, 3 weights and 1 broadcast fit the 32

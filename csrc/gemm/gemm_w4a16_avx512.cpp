@@ -1,6 +1,5 @@
-// The product with 4-bit weights for AVX-512: bf16 activations in pairs (VDPBF16PS) where the processor has them, all others
-// in float. A nibble is
-// the index of its value in a table that one register holds.
+// The product with 4-bit weights for AVX-512: bf16 activations in pairs (VDPBF16PS) where the processor has them, all
+// others in float. A nibble is the index of its value in a table that one register holds.
 #include "common/avx512.h"
 
 #include "common/steps.h"
