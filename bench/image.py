@@ -15,7 +15,7 @@ from torch import Tensor
 from sana_bench import check, work
 from sana_bench.harness import Clock, PeakMemory, Peaks, Results, free_memory, interleave, statistics_ms
 from sana_bench.outcome import Outcome, add_speedups
-from sana_bench.prompts import Prompts
+from sana_bench.prompts import Prompts, with_gemmas_lengths
 from sana_bench.runs import PipelineRun, make, plain_velocity
 from sana_bench.schema import STAGES
 from sana_bench.weights import BASELINES, PARTS, Moment, RunName, Weights
@@ -75,6 +75,7 @@ class ImageBench:
         self, loaded: LoadedModel, names: list[RunName], workload: Workload, device: torch.device, peaks: Peaks,
         results: Results, *, seed: int = 0, say=print,
     ):  # fmt: skip
+        loaded = with_gemmas_lengths(loaded)
         self.weights, self.config, self.device = Weights(loaded, device), loaded.config, device
         self.workload, self.peaks, self.results, self.seed, self.say = workload, peaks, results, seed, say
         self.measured = {str(name): Measured(make(name, self.weights)) for name in names}
@@ -269,7 +270,8 @@ class ImageBench:
         name = measured.run.name
         common = {
             "name": f"{self.config.name}_{self.workload.width}x{self.workload.height}", "backend": name.backend,
-            "precision": name.label, "weights": self.weights.loaded.source, "workload": self.workload.as_json(),
+            "precision": name.label, "weights": self.weights.loaded.source,
+            "workload": self.workload.as_json() | {"instruction_tokens": self.prompts.instruction_tokens},
         }  # fmt: skip
         if measured.status != "ok":
             return [{"kind": "image", **common, "status": measured.status, "reason": measured.reason}]

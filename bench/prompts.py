@@ -1,14 +1,27 @@
 """Prompts of an exact length in tokens, another one for each repetition and the same for all runs."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
 from sana_model.prompt import DEFAULT_INSTRUCTION
-from sana_model.tokenizer import Tokenizer
+from sana_model.tokenizer import ByteTokenizer, Tokenizer
+from sana_model.weights.loaded import LoadedModel
 
 ENDINGS = ("", ".", ",", "!", "s", "ed", "ly", "ing")  # to gain a token or two where no whole word does
+GEMMAS_INSTRUCTION = 209  # tokens that Gemma's tokenizer makes of the default instruction, BOS included
+
+
+def with_gemmas_lengths(loaded: LoadedModel) -> LoadedModel:
+    """Random weights read bytes, five times as many as Gemma reads tokens: their default instruction is cut to its length.
+
+    Or else whoever computes it for every picture, as diffusers does, would be slower by what no user of theirs waits for.
+    """
+    if loaded.config.instruction != "default" or not isinstance(loaded.tokenizer, ByteTokenizer):
+        return loaded
+    return replace(loaded, config=replace(loaded.config, instruction=DEFAULT_INSTRUCTION[: GEMMAS_INSTRUCTION - 1]))
 
 
 class Prompts:
@@ -23,7 +36,8 @@ class Prompts:
             raise UserError(f"--text-tokens must lie between 2 and {config.max_text_tokens} for {config.name}")
         self._tokenizer, self._target, self._seed = tokenizer, text_tokens, seed
         self._instruction = {"none": "", "default": DEFAULT_INSTRUCTION}.get(config.instruction, config.instruction)
-        self._dropped = len(tokenizer.encode(self._instruction)) - 2 if self._instruction else 0
+        self.instruction_tokens = len(tokenizer.encode(self._instruction)) if self._instruction else 0
+        self._dropped = max(self.instruction_tokens - 2, 0)
         lines = (Path(__file__).parent / "prompts.txt").read_text(encoding="utf-8").splitlines()
         self._words = sorted({word for line in lines if not line.startswith("#") for word in line.lower().split()})
 

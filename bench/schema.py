@@ -14,7 +14,8 @@ and, where it was measured (ok, FAIL),
     timing      method, warmup, n, rejected, unsteady, ms {median, p10, p90, min, mean}, raw_ms (kernels: 200 at most)
     check       against, value, limit, passed: parity with fp32 (kernels: fp64); failures: what else speaks against it
     work        gmac, gib and the percentages of the measured peaks
-    workload    of pictures: batch, height, width, steps, guidance, text_tokens
+    workload    of pictures: batch, height, width, steps, guidance, text_tokens, and the instruction_tokens before those of
+                the prompt
     stages_ms   of pictures: text_encode, denoise (with text keys and values, caption projection and tables), per_step
                 (denoise / steps), decode, other, in the repetition of the median total (of an even number, the mean of
                 the two in the middle), so that they sum to the median
