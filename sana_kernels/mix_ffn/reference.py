@@ -11,8 +11,8 @@ Tokens are NHWC: a 1×1 convolution is a linear layer, and the depthwise convolu
 transposed in memory.
 
 Precision: every operation rounds to x's dtype, and takes the depthwise weight and bias in it. In W8A8, x and u are 8-bit
-rows (sana_kernels/gemm/reference.py), h is bf16, and the depthwise convolution and the GLU are computed in fp32, of which u is
-quantised; a kernel may do so in 16 bits too.
+rows (sana_kernels/gemm/reference.py), h is bf16, and the depthwise convolution and the GLU are computed in fp32, of which u
+is quantised; a kernel may do so in 16 bits too.
 """
 
 import torch
