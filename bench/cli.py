@@ -151,11 +151,11 @@ def _setup(args: argparse.Namespace):
     import torch
 
     from sana_bench.harness import Results
+    from sana_model.settings import use_threads
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads must be at least 1, not {args.threads}")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {args.seed}")
     if args.repeat is not None and args.repeat < 1:
         raise UserError(f"--repeat must be at least 1, not {args.repeat}")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -174,10 +174,11 @@ def _image(args: argparse.Namespace) -> int:
     from sana_bench import report
     from sana_bench.harness import peaks
     from sana_bench.image import ImageBench, Workload
+    from sana_bench.prompts import check_length
     from sana_bench.weights import PARTS
     from sana_model import memory
     from sana_model.plan import dtype_name
-    from sana_model.settings import PRECISIONS
+    from sana_model.settings import PRECISIONS, settings_for
     from sana_model.weights.models import find, load_model
 
     names = _run_names(args.runs, device)
@@ -192,6 +193,10 @@ def _image(args: argparse.Namespace) -> int:
         steps, repeat = args.steps or 2, args.repeat or 2
     guidance = config.guidance if args.guidance is None else args.guidance
     workload = Workload(height, width, steps, guidance, args.batch, args.text_tokens)
+    settings_for(
+        config, "a picture", width=width, height=height, steps=steps, guidance=guidance
+    )  # refused before loading
+    check_length(args.text_tokens, config)
 
     stored = {part: _stored([name.dtypes[part] for name in names], PRECISIONS["bf16"]) for part in PARTS}
     source.refuse_quantized("a benchmark, whose runs may be cpu@FOLDER,")
@@ -208,11 +213,14 @@ def _step(args: argparse.Namespace) -> int:
     device, results = _setup(args)
     from sana_bench import report, step
     from sana_bench.harness import peaks
-    from sana_model.settings import PRECISIONS
+    from sana_bench.prompts import check_length
+    from sana_model.settings import PRECISIONS, settings_for
     from sana_model.weights.models import find
 
     names, source = _run_names(args.runs, device), find(args.model)
     size = _size(args.size) if args.size else (source.config.size, source.config.size)
+    settings_for(source.config, "a picture", width=size[0], height=size[1])  # refused before loading
+    check_length(args.text_tokens, source.config)
     _say(f"loading the DiT of {args.model}")
     loaded = step.load(source, _stored([name.dtypes["dit"] for name in names], PRECISIONS["bf16"]))
     bench = step.StepBench(
@@ -224,7 +232,7 @@ def _step(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace) -> int:
     device, results = _setup(args)
     from sana_bench import report
-    from sana_bench.decode import DecodeBench
+    from sana_bench.decode import DecodeBench, refuse
     from sana_bench.harness import peaks
     from sana_model.autoencoder.family import find_autoencoder
     from sana_model.settings import PRECISIONS
@@ -236,12 +244,12 @@ def _decode(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"--size {args.size!r} is not a list of numbers such as 512,1024") from error
     source = find_autoencoder(args.model)
+    sizes = sizes or [source.config.size]
+    refuse(names, sizes, source.config)
     _say(f"loading {args.model}")
     # Random weights are as good in half the memory; others stay as they were saved, for fp32 to mean them.
     loaded = load_model(source, decoder_precision=PRECISIONS["bf16"] if source.random else None, parts=("autoencoder",))
-    bench = DecodeBench(
-        loaded, names, sizes or [source.config.size], device, peaks(device), results, seed=args.seed, say=_say
-    )
+    bench = DecodeBench(loaded, names, sizes, device, peaks(device), results, seed=args.seed, say=_say)
     return _finish(bench, args.repeat or (2 if args.quick else 3), results, report.decode_table)
 
 
@@ -276,9 +284,13 @@ def _finish(bench, repeat: int, results, table) -> int:
 
 
 def _status(results) -> int:
+    """0; 1 where a row failed; 3 where nothing could be measured here."""
     from sana_bench.gpu import failed
 
-    return int(any(map(failed, results.document["results"])))
+    rows = results.document["results"]
+    if rows and all(row["status"] in ("not available", "out of memory") for row in rows):
+        return MissingError.exit_status
+    return int(any(map(failed, rows)))
 
 
 def _quality(args: argparse.Namespace) -> int:
@@ -291,6 +303,8 @@ def _quality(args: argparse.Namespace) -> int:
 
     names = _run_names(args.runs, device)
     table, sheet = (args.json.with_suffix(suffix) if args.json else None for suffix in (".md", ".png"))
+    if args.json in (table, sheet) and args.json:
+        raise UserError(f"--json {args.json}: the table and the pictures beside it are .md and .png; name a .json")
     for path in filter(None, (table, sheet)):
         files.check_writable(path)
     source = find(args.model, args.base)
@@ -386,7 +400,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     """(width, height)."""
-    parts = text.lower().split("x")
+    parts = text.lower().replace("×", "x").split("x")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         raise UserError(f"--size {text!r} is neither WIDTHxHEIGHT nor a number")
     return int(parts[0]), int(parts[-1])

@@ -19,7 +19,7 @@ from sana_bench.metrics import psnr, to_bytes
 from sana_bench.outcome import Outcome, add_speedups
 from sana_bench.weights import RunName, Weights, count
 from sana_model import memory
-from sana_model.config import AutoencoderConfig
+from sana_model.config import AutoencoderConfig, ModelConfig
 from sana_model.errors import MissingError, UserError
 from sana_model.plan import resolve
 from sana_model.settings import PRECISIONS, QUANTIZED
@@ -151,6 +151,17 @@ class Measured(Outcome):
     plan: dict = field(default_factory=dict)
 
 
+def refuse(names: list[RunName], sizes: list[int], config: ModelConfig) -> None:
+    """Raise UserError for what cannot be measured."""
+    factor = config.autoencoder.spatial_compression
+    for size in sizes:
+        if size <= 0 or size % factor:
+            raise UserError(f"--size {size} is not a positive multiple of {factor}")
+    for name in names:
+        if name.backend not in BACKENDS:
+            raise UserError(f"run {name}: the decoder is measured on {', '.join(BACKENDS)}")
+
+
 class DecodeBench:
     """One comparison. `run()` measures; the rows are in `results.document`."""
 
@@ -162,13 +173,7 @@ class DecodeBench:
         self.names, self.sizes, self.peaks, self.results = names, sizes, peaks, results
         self.seed, self.say, self.kinds = seed, say, KINDS
         self.measured: list[Measured] = []
-        factor = self.config.autoencoder.spatial_compression
-        for size in sizes:
-            if size <= 0 or size % factor:
-                raise UserError(f"--size {size} is not a positive multiple of {factor}")
-        for name in names:
-            if name.backend not in BACKENDS:
-                raise UserError(f"run {name}: the decoder is measured on {', '.join(BACKENDS)}")
+        refuse(names, sizes, self.config)
 
     def latents(self, size: int, i: int) -> Tensor:
         """Of repetition i."""

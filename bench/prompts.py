@@ -24,6 +24,12 @@ def with_gemmas_lengths(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, config=replace(loaded.config, instruction=DEFAULT_INSTRUCTION[: GEMMAS_INSTRUCTION - 1]))
 
 
+def check_length(text_tokens: int, config: ModelConfig) -> None:
+    """Raise UserError for a prompt that the model would not read, or not whole."""
+    if not 1 < text_tokens <= config.max_text_tokens:
+        raise UserError(f"--text-tokens must lie between 2 and {config.max_text_tokens} for {config.name}")
+
+
 class Prompts:
     """prompts(i) is the i-th prompt: words of prompts.txt in seeded order, `text_tokens` caption states long.
 
@@ -32,8 +38,7 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, text_tokens: int, seed: int = 0):
-        if not 1 < text_tokens <= config.max_text_tokens:
-            raise UserError(f"--text-tokens must lie between 2 and {config.max_text_tokens} for {config.name}")
+        check_length(text_tokens, config)
         self._tokenizer, self._target, self._seed = tokenizer, text_tokens, seed
         self._instruction = {"none": "", "default": DEFAULT_INSTRUCTION}.get(config.instruction, config.instruction)
         self.instruction_tokens = len(tokenizer.encode(self._instruction)) if self._instruction else 0

@@ -93,8 +93,12 @@ def read(file: Path) -> dict:
             raise ValueError("an entry lacks something")
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no proposal of `sana tune`: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{file} is no proposal of `sana tune`: it has another form") from error
+    if not proposal:
+        raise UserError(f"{file} proposes nothing")
     return proposal
 
 

@@ -27,7 +27,7 @@ from sana_model import memory
 from sana_model.config import ModelConfig
 from sana_model.errors import UserError
 from sana_model.exported.onnxruntime import package
-from sana_model.files import check_replaceable
+from sana_model.files import check_parent, check_replaceable
 from sana_model.pipeline import load
 from sana_model.plan import dtype_name
 from sana_model.prompt import PromptEncoder
@@ -282,8 +282,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_to_destroy(folder: Path) -> None:
-    if not folder.parent.is_dir():
-        raise UserError(f"the folder {folder.parent} does not exist; make it first: mkdir -p '{folder.parent}'")
+    check_parent(folder)
     if folder.is_file():
         raise UserError(f"{folder} is a file; graphs are written to a folder")
     if folder.is_dir() and any(folder.iterdir()) and not layout.is_export(folder):

@@ -114,7 +114,7 @@ def numbered(file: Path, count: int) -> list[Path]:
 def _json_values(line: str) -> dict:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError('a line must be an object with a "prompt", such as {"prompt": "a fox", "seed": 3}')
@@ -156,6 +156,6 @@ def _done(results: Path) -> dict[str, dict]:
         try:
             record = json.loads(line)
             done[record["files"][0]] = record["metadata"] | {"software": None}
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue
     return done

@@ -1,17 +1,19 @@
 """The `sana` command: generate, show, reconstruct, verify, convert, quantize, export, doctor, bench, tune.
 
 Exit status: 0; 2 a mistake in what was asked for; 3 this machine lacks something (GPU, package, memory, disk);
-130 Ctrl-C; 1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here imports
-torch before a command runs: `sana --help` is immediate.
+130 Ctrl-C (143 SIGTERM, 129 SIGHUP); 1, with a traceback, for anything else. Mistakes are one line on stderr. Nothing here
+imports torch before a command runs: `sana --help` is immediate.
 """
 
 import argparse
+import errno
 import io
 import math
 import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -48,11 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     # take a scheduler slice (30 ms instead of 0.1): wait briefly, then sleep. Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     heap.keep_freed()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"
+    _open_streams()
     lighter = None
-    with _CtrlC() as ctrl_c:
+    with _Interrupts() as interrupts:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: print(f"sana: warning: {message}", file=sys.stderr)
@@ -62,39 +62,59 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout.flush()
                 return status
         except (Exception, KeyboardInterrupt) as error:
-            if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
-                print("sana: interrupted", file=sys.stderr)
-                return 130
+            interrupts.heard = False  # what follows takes no time
+            if interrupts.came or isinstance(error, KeyboardInterrupt):
+                with suppress(OSError):  # the terminal may be what has gone
+                    print("sana: interrupted", file=sys.stderr)
+                return 128 + (interrupts.came or signal.SIGINT)
             return _status(error, lighter)
 
 
-class _CtrlC:
-    """Ctrl-C, and whether it was pressed.
+def _open_streams() -> None:
+    """Standard streams that print anything: one that is closed, as a daemon's may be, leads nowhere."""
+    for number in range(3):  # or else the first picture would become the standard output
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show "→" or a prompt shows "?"
+
+
+class _Interrupts:
+    """Ctrl-C and the signals to end, SIGTERM and SIGHUP, as KeyboardInterrupt; `came` is the one that came.
 
     Raised in the middle of an import, KeyboardInterrupt may be swallowed: it waits for the import's end. Raised in the
-    middle of a library's cleaning up, it may come out as another error: `pressed` tells.
+    middle of a library's cleaning up, it may come out as another error: `came` tells.
     """
 
-    pressed = waits = False
+    came, heard, waits = 0, True, False
 
-    def __enter__(self) -> "_CtrlC":
-        # `sana … &` in a script ignores Ctrl-C, and only the main thread may have handlers: then nothing changes.
-        self._usual = (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
-        )
-        if self._usual:
-            signal.signal(signal.SIGINT, self._handle)
+    def __enter__(self) -> "_Interrupts":
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if hasattr(signal, "SIGHUP"):
+            usual[signal.SIGHUP] = signal.SIG_DFL
+        # `sana … &` in a script ignores Ctrl-C, nohup SIGHUP, and only the main thread may have handlers: that stays.
+        here = current_thread() is main_thread()
+        self._usual = {number: how for number, how in usual.items() if here and signal.getsignal(number) == how}
+        for number in self._usual:
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
         if self.waits:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._alarm)
-        if self._usual:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, how in self._usual.items():
+            signal.signal(number, how)
 
-    def _handle(self, _signal, frame) -> None:
-        self.pressed = True
+    def _handle(self, number, frame) -> None:
+        if not self.heard:
+            return
+        if number != signal.SIGALRM:
+            self.came = number
         if not any(caller.f_code.co_filename == "<frozen importlib._bootstrap>" for caller, _ in walk_stack(frame)):
             raise KeyboardInterrupt
         if not self.waits:
@@ -113,6 +133,10 @@ def _status(error: Exception, lighter: str | None) -> int:
     if isinstance(error, BrokenPipeError):  # `sana doctor | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # of files, errors are sentences
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("sana: the disk is full, to which the standard output goes", file=sys.stderr)
+        return 3
     if _is_out_of_memory(error):
         print(f"sana: out of memory; {f'try {lighter}' if lighter else 'free some'}", file=sys.stderr)
         return 3
@@ -280,9 +304,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
+    width, by, height = text.lower().replace("×", "x").partition("x")
     try:
-        return int(width), int(height or width)
+        return int(width), int(height if by else width)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024x768") from error
 
@@ -323,8 +347,11 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from sana_model.settings import DTYPES
     from sana_model.weights.verify import verify
 
+    if args.precision not in DTYPES:
+        raise UserError(f"precision {args.precision!r} is none to verify in; choose one of {', '.join(DTYPES)}")
     report = verify(args.model, args.precision, base=args.base)
     print(report)
     return 0 if report.passed else 1

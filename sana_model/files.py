@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,12 +60,24 @@ def check_writable(path: Path) -> None:
             raise UserError(f"{path} is a folder; name a file in it")
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not an ordinary file, and is not replaced by one")
-        if not path.parent.is_dir():
-            raise UserError(f"the folder {path.parent} does not exist; make it first: mkdir -p '{path.parent}'")
+        check_parent(path)
         # Permission bits do not tell of read-only file systems, quotas or full disks; trying does.
         probe = _beside(path)
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.touch()
+        finally:
+            with suppress(FileNotFoundError):
+                probe.unlink()
+
+
+def check_parent(path: Path) -> None:
+    """Raise UserError unless the folder that `path` is to be in is there."""
+    parent = path.parent
+    if parent.is_dir():
+        return
+    if file := next((place for place in (parent, *parent.parents) if place.is_file()), None):
+        raise UserError(f"{file} is a file, so that {path} cannot be in it; name another folder")
+    raise UserError(f"the folder {parent} does not exist; make it first: mkdir -p {shlex.quote(str(parent))}")
 
 
 def check_replaceable(folder: Path) -> None:

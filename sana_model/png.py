@@ -108,7 +108,8 @@ def read_metadata(path: str | Path) -> Metadata:
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a PNG picture: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as a PNG picture: {why}") from error
     if "sana" not in text:
         raise UserError(f"{path} holds no settings: it was not painted by sana, or a program on its way removed them")
     try:
@@ -124,8 +125,12 @@ def read_metadata(path: str | Path) -> Metadata:
             raise UserError("exact is neither true nor false")
         if not 0 <= metadata.index < settings.count:
             raise UserError(f"there is no picture {metadata.index} among {settings.count}")
-    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (ValueError, RecursionError, UserError) as error:
         raise UserError(f"the settings stored in {path} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the settings stored in {path} cannot be read: some are missing, or of another form"
+        ) from error
     return metadata
 
 

@@ -15,6 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}  # what products run in, where not in bf16 as the rest
 FOUR_BIT = ("w4a8", "w4a4", "w4a16")  # what weights are stored in; sana_model/plan.py says what they are executed in
 OF_DECODERS = (*DTYPES, "w8a8")  # what an autoencoder can run in
+MOST_THREADS = 1024
 PRECISIONS = DTYPES | dict.fromkeys((*QUANTIZED, *FOUR_BIT), torch.bfloat16)
 
 
@@ -144,6 +145,15 @@ def dtypes_of(precisions: dict[str, str]) -> dict[str, torch.dtype]:
     return {part: PRECISIONS[name] for part, name in precisions.items()}
 
 
+def use_threads(count: int | None) -> None:
+    """Let PyTorch and our kernels have that many CPU threads (None: as many as they would)."""
+    if count is None:
+        return
+    if not 1 <= count <= MOST_THREADS:
+        raise UserError(f"the number of threads must lie between 1 and {MOST_THREADS}, not {count}")
+    torch.set_num_threads(count)
+
+
 def is_guided(guidance: float, dit: DiTConfig) -> bool:
     """Classifier-free guidance, which doubles the batch; Sprint takes the guidance scale as an input instead."""
     return guidance > 1 and not dit.guidance_embeds
@@ -155,7 +165,9 @@ def _check(settings: Settings, config: ModelConfig) -> None:
         raise UserError("there is no prompt")
     for name in ("width", "height"):
         value = getattr(settings, name)
-        if value <= 0 or (value % step and not settings.binning):
+        if value <= 0:
+            raise UserError(f"{name} {value} is not a positive multiple of {step}; the smallest is {step}")
+        if value % step and not settings.binning:
             below, above = max(step, value // step * step), max(step, -(-value // step) * step)
             raise UserError(f"{name} {value} is not a positive multiple of {step}; the nearest are {below} and {above}")
     if settings.binning:
@@ -172,6 +184,8 @@ def _check(settings: Settings, config: ModelConfig) -> None:
         raise UserError(f"{config.name} is sampled with {allowed}, not {settings.sampler}")
     if settings.sampler not in ("flow_dpm", "flow_euler", "scm"):
         raise UserError(f"sampler {settings.sampler!r} is not known; choose flow_dpm or flow_euler (scm for Sprint)")
+    if settings.guidance < 0:
+        raise UserError(f"guidance must be 0 (off, as is 1) or positive, not {settings.guidance}")
     if settings.pag_scale < 0:
         raise UserError(f"the PAG scale must be 0 (off) or positive, not {settings.pag_scale}")
     lo, hi = settings.guidance_interval

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import sana_model
 from sana_model import batch, memory
@@ -135,6 +136,32 @@ def test_low_memory_frees_the_text_encoder_and_decodes_in_tiles_where_bands_cann
         (["generate"], "nothing to paint"),
         (["generate", "a", "--sise", "64"], "unrecognized arguments"),
         (["generate", "a", "--size", "big"], "'big' is not a size"),
+        (["generate", "a", "--size", "96x"], "'96x' is not a size"),
+        (["generate", "a", "--size", "0"], "width 0 is not a positive multiple of 32; the smallest is 32"),
+        (["generate", "a", "--guidance", "-5"], "guidance must be 0 .* or positive, not -5.0"),
+        (["convert", "sana-tiny", "x", "--base", "sana-tiny"], "sana-tiny has all its parts: a base"),
+        (["generate", "a", "--threads", "100000"], "between 1 and 1024, not 100000"),
+        (["generate", "a", "-o", "b.png", "--json", "b.png"], "b.png is one of the pictures"),
+        (["generate", "a", "-o", "b.png", "--num-images", "2", "--json", "b-1.png"], "b-1.png is one of the pictures"),
+        (["generate", "a", "-o", "empty.txt/b.png"], "empty.txt is a file, so that empty.txt/b.png cannot be in it"),
+        (["generate", "a", "-o", "it's here/b.png"], """mkdir -p 'it'"'"'s here'"""),
+        (["generate", "--prompts", "deep.jsonl"], "deep.jsonl, line 1: not JSON: maximum recursion depth"),
+        (["generate", "--from", "deep.png"], "the settings stored in deep.png cannot be read: maximum recursion"),
+        (["generate", "--from", "list.png"], "the settings stored in list.png .* missing, or of another form"),
+        (["show", "."], "cannot be read as a PNG picture: Is a directory"),
+        (["verify", "sana-tiny", "--precision", "w8a8"], "choose one of fp32, bf16, fp16"),
+        (["convert", "sana-tiny-random", "kept.txt", "--to", "original"], "must end so; kept.txt does not"),
+        (["convert", "sana-tiny-random", "kept.pth", "--to", "original"], "kept.pth is there already; --force"),
+        (["reconstruct", "foreign.png", "./foreign.png"], "the picture itself, which would be lost"),
+        (["quantize", "sana-tiny", "--precision", "w8a8", "--seed", "-1", "-o", "q"], "seed must be 0 or more, not -1"),
+        (["bench", "quality", "--json", "x.md"], "name a .json"),
+        (["bench", "quality", "--json", "x.png"], "name a .json"),
+        (["bench", "image", "--seed", "-1"], "seed must be 0 or more, not -1"),
+        (["bench", "image", "--text-tokens", "0"], "between 2 and 64"),
+        (["bench", "image", "--guidance", "nan"], "guidance is a number, not nan"),
+        (["bench", "step", "--size", "50"], "nearest are 32 and 64"),
+        (["bench", "decode", "--size", "0"], "--size 0 is not a positive multiple of 32"),
+        (["tune", "--merge", "nothing.json", "--json", "t.json"], "nothing.json proposes nothing"),
         (["generate", "a", "--guidance", "nan"], "'nan' is not a number"),
         (["generate", "a", "--guidance-interval", "0.9,0.1"], "not an interval"),
         (["generate", "a", "--dialect", "klingon"], "invalid choice"),
@@ -151,7 +178,7 @@ def test_low_memory_frees_the_text_encoder_and_decodes_in_tiles_where_bands_cann
         (["generate", "a \udcff", *SMALL], "not valid Unicode"),
         (["generate", "a", "-o", "out.jpg"], "must end in .png"),
         (["generate", "a", "-o", "folder.png"], "is a folder"),
-        (["generate", "a", "-o", "no/where.png"], "mkdir -p 'no'"),
+        (["generate", "a", "-o", "no/where.png"], "mkdir -p no"),
         (["generate", "a", "--json", os.devnull], "not an ordinary file"),
         (["generate", "--from", "missing.png"], "no such file"),
         (["generate", "--from", "foreign.png"], "not painted by sana"),
@@ -164,12 +191,24 @@ def test_low_memory_frees_the_text_encoder_and_decodes_in_tiles_where_bands_cann
         ([], "required"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(capsys, arguments, complaint):
+def test_mistakes_are_one_line_and_status_2(capsys, monkeypatch, arguments, complaint):
     Path("folder.png").mkdir()
     Path("empty.txt").write_text("# nothing\n\n")
     Path("latin.txt").write_bytes(b"caf\xe9")
-    Image.new("RGB", (32, 32)).save("foreign.png")
-    assert complaint in refused(capsys, 2, *arguments)
+    Path("deep.jsonl").write_text("[" * 100_000)
+    Path("nothing.json").write_text("{}")
+    for name in ("kept.txt", "kept.pth"):
+        Path(name).write_text("precious")
+    for name, stored in (("foreign", {}), ("deep", {"sana": "[" * 100_000}), ("list", {"sana": '{"settings": []}'})):
+        chunks = PngImagePlugin.PngInfo()
+        for key, text in stored.items():
+            chunks.add_text(key, text)
+        Image.new("RGB", (32, 32)).save(f"{name}.png", pnginfo=chunks)
+    before = Path("foreign.png").read_bytes()
+    monkeypatch.setattr("sana_model.weights.models.load_model", None)  # whatever is refused, is before that
+    assert re.search(re.sub(r"([()\[\]])", r"\\\1", complaint), refused(capsys, 2, *arguments))
+    assert Path("kept.txt").read_text() == Path("kept.pth").read_text() == "precious"
+    assert Path("foreign.png").read_bytes() == before
 
 
 def test_what_the_machine_lacks_is_one_line_and_status_3(capsys, monkeypatch):
@@ -229,6 +268,15 @@ def test_a_part_that_is_too_large_is_refused_before_it_is_loaded(capsys, monkeyp
     assert main(arguments) == 3
     said = capsys.readouterr().err
     assert f"the {part} of sana-tiny needs" in said and "1 MB are free" in said and said.count("\n") == 1
+
+
+def test_a_picture_of_a_model_that_is_elsewhere_asks_for_it(capsys):
+    assert main(["generate", "a", *SMALL]) == 0
+    metadata = read_metadata("out.png")
+    write_png("moved.png", Image.open("out.png"), replace(metadata, model="q8"))
+    complaint = "moved.png was painted with the model q8, which is not here; say where it is with --model PATH"
+    assert complaint in refused(capsys, 2, "generate", "--from", "moved.png")
+    assert main(["generate", "--from", "moved.png", "--model", "sana-tiny"]) == 0
 
 
 def test_a_picture_of_a_backend_that_is_off_asks_for_another(capsys, monkeypatch):
@@ -299,8 +347,16 @@ def test_ctrl_c_waits_for_the_end_of_an_import(capsys, monkeypatch, tmp_path, us
     assert sys.modules.pop("interrupted").whole
 
 
-@pytest.mark.parametrize("when", ["importing torch", "painting"])
-def test_ctrl_c(tmp_path, when):
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("importing torch", signal.SIGINT),
+        ("painting", signal.SIGINT),
+        ("painting", signal.SIGTERM),
+        ("painting", signal.SIGHUP),
+    ],
+)
+def test_signals_to_end_leave_nothing_behind(tmp_path, when, number):
     command = [sys.executable, "-u", "-m", "sana_model", "generate", "a", "--size", "64", "--steps", "1000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -312,10 +368,28 @@ def test_ctrl_c(tmp_path, when):
     while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), errors  # CPython's choice; a shell shows 130 for both
+    assert process.returncode in (128 + number, -number), errors  # CPython's choice; a shell shows the same for both
     assert errors == "sana: interrupted\n" and os.listdir(tmp_path) == []
+
+
+def _command(line: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = line.replace("sana ", f"{sys.executable} -m sana_model ")
+    return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+
+
+def test_a_daemon_has_no_streams():
+    done = _command("sana generate a --size 64 --steps 1 <&- >&- 2>&-")
+    assert done.returncode == 0 and pixels("out.png").shape == (64, 64, 3)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_behind_the_standard_output():
+    done = _command("sana show --help >/dev/full; sana doctor >/dev/full")
+    assert done.returncode == 3 and done.stderr.endswith("sana: the disk is full, to which the standard output goes\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_bar_counts_the_steps_on_a_terminal(capsys, monkeypatch):

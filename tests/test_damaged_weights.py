@@ -65,6 +65,22 @@ DAMAGE = {
     "no part": (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer has no tokenizer.json"),
     "bad json": (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is not valid JSON"),
+    "deep json": (lambda f: (f / "vae/config.json").write_text("[" * 100_000), "vae/config.json is not valid JSON"),
+    "a text for a number": (
+        lambda f: edit(f, "transformer/config.json", num_layers="a"),
+        'config.json: num_layers is "a"; it must be a positive whole number',
+    ),
+    "half a block": (lambda f: edit(f, "transformer/config.json", num_layers=3.5), "num_layers is 3.5; it must be"),
+    "fewer than no blocks": (
+        lambda f: edit(f, "transformer/config.json", num_layers=-1),
+        "num_layers is -1; it must be",
+    ),
+    "no heads": (lambda f: edit(f, "transformer/config.json", num_attention_heads=0), "num_attention_heads is 0; it"),
+    "no channels": (lambda f: edit(f, "text_encoder/config.json", hidden_size=0), "hidden_size is 0; it must be"),
+    "a number for a flag": (
+        lambda f: edit(f, "transformer/config.json", guidance_embeds=1),
+        "guidance_embeds is 1; it must be true or false",
+    ),
     "another model": (
         lambda f: edit(f, "model_index.json", _class_name="FluxPipeline"),
         "is a FluxPipeline; supported are SanaPipeline",

@@ -309,11 +309,25 @@ A, B = GOOD
             "conv_depth.lora_A.weight belongs to no linear layer of this DiT",
         ),
         ({}, "holds no tensors"),
+        ({A: GOOD[A][:0], B: GOOD[B][:, :0]}, r"\(0, 256\).* do not fit the layer's"),
+        (GOOD | {A.replace("lora_A.weight", "alpha"): torch.ones(3)}, r"alpha has shape \(3,\); it is one number"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tmp_path, tensors, complaint):
     with pytest.raises(UserError, match=complaint) as raised:
         lora.read(write(tmp_path / "bad.safetensors", tensors), SMALL.dit)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ['{"transformer.lora_alpha": "x"}', '{"transformer.alpha_pattern": {"(": 1}}', '{"transformer.alpha_pattern": [1]}',
+     "[" * 100_000, "[]"],
+)  # fmt: skip
+def test_metadata_that_cannot_be_read_is_one_sentence(tmp_path, metadata):
+    file = write(tmp_path / "bad.safetensors", GOOD, {"lora_adapter_metadata": metadata})
+    with pytest.raises(UserError, match="metadata cannot be read") as raised:
+        lora.read(file, SMALL.dit)
     assert "\n" not in str(raised.value)
 
 
@@ -331,5 +345,7 @@ def test_mistakes_in_using_one(saved, tmp_path):
         pipe.set_lora_scale("one", float("nan"))
     with pytest.raises(UserError, match="wears a LoRA; take it off first"):
         sana_kernels.optimize(pipe, "w8a8")
+    with pytest.raises(UserError, match=r"b\.safetensors:x must be a number, not 'x'"):
+        lora.parse("b.safetensors:x")
     assert lora.parse("a/b.safetensors:-0.5") == (lora.Path("a/b.safetensors"), -0.5)
     assert lora.parse("C:/b.safetensors") == (lora.Path("C:/b.safetensors"), 1.0)

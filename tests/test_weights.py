@@ -173,6 +173,7 @@ def test_sana_json(folder):
         ("precision", "int8", "precision is 'int8'; supported are"),
         ("pag_layers", [2], "numbered 0 to 1"),
         ("size", 500, "multiple of 32"),
+        ("guidance", float("nan"), "guidance is NaN; it must be a number"),
     ],
 )  # fmt: skip
 def test_wrong_sana_json(folder, field, value, message):

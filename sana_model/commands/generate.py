@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from sana_kernels.backend import backend_status
 from sana_model import batch
+from sana_model.config import BUILT_IN
 from sana_model.errors import MissingError, UserError
 from sana_model.files import check_writable, write_text
 from sana_model.pipeline import Pipeline, Result, load
 from sana_model.plan import PIPELINES
 from sana_model.png import SOFTWARE, Metadata, read_metadata, write_png
-from sana_model.settings import setting
+from sana_model.settings import setting, use_threads
+from sana_model.weights import hub
 
 NAMED = ("model", "base", "decoder")
 MODEL_FLAGS = (
@@ -43,10 +45,7 @@ STAGES = {
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the parsed command line; raises UserError and MissingError."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"the number of threads must be at least 1, not {args.threads}")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     picture, options = _picture_flags(args), _given(args, MODEL_FLAGS)
     if args.prompts is not None:
         return _paint_file(args, picture, options)
@@ -63,10 +62,14 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix.lower() != ".png":
         raise UserError(f"pictures are written as PNG, so the name must end in .png; {output} does not")
     files = batch.numbered(output, 1 if keep is not None else picture.get("num_images", 1))
-    for file in [*files, *([args.json] if args.json else [])]:
+    if args.json in files:
+        raise UserError(f"--json {args.json} is one of the pictures; name another file")
+    for file in [*files[:1], *([args.json] if args.json else [])]:
         check_writable(file)
 
     pipe, load_ms = _load(args, options, picture)
+    for file in files[1:]:
+        check_writable(file)
     with closing(Bars()) as bars:
         result = pipe(**picture, progress=bars)
     wanted = range(result.settings.count) if keep is None else [keep]
@@ -141,7 +144,11 @@ def _again(metadata: Metadata, flags: dict) -> tuple[dict, int | None]:
 def _with_recorded(metadata: Metadata, options: dict, file: Path) -> dict:
     """The recorded options of `load`, under those that were given."""
     recorded = metadata.load_options
-    backend = recorded["backend"]
+    backend, model = recorded["backend"], recorded["model"]
+    if "model" not in options and model not in BUILT_IN and not Path(model).exists() and not hub.parse(model):
+        raise UserError(
+            f"{file} was painted with the model {model}, which is not here; say where it is with --model PATH"
+        )
     if "backend" not in options and backend in PIPELINES and (why := backend_status(backend)):
         raise MissingError(
             f"{file} was painted with backend {backend}, which cannot run here: {why}; add --backend auto to paint it "

@@ -12,16 +12,16 @@ from sana_model import batch
 from sana_model.errors import MissingError, UserError
 from sana_model.quantize.job import Job, Planned
 from sana_model.quantize.model import Progress, quantize
+from sana_model.settings import use_threads
 
 PROMPTS = Path(__file__).parent.parent / "calibration_prompts.txt"
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the parsed command line; raises UserError and MissingError."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"the number of threads must be at least 1, not {args.threads}")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
+    if args.seed < 0:
+        raise UserError(f"the seed must be 0 or more, not {args.seed}")
     job = Job(
         args.model, args.precision, tuple(read_prompts(args.calibration or PROMPTS)), args.samples, args.steps,
         args.text_precision, args.rank, args.smooth, args.gptq, args.base, args.seed,

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"pictures are written as PNG, so the name must end in .png; {args.output} does not")
     check_writable(args.output)
     picture = read(args.picture)
+    if args.output.exists() and args.output.samefile(args.picture):
+        raise UserError(f"{args.output} is the picture itself, which would be lost; name another file")
 
     source = find_autoencoder(args.model)
     device = torch.device("cuda" if args.backend in ("cuda", "triton") else "cpu")

@@ -25,8 +25,14 @@ class Fields:
         self._taken: set[str] = set()
 
     def get(self, key: str, default):
+        """The field, of the type of its default (or null) if that is a number or a flag; a whole number is positive."""
         self._taken.add(key)
-        return self.values.get(key, default)
+        value, kind = self.values.get(key, default), type(default)
+        kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(kind)
+        if value is None or kinds is None or (type(value) in kinds and (kind is not int or value > 0)):
+            return value
+        wanted = {bool: "true or false", int: "a positive whole number", float: "a number"}[kind]
+        raise UserError(f"{self.file}: {key} is {json.dumps(value)}; it must be {wanted}")
 
     def require(self, key: str, *allowed, default=None) -> None:
         """The field is one of the `allowed` values (or absent, where `default` is allowed)."""
@@ -49,7 +55,7 @@ def read_json(file: Path) -> dict:
         raise UserError(f"{file} is missing; the folder is not a complete diffusers model") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}); the download may be incomplete") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds a {type(values).__name__}, not the fields of a configuration")

@@ -4,6 +4,7 @@ Some facts about published checkpoints stand in none of their files; they are he
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -103,7 +104,8 @@ def _check_types(values: Mapping, file: str | Path) -> None:
         if key not in SANA_JSON:
             raise UserError(f"{file}: {key} is no known field; known are {', '.join(SANA_JSON)}")
         kind = SANA_JSON[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or infinite:
             expected = "a number" if kind is _number else f"of type {kind.__name__}"
             raise UserError(f"{file}: {key} is {json.dumps(value)}; it must be {expected}")
 

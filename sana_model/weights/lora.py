@@ -64,7 +64,9 @@ def parse(text: str) -> tuple[Path, float]:
     file, colon, strength = text.rpartition(":")
     try:
         return (Path(file), _finite(float(strength))) if colon and file else (Path(text), 1.0)
-    except ValueError:
+    except ValueError as error:
+        if file.endswith(".safetensors"):
+            raise UserError(f"the strength in --lora {text} must be a number, not {strength!r}") from error
         return Path(text), 1.0  # a colon in the name of the file
 
 
@@ -101,6 +103,8 @@ def read(file: Path, config: DiTConfig, name: str | None = None) -> Lora:
         kind = "down" if match["down"] else "up" if match["up"] else "alpha"
         if kind != "alpha" and (len(shape) < 2 or math.prod(shape[2:]) != 1):
             raise UserError(f"{file}: {key} has shape {shape}; a factor is a matrix, or a 1×1 convolution")
+        if kind == "alpha" and math.prod(shape) != 1:
+            raise UserError(f"{file}: {key} has shape {shape}; it is one number")
         found[target][kind] = key
     scales, factors = _metadata_scales(file), []
     for target, names in found.items():
@@ -109,7 +113,7 @@ def read(file: Path, config: DiTConfig, name: str | None = None) -> Lora:
                 raise UserError(f"{file}: the {kind} factor that belongs to {next(iter(names.values()))} is missing")
         down, up = (checkpoint.read(names[kind]).float().flatten(1) for kind in ("down", "up"))
         rank = len(down)
-        if down.shape != (rank, target.inputs) or up.shape != (target.rows, rank):
+        if rank == 0 or down.shape != (rank, target.inputs) or up.shape != (target.rows, rank):
             raise UserError(
                 f"{file}: {names['down']} {tuple(down.shape)} and {names['up']} {tuple(up.shape)} do not fit the layer's"
                 f" {target.rows} × {target.inputs}; it was trained for another model"
@@ -249,16 +253,17 @@ def _metadata_scales(file: Path):
         beside = file.with_name("adapter_config.json")
         if not config and file.name == "adapter_model.safetensors" and beside.is_file():
             config = json.loads(beside.read_text(encoding="utf-8"))
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        patterns = {re.compile(rf"(.*\.)?{p}"): float(a) for p, a in (config.get("alpha_pattern") or {}).items()}
+        alpha = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise UserError(f"{file}: the LoRA's metadata cannot be read ({error})") from error
-    patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
 
     def scale(key: str, rank: int) -> float:
         layer = _KEY.fullmatch(key)["layer"]
-        value = next((a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?{p}", layer)), alpha)
+        value = next((a for pattern, a in patterns.items() if pattern.fullmatch(layer)), alpha)
         if value is None:
             return float(rank)
-        return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
+        return value * math.sqrt(rank) if config.get("use_rslora") else value
 
     return scale
 

@@ -37,7 +37,7 @@ from sana_model.weights.checkpoint import (
 from sana_model.weights.loaded import LoadedModel
 from sana_model.weights.quantized_checkpoint import header_in, open_quantized
 from sana_model.weights.random_weights import random_autoencoder, random_dit, random_text_encoder
-from sana_model.weights.saving import refuse_to_destroy, save_diffusers, save_original
+from sana_model.weights.saving import refuse_original, refuse_to_destroy, save_diffusers, save_original
 
 CHECKPOINTS = (
     Path(__file__).parents[1] / "checkpoints"
@@ -137,12 +137,14 @@ def find(model: str | Path | ModelConfig, base: str | Path | None = None) -> Sou
     """What `model` is and where its parts are. Reads configurations, no weights; may download from the hub."""
     if isinstance(model, ModelConfig):
         return _random(model)
+    path = Path(model)
+    if base is not None and (str(model) in BUILT_IN or path.is_dir()):
+        raise UserError(f"{model} has all its parts: a base (--base {base}) is for the single file of a DiT")
     if str(model) in BUILT_IN:  # ./sana-tiny is a path
         embedded = CHECKPOINTS / str(model)
         if embedded.is_dir():
             return _folder(embedded, str(model), str(model))
         return _random(BUILT_IN[str(model)])
-    path = Path(model)
     if path.is_dir():
         return _folder(path, path.resolve().name, str(model))
     if path.is_file():
@@ -319,4 +321,5 @@ def convert(
         refuse_to_destroy(Path(destination), force)
         save_diffusers(destination, load_model(found), force=force)
     else:
+        refuse_original(Path(destination), force)
         save_original(destination, load_model(found, parts=("dit",)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sana_kernels.quant.checkpoint import save_tensors
 from sana_model.errors import UserError
-from sana_model.files import atomic, check_replaceable, check_writable
+from sana_model.files import atomic, check_parent, check_replaceable, check_writable
 from sana_model.settings import DTYPES
 from sana_model.weights import checkpoint_config as configs
 from sana_model.weights import defaults, keys
@@ -72,10 +72,19 @@ def write_configs(place: Path, loaded: LoadedModel, text_dtype: str, precision: 
 def save_original(file: str | Path, loaded: LoadedModel) -> None:
     """Write the DiT as the `.pth` of the original repository: {"state_dict": …}."""
     file = Path(file)
-    check_writable(file)
+    refuse_original(file)
     state = keys.to_original(loaded.dit.state_dict(), loaded.config.dit)
     with atomic(file) as temporary:
         _save_pickle(temporary, {"state_dict": state})
+
+
+def refuse_original(file: Path, force: bool = True) -> None:
+    """Raise UserError unless the original's `.pth` can be written as `file`; with `force`, also over another."""
+    if file.suffix != ".pth":
+        raise UserError(f"the original's checkpoints are .pth files, so the name must end so; {file} does not")
+    check_writable(file)
+    if file.exists() and not force:
+        raise UserError(f"{file} is there already; --force replaces it")
 
 
 def _save_pickle(file: Path, content: dict) -> None:
@@ -139,8 +148,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 def refuse_to_destroy(folder: Path, force: bool) -> None:
     """Raise UserError unless `folder` is free, empty, ours, or (with `force`) another model; and nobody works in it."""
     check_replaceable(folder)
-    if not folder.parent.is_dir():
-        raise UserError(f"the folder {folder.parent} does not exist; make it first: mkdir -p '{folder.parent}'")
+    check_parent(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
