@@ -193,9 +193,8 @@ def _image(args: argparse.Namespace) -> int:
         steps, repeat = args.steps or 2, args.repeat or 2
     guidance = config.guidance if args.guidance is None else args.guidance
     workload = Workload(height, width, steps, guidance, args.batch, args.text_tokens)
-    settings_for(
-        config, "a picture", width=width, height=height, steps=steps, guidance=guidance
-    )  # refused before loading
+    # What cannot be painted is refused before anything is loaded.
+    settings_for(config, "a picture", width=width, height=height, steps=steps, guidance=guidance)
     check_length(args.text_tokens, config)
 
     stored = {part: _stored([name.dtypes[part] for name in names], PRECISIONS["bf16"]) for part in PARTS}
@@ -219,7 +218,7 @@ def _step(args: argparse.Namespace) -> int:
 
     names, source = _run_names(args.runs, device), find(args.model)
     size = _size(args.size) if args.size else (source.config.size, source.config.size)
-    settings_for(source.config, "a picture", width=size[0], height=size[1])  # refused before loading
+    settings_for(source.config, "a picture", width=size[0], height=size[1])  # as above
     check_length(args.text_tokens, source.config)
     _say(f"loading the DiT of {args.model}")
     loaded = step.load(source, _stored([name.dtypes["dit"] for name in names], PRECISIONS["bf16"]))

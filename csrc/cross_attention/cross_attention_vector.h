@@ -3,8 +3,8 @@
 //
 // Both products, of queries with keys and of probabilities with values, are the same small matrix product: R rows times
 // C vectors of sums stay in registers; a step loads C vectors, broadcasts R numbers and does R * C multiply-adds. What
-// a step multiplies is a `Step`: one float, or with AVX-512 and BF16 a pair of bf16. What multiplies the steps is a `Multiply`:
-// vectors, or tiles (cross_attention_amx.cpp). Packed memory holds columns of kLanes units of 32 bits, each
+// a step multiplies is a `Step`: one float, or with AVX-512 and BF16 a pair of bf16. What multiplies the steps is a
+// `Multiply`: vectors, or tiles (cross_attention_amx.cpp). Packed memory holds columns of kLanes units of 32 bits, each
 // (steps, kLanes), so that a product reads C streams from front to back:
 //     keys     a column is kLanes text tokens (zero beyond the length), a step is one or two channels
 //     values   a column is kLanes channels (zero beyond D), a step is one or two text tokens

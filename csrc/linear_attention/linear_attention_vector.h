@@ -7,8 +7,8 @@
 //   state   S[e][:] += k[t][e] * v[t][:]    rows e; the 32 tokens t of a block are summed before S returns to memory
 //   apply   y[t][:] += q[t][e] * S[e][:]    rows t; then divided by relu(q) . z + eps
 // With AVX-512 and BF16, bf16 keys and values enter the first product as pairs of neighbouring tokens, which does twice
-// the work per instruction; relu(k) and v are bf16 numbers already (after a bf16 norm k is rounded to one, as in the reference),
-// the products are exact and the sums float. The state is never rounded, so the second product is in float.
+// the work per instruction; relu(k) and v are bf16 numbers already (after a bf16 norm k is rounded to one, as in the
+// reference), the products are exact and the sums float. The state is never rounded, so the second product is in float.
 //
 // The buffers (32 tokens of one head as floats, or as pairs) are padded to whole vectors with zeros and lie in L1. Rows
 // of different tokens are thousands of bytes apart, too many streams for the hardware's prefetcher: a load of head h
