@@ -49,7 +49,7 @@ def image_table(document: dict) -> str:
         columns.append("dB: " + ", ".join(name for metric, name in PARITY.items() if metric in parts))
         columns += [f"× {name}" for name in baselines]
         title = f"{group[0]['name']}, {w['steps']} steps, guidance {w['guidance']:g}, batch {w['batch']}"
-        if "instruction_tokens" in w:
+        if w.get("instruction_tokens"):
             title += f", {w['instruction_tokens']} + {w['text_tokens']} text tokens"
         rows = [_image_row(row, document, baselines) for row in group]
         out += [_markdown([title, *columns], rows), "", _conditions(document, group), ""]

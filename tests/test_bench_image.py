@@ -145,6 +145,7 @@ def test_a_comparison_from_beginning_to_end(paint):
             "steps": 2,
             "guidance": 4.5,
             "text_tokens": 60,
+            "instruction_tokens": 0,
         }
         assert found["stages_ms"]["per_step"] == pytest.approx(found["stages_ms"]["denoise"] / 2)
         assert len(found["timing"]["raw_ms"]) == 2

@@ -36,7 +36,8 @@ class Fields:
 
     def require(self, key: str, *allowed, default=None) -> None:
         """The field is one of the `allowed` values (or absent, where `default` is allowed)."""
-        value = self.get(key, allowed[0] if default is None else default)
+        self._taken.add(key)
+        value = self.values.get(key, allowed[0] if default is None else default)
         if value not in allowed:
             supported = " or ".join(json.dumps(a) for a in allowed)
             raise UserError(f"{self.file}: {key} is {json.dumps(value)}; supported is {supported}")
