@@ -151,7 +151,7 @@ def _setup(args: argparse.Namespace):
     import torch
 
     from sana_bench.harness import Results
-    from sana_model.settings import use_threads
+    from sana_model.threads import use_threads
 
     use_threads(args.threads)
     if args.seed < 0:
@@ -287,7 +287,7 @@ def _status(results) -> int:
     from sana_bench.gpu import failed
 
     rows = results.document["results"]
-    if rows and all(row["status"] in ("not available", "out of memory") for row in rows):
+    if rows and all(row["status"] in ("not available", "not measured", "out of memory") for row in rows):
         return MissingError.exit_status
     return int(any(map(failed, rows)))
 
@@ -301,11 +301,10 @@ def _quality(args: argparse.Namespace) -> int:
     from sana_model.weights.models import find, load_model
 
     names = _run_names(args.runs, device)
-    table, sheet = (args.json.with_suffix(suffix) if args.json else None for suffix in (".md", ".png"))
-    if args.json in (table, sheet) and args.json:
+    if args.json and args.json.suffix in (".md", ".png"):
         raise UserError(f"--json {args.json}: the table and the pictures beside it are .md and .png; name a .json")
-    for path in filter(None, (table, sheet)):
-        files.check_writable(path)
+    table, sheet = (args.json.with_suffix(suffix) if args.json else None for suffix in (".md", ".png"))
+    files.check_writable(*filter(None, (table, sheet)))
     source = find(args.model, args.base)
     config = source.config
     width, height = _size(args.size) if args.size else (config.size, config.size)

@@ -163,7 +163,7 @@ def refuse(names: list[RunName], sizes: list[int], config: ModelConfig) -> None:
 
 
 class DecodeBench:
-    """One comparison. `run()` measures; the rows are in `results.document`."""
+    """One comparison, of what `refuse` lets through. `run()` measures; the rows are in `results.document`."""
 
     def __init__(
         self, loaded: LoadedModel, names: list[RunName], sizes: list[int], device: torch.device, peaks: Peaks,
@@ -173,7 +173,6 @@ class DecodeBench:
         self.names, self.sizes, self.peaks, self.results = names, sizes, peaks, results
         self.seed, self.say, self.kinds = seed, say, KINDS
         self.measured: list[Measured] = []
-        refuse(names, sizes, self.config)
 
     def latents(self, size: int, i: int) -> Tensor:
         """Of repetition i."""

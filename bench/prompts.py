@@ -11,13 +11,15 @@ from sana_model.tokenizer import ByteTokenizer, Tokenizer
 from sana_model.weights.loaded import LoadedModel
 
 ENDINGS = ("", ".", ",", "!", "s", "ed", "ly", "ing")  # to gain a token or two where no whole word does
-GEMMAS_INSTRUCTION = 209  # tokens that Gemma's tokenizer makes of the default instruction, BOS included
+GEMMAS_INSTRUCTION = (
+    209  # tokens of the default instruction, BOS included: counted with Gemma-3's tokenizer, like Gemma-2's
+)
 
 
 def with_gemmas_lengths(loaded: LoadedModel) -> LoadedModel:
-    """Random weights read bytes, five times as many as Gemma reads tokens: their default instruction is cut to its length.
+    """Random weights read bytes, five times as many as Gemma's tokens: their default instruction, cut to Gemma's length.
 
-    Or else whoever computes it for every picture, as diffusers does, would be slower by what no user of theirs waits for.
+    diffusers computes it for every picture, and would be slowed by what none of its users waits for.
     """
     if loaded.config.instruction != "default" or not isinstance(loaded.tokenizer, ByteTokenizer):
         return loaded

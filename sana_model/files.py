@@ -53,21 +53,24 @@ def append_line(path: Path, line: str) -> None:
         file.write(("\n" if torn else "").encode() + line.encode() + b"\n")
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError unless `path` can become a file: an ordinary file there is replaced, nothing else ever."""
-    with writing(path):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it")
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not an ordinary file, and is not replaced by one")
+def check_writable(*paths: Path) -> None:
+    """Raise UserError unless each path can become a file: an ordinary file there is replaced, nothing else ever."""
+    for path in paths:
+        with writing(path):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; name a file in it")
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is not an ordinary file, and is not replaced by one")
+    for path in {path.parent: path for path in paths}.values():
         check_parent(path)
         # Permission bits do not tell of read-only file systems, quotas or full disks; trying does.
         probe = _beside(path)
-        try:
-            probe.touch()
-        finally:
-            with suppress(FileNotFoundError):
-                probe.unlink()
+        with writing(path):
+            try:
+                probe.touch()
+            finally:
+                with suppress(FileNotFoundError):
+                    probe.unlink()
 
 
 def check_parent(path: Path) -> None:

@@ -35,6 +35,8 @@ from sana_model.weights.lora import Loras
 SELF_ATTENTION, CROSS_ATTENTION = "SanaLinearAttnProcessor2_0", "SanaAttnProcessor2_0"
 """diffusers' processors, which the DiT computes."""
 
+NOT_OPTIMISED = "this pipeline was not optimised: there is nothing to restore"
+
 PERTURBED = {"PAGCFGSanaLinearAttnProcessor2_0": 3, "PAGIdentitySanaLinearAttnProcessor2_0": 2}
 """diffusers' processors of perturbed-attention guidance; into how many parts they cut the batch, the last one perturbed."""
 
@@ -61,19 +63,19 @@ def optimize(pipe, precision: str | None = None, backend: str = "auto") -> Plan:
 
 def restore(pipe) -> None:
     """Undo `optimize`. Raises UserError where there is nothing to undo."""
-    if isinstance(pipe, Pipeline) and "_before_optimize" in pipe.__dict__:
+    if isinstance(pipe, Pipeline):
         with pipe._alone():
-            _refuse_loras(pipe)
-            pipe.plan, pipe.dit, pipe.loras = pipe.__dict__.pop("_before_optimize")
-            pipe.model.dit = pipe.dit
-    elif not isinstance(pipe, Pipeline) and (forward := _installed(_transformer(pipe))) is not None:
+            _restore_ours(pipe)
+        return
+    transformer = _transformer(pipe)
+    if (forward := _installed(transformer)) is not None:
         forward.undo()
-    elif not isinstance(pipe, Pipeline) and _is_replaced(_transformer(pipe)):
+    elif _is_replaced(transformer):
         raise UserError(
             "the transformer's forward has been replaced, by a hook perhaps; remove that first, then restore"
         )
     else:
-        raise UserError("this pipeline was not optimised: there is nothing to restore")
+        raise UserError(NOT_OPTIMISED)
 
 
 def _plan(config, backend: str, device: torch.device, precisions: dict[str, str]) -> Plan:
@@ -125,6 +127,14 @@ def _optimize_ours(pipe: Pipeline, precision: str | None, backend: str) -> Plan:
     return plan
 
 
+def _restore_ours(pipe: Pipeline) -> None:
+    if "_before_optimize" not in pipe.__dict__:
+        raise UserError(NOT_OPTIMISED)
+    _refuse_loras(pipe)
+    pipe.plan, pipe.dit, pipe.loras = pipe.__dict__.pop("_before_optimize")
+    pipe.model.dit = pipe.dit
+
+
 def _refuse_loras(pipe: Pipeline) -> None:
     if pipe.loras.strengths:
         raise UserError("this pipeline wears a LoRA; take it off first: pipe.remove_lora(name)")
@@ -163,7 +173,8 @@ def _is_replaced(transformer: nn.Module) -> bool:
 
 
 def _optimize(pipe, precision: str | None, backend: str) -> Plan:
-    transformer, installed = _transformer(pipe), _installed(_transformer(pipe))
+    transformer = _transformer(pipe)
+    installed = _installed(transformer)
     if "_hf_hook" in transformer.__dict__:
         raise UserError(
             "the transformer has a hook of accelerate (offloading?), which would undo this; remove it first"

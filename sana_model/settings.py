@@ -15,7 +15,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}  # what products run in, where not in bf16 as the rest
 FOUR_BIT = ("w4a8", "w4a4", "w4a16")  # what weights are stored in; sana_model/plan.py says what they are executed in
 OF_DECODERS = (*DTYPES, "w8a8")  # what an autoencoder can run in
-MOST_THREADS = 1024
 PRECISIONS = DTYPES | dict.fromkeys((*QUANTIZED, *FOUR_BIT), torch.bfloat16)
 
 
@@ -143,15 +142,6 @@ def precisions_for(precision: str, text: str | None = None, decoder: str | None 
 def dtypes_of(precisions: dict[str, str]) -> dict[str, torch.dtype]:
     """The dtype of every part, as far as it is not quantised."""
     return {part: PRECISIONS[name] for part, name in precisions.items()}
-
-
-def use_threads(count: int | None) -> None:
-    """Let PyTorch and our kernels have that many CPU threads (None: as many as they would)."""
-    if count is None:
-        return
-    if not 1 <= count <= MOST_THREADS:
-        raise UserError(f"the number of threads must lie between 1 and {MOST_THREADS}, not {count}")
-    torch.set_num_threads(count)
 
 
 def is_guided(guidance: float, dit: DiTConfig) -> bool:

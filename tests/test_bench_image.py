@@ -319,7 +319,8 @@ def test_what_does_not_fit_gets_a_row_and_the_rest_goes_on(paint, monkeypatch):
     assert schema.validate(bench.results.document) == []
 
 
-def test_every_run_leaves_room_for_the_check(paint, monkeypatch):
+@pytest.mark.parametrize("name", ["reference:bf16", "onnxruntime:fp32"])
+def test_every_run_leaves_room_for_the_check(paint, monkeypatch, name):
     """Pictures in bf16 are compared with those in fp32, which need more, when all runs are there."""
     available, room = memory.available, []
 
@@ -329,8 +330,13 @@ def test_every_run_leaves_room_for_the_check(paint, monkeypatch):
         assert room[0] > max(own["denoise"], own["decode"])
 
     monkeypatch.setattr(memory, "available", lambda device: room[0] if room else available(device))
-    document = paint("reference:bf16", before=limit).results.document
-    assert row(document, "image", "reference:bf16")["status"] == "out of memory"
+    document = paint(name, before=limit).results.document
+    assert row(document, "image", name)["status"] == "out of memory"
+
+
+def test_after_the_check_its_room_is_free(paint):
+    bench = paint("reference:bf16", before=lambda bench: setattr(bench.weights, "kept_free", 1))
+    assert bench.weights.kept_free == 0 and row(bench.results.document, "image", "reference:bf16")["status"] == "ok"
 
 
 def test_a_check_that_does_not_fit_costs_rows_not_the_run(paint, monkeypatch):
@@ -371,6 +377,14 @@ def test_neither_does_one_of_ours(paint, monkeypatch):
     assert schema.validate(document) == []
     assert not cli._status(SimpleNamespace(document={"results": [lost]}))  # a baseline
     assert cli._status(SimpleNamespace(document={"results": [lost | {"backend": "cuda"}]})) == 1
+
+
+@pytest.mark.parametrize("status", ["not available", "not measured", "out of memory"])
+def test_nothing_that_can_be_measured_here_is_status_3(status):
+    lost = {"status": status, "backend": "cuda"}
+    assert cli._status(SimpleNamespace(document={"results": [lost, lost]})) == 3
+    assert cli._status(SimpleNamespace(document={"results": [lost, lost | {"status": "ok"}]})) == 0
+    assert cli._status(SimpleNamespace(document={"results": [lost, lost | {"status": "FAIL"}]})) == 1
 
 
 def test_what_was_learnt_of_first_pictures_before_ctrl_c_is_kept(paint, monkeypatch):

@@ -345,7 +345,7 @@ def test_mistakes_in_using_one(saved, tmp_path):
         pipe.set_lora_scale("one", float("nan"))
     with pytest.raises(UserError, match="wears a LoRA; take it off first"):
         sana_kernels.optimize(pipe, "w8a8")
-    with pytest.raises(UserError, match=r"b\.safetensors:x must be a number, not 'x'"):
+    with pytest.raises(UserError, match=r"b\.safetensors:x: the strength of a LoRA must be a number, not 'x'"):
         lora.parse("b.safetensors:x")
     assert lora.parse("a/b.safetensors:-0.5") == (lora.Path("a/b.safetensors"), -0.5)
     assert lora.parse("C:/b.safetensors") == (lora.Path("C:/b.safetensors"), 1.0)

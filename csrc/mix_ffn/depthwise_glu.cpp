@@ -5,8 +5,8 @@
 //     u = a * SiLU(g)
 // rounded once to the dtype, or quantised per token to int8 once its F values are known.
 //
-// Layouts: h (B, H * W, 2F) contiguous, the values' channels before the gates'; taps and bias are packed once per call
-// (or once per model, by callers of depthwise_glu_row) as (10, 2F) floats.
+// Layouts: h (B, H * W, 2F) contiguous, the values' channels before the gates'; taps and bias are packed once per call,
+// as (10, 2F) floats and, where an instruction set wants it, in the order of its vectors.
 //
 // Tiling: a task is some rows of the grid, one after another, so that two of three input rows are in the cache from the
 // row before. Along a row, segments of 16 tokens; within one, a vector of channels at a time goes from token to token

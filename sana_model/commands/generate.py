@@ -19,7 +19,8 @@ from sana_model.files import check_writable, write_text
 from sana_model.pipeline import Pipeline, Result, load
 from sana_model.plan import PIPELINES
 from sana_model.png import SOFTWARE, Metadata, read_metadata, write_png
-from sana_model.settings import setting, use_threads
+from sana_model.settings import setting
+from sana_model.threads import use_threads
 from sana_model.weights import hub
 
 NAMED = ("model", "base", "decoder")
@@ -64,12 +65,9 @@ def run(args: argparse.Namespace) -> int:
     files = batch.numbered(output, 1 if keep is not None else picture.get("num_images", 1))
     if args.json in files:
         raise UserError(f"--json {args.json} is one of the pictures; name another file")
-    for file in [*files[:1], *([args.json] if args.json else [])]:
-        check_writable(file)
+    check_writable(*files, *([args.json] if args.json else []))
 
     pipe, load_ms = _load(args, options, picture)
-    for file in files[1:]:
-        check_writable(file)
     with closing(Bars()) as bars:
         result = pipe(**picture, progress=bars)
     wanted = range(result.settings.count) if keep is None else [keep]

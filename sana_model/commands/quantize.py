@@ -12,7 +12,7 @@ from sana_model import batch
 from sana_model.errors import MissingError, UserError
 from sana_model.quantize.job import Job, Planned
 from sana_model.quantize.model import Progress, quantize
-from sana_model.settings import use_threads
+from sana_model.threads import use_threads
 
 PROMPTS = Path(__file__).parent.parent / "calibration_prompts.txt"
 

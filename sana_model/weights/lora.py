@@ -66,7 +66,7 @@ def parse(text: str) -> tuple[Path, float]:
         return (Path(file), _finite(float(strength))) if colon and file else (Path(text), 1.0)
     except ValueError as error:
         if file.endswith(".safetensors"):
-            raise UserError(f"the strength in --lora {text} must be a number, not {strength!r}") from error
+            raise UserError(f"{text}: the strength of a LoRA must be a number, not {strength!r}") from error
         return Path(text), 1.0  # a colon in the name of the file
 
 
